@@ -1,0 +1,17 @@
+"""Typed errors. Every message says what was got, what is allowed and how to fix it."""
+
+
+class SparseLoraError(ValueError):
+    """Base class of every error that a user's input can cause."""
+
+
+class PlanError(SparseLoraError):
+    """A sparsity plan is malformed, or names layers that the model does not have."""
+
+
+class EstimatorError(SparseLoraError):
+    """An estimator cannot be built, read, or does not belong to this model."""
+
+
+class CompileError(SparseLoraError):
+    """The model cannot be compiled as asked."""
