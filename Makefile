@@ -1,0 +1,58 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up in .venv/ first.
+# PYTHON=python3.12 picks another interpreter; ARGS="-m 'not slow'" is handed to pytest or to the demo.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+# After installation nothing is looked up on a network.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types check clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    fine-tune the shipped model, dense and sparse side by side"
+	@echo "make test    run every test (ARGS=... goes to pytest)"
+	@echo "make lint    ruff check, ruff format --check;  make format  applies both"
+	@echo "make types   mypy --strict on the package"
+	@echo "make check   lint, types, test: what continuous integration runs"
+	@echo "make clean   remove caches and build output (.venv stays)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+# The order is deliberate: pytest's closing line comes last.
+check: lint types test
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find sparselora_fx passes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

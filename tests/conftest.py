@@ -1,0 +1,37 @@
+"""Settings every test shares. Nothing heavy is imported before a test needs it."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """A machine's core count must change neither timing nor the order of sums."""
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Forget compiled code and recompile counts after each test that compiled something."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch.compiler.reset()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is no GPU."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
