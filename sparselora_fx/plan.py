@@ -1,0 +1,291 @@
+"""Sparsity plans: how sparse each layer is, for which tokens and from which step on."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .errors import PlanError
+from .frozen import FrozenWeight, block_positions, canonical_path, suffix_distance
+
+TOKENS = ("all", "context")
+_DEFAULT = "default"
+_OWN_KEYS = ("sparsity", "tokens", "start_step", "end_step", "channel_multiple", "rank")
+_REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
+
+
+class Sparsity(NamedTuple):
+    """Fraction of channels skipped, by the kind of region that a weight is in; 0.0 is dense."""
+
+    ffn: float
+    attention: float
+
+
+@dataclass(frozen=True, init=False)
+class SparsityPlan:
+    """Per-layer sparsity, token policy and schedule. Immutable; read by ``compile``.
+
+    Keys of ``sparsity`` match module names by dotted suffix: ``"layers.1.mlp"`` matches
+    ``"base_model.model.model.layers.1.mlp"`` but neither ``"xlayers.1.mlp"`` nor
+    ``"layers.11.mlp"``. A key applies to every frozen weight inside the module. A suffix shared by
+    several modules (``"mlp"``) applies to all of them. Where several keys cover a weight, the
+    deepest module wins, then the longer key. Layers that no key covers stay dense.
+
+    Attributes:
+        sparsity: one number for every layer, a mapping of key to number, or ``"default"``.
+        tokens: which tokens are computed sparsely: ``"all"``, or ``"context"`` (those without
+            loss).
+        start_step: training stays dense before it; an int counts steps, a float is a fraction of
+            training.
+        end_step: training is dense again from it on (None: never); same units.
+        channel_multiple: the number of kept channels is rounded up to a multiple of this.
+        rank: rank of the estimator that the plan was written for, where the file says so.
+    """
+
+    sparsity: float | dict[str, float] | str
+    tokens: str
+    start_step: int | float
+    end_step: int | float | None
+    channel_multiple: int
+    rank: int | None
+
+    def __init__(
+        self,
+        sparsity: float | Mapping[str, float] | str | os.PathLike[str],
+        *,
+        tokens: str | None = None,
+        start_step: int | float | None = None,
+        end_step: int | float | None = None,
+        channel_multiple: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        """Check and keep the values; ``sparsity`` may also be the path of a YAML file.
+
+        Args left at None take the file's value, else: tokens "all", start_step 0, end_step None,
+        channel_multiple 16.
+
+        Raises:
+            PlanError: any value out of range, or the file is missing or malformed.
+        """
+        given = (tokens, start_step, end_step, channel_multiple, rank)
+        values: dict[str, Any] = dict(zip(_OWN_KEYS[1:], ("all", 0, None, 16, None), strict=True))
+        if isinstance(sparsity, os.PathLike) or (
+            isinstance(sparsity, str) and sparsity != _DEFAULT
+        ):
+            values |= _read_yaml(Path(sparsity))
+        else:
+            values["sparsity"] = sparsity
+        values |= {k: v for k, v in zip(_OWN_KEYS[1:], given, strict=True) if v is not None}
+        start, end = _check_schedule(values["start_step"], values["end_step"])
+        set_ = object.__setattr__
+        set_(self, "sparsity", _check_sparsity(values["sparsity"]))
+        set_(self, "tokens", _check_tokens(values["tokens"]))
+        set_(self, "start_step", start)
+        set_(self, "end_step", end)
+        for key in ("channel_multiple", "rank"):
+            value = values[key]
+            optional = key == "rank" and value is None
+            set_(self, key, value if optional else _check_positive(key, value))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> SparsityPlan:
+        """Read a plan written by ``to_yaml`` or a file of the reference implementation.
+
+        Of the latter, ``mode: svd_8`` becomes ``rank=8``, ``mode: dense`` sets every layer to 0,
+        ``skip_output_tokens: True`` becomes ``tokens="context"``; ``ffn_sparsity`` and
+        ``qkvo_sparsity`` (labels there, without effect) are ignored.
+
+        Raises:
+            PlanError: no such file, not YAML, an unknown key or a value out of range.
+        """
+        return cls(Path(path))
+
+    @classmethod
+    def default(cls) -> SparsityPlan:
+        """A conservative plan by structure alone.
+
+        In the repeated blocks of the model the first quarter (at least one) and the last stay
+        dense, as the paper finds early layers sensitive; the others get 0.75 in FFN and 0.25 in
+        attention regions. Weights outside the blocks stay dense. A model without numbered blocks
+        gets 0.5 in FFN regions and 0 in attention.
+        """
+        return cls(_DEFAULT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; ``SparsityPlan(**plan.to_dict()) == plan``."""
+        sparsity = dict(self.sparsity) if isinstance(self.sparsity, dict) else self.sparsity
+        return {"sparsity": sparsity} | {
+            key: getattr(self, key) for key in _OWN_KEYS if key != "sparsity"
+        }
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write ``to_dict()`` as YAML; ``from_yaml`` reads it back to an equal plan."""
+        try:
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {str(path)!r}: {error}") from error
+
+    def resolve(
+        self, frozen: list[FrozenWeight], module_names: Iterable[str]
+    ) -> dict[str, Sparsity]:
+        """Map the ``name`` of every frozen weight to its sparsity; both fields are equal for
+        explicit keys.
+
+        Args:
+            frozen: from ``frozen_weights(model)``.
+            module_names: all names in ``model.named_modules()``, used to explain a key that covers
+                nothing.
+
+        Raises:
+            PlanError: a key covers no frozen weight; names the nearest keys that would.
+        """
+        if isinstance(self.sparsity, str):
+            return _structural_default(frozen)
+        if isinstance(self.sparsity, float):
+            return {w.name: Sparsity(self.sparsity, self.sparsity) for w in frozen}
+        best: dict[str, tuple[int, int, float]] = {}
+        for key, value in self.sparsity.items():
+            covered = False
+            for w in frozen:
+                distances = [suffix_distance(key, name) for name in (w.name, *w.shared)]
+                hits = [d for d in distances if d is not None]
+                if hits:
+                    covered = True
+                    rank = (min(hits), -len(key.split(".")), value)
+                    best[w.name] = min(best.get(w.name, rank), rank, key=lambda r: r[:2])
+            if not covered:
+                raise _unknown_layer(key, frozen, module_names)
+        values = {w.name: best[w.name][2] if w.name in best else 0.0 for w in frozen}
+        return {name: Sparsity(value, value) for name, value in values.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(
+            f"cannot read the plan {str(path)!r}: {error}; expected the path of a YAML file"
+        ) from error
+    if not isinstance(data, dict) or "sparsity" not in data:
+        raise PlanError(
+            f"{str(path)!r} is no plan; expected a YAML mapping with the key 'sparsity'"
+        )
+    for key in data:
+        if key not in _OWN_KEYS + _REFERENCE_KEYS:
+            hint = _nearest(str(key), _OWN_KEYS + _REFERENCE_KEYS)
+            raise PlanError(f"{str(path)!r} has the unknown key {key!r}; {hint}")
+    mode, skip = data.pop("mode", None), data.pop("skip_output_tokens", None)
+    values = {key: value for key, value in data.items() if key in _OWN_KEYS}
+    if skip is not None and not isinstance(skip, bool):
+        raise PlanError(f"skip_output_tokens is {skip!r}; allowed: true, false")
+    if skip and values.setdefault("tokens", "context") != "context":
+        raise PlanError(
+            f"skip_output_tokens: true contradicts tokens: {values['tokens']!r}; keep one"
+        )
+    if mode == "dense":
+        checked = _check_sparsity(values["sparsity"])
+        values["sparsity"] = dict.fromkeys(checked, 0.0) if isinstance(checked, dict) else 0.0
+    elif mode is not None:
+        match = re.fullmatch(r"svd_([1-9]\d*)", str(mode))
+        if match is None:
+            raise PlanError(f"mode is {mode!r}; allowed: 'dense', or 'svd_<rank>' such as 'svd_8'")
+        values.setdefault("rank", int(match[1]))
+    return values
+
+
+def _check_sparsity(value: Any) -> float | dict[str, float] | str:
+    if isinstance(value, str) and value == _DEFAULT:
+        return value
+    if not isinstance(value, Mapping):
+        return _check_fraction("sparsity", value)
+    for key in value:
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise PlanError(
+                f"the key {key!r} is no module name; expected a dotted name such as 'layers.1.mlp'"
+            )
+    return {key: _check_fraction(f"the sparsity of {key!r}", s) for key, s in value.items()}
+
+
+def _check_fraction(what: str, value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 <= float(value) < 1:
+        return float(value)
+    raise PlanError(f"{what} is {value!r}; allowed: a number in [0, 1), where 0 is dense")
+
+
+def _check_positive(what: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise PlanError(f"{what} is {value!r}; allowed: a positive int")
+
+
+def _check_tokens(value: Any) -> str:
+    if isinstance(value, str) and value in TOKENS:
+        return value
+    raise PlanError(f"tokens is {value!r}; {_nearest(str(value), TOKENS)}")
+
+
+def _check_schedule(start: Any, end: Any) -> tuple[int | float, int | float | None]:
+    for what, value, top in (("start_step", start, False), ("end_step", end, True)):
+        if value is None and what == "end_step":
+            continue
+        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        fraction = isinstance(value, float) and (0.0 <= value < 1.0 or (top and value == 1.0))
+        if not (counts or fraction):
+            raise PlanError(
+                f"{what} is {value!r}; allowed: a step count (int >= 0), or a fraction of training "
+                "in [0, 1)"
+            )
+    if end is not None and type(end) is type(start) and end < start:
+        raise PlanError(
+            f"end_step {end!r} comes before start_step {start!r}; raise end_step or leave it out"
+        )
+    return start, end
+
+
+def _nearest(word: str, allowed: Iterable[str]) -> str:
+    """Ask whether a close match was meant, or else list what is allowed (shortened)."""
+    options = list(dict.fromkeys(allowed))
+    close = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(repr(o) for o in options[:8]) + (", ..." if len(options) > 8 else "")
+    return f"allowed: {shown or 'nothing'}"
+
+
+def _unknown_layer(key: str, frozen: list[FrozenWeight], module_names: Iterable[str]) -> PlanError:
+    exists = any(suffix_distance(key, name) == 0 for name in module_names)
+    why = (
+        "matches a module that holds no frozen weight"
+        if exists
+        else "matches no module of this model"
+    )
+    valid: dict[str, None] = {}
+    for w in frozen:
+        parts = canonical_path(w.name).split(".")
+        for end in range(len(parts), 0, -1):
+            valid.setdefault(".".join(parts[max(0, end - len(key.split("."))) : end]))
+    if not frozen:
+        return PlanError(
+            f"the plan's key {key!r} {why}: the model has no frozen weight; attach LoRA first"
+        )
+    return PlanError(f"the plan's key {key!r} {why}; {_nearest(key, valid)}")
+
+
+def _structural_default(frozen: list[FrozenWeight]) -> dict[str, Sparsity]:
+    places = block_positions(frozen)
+    if not places:
+        return {w.name: Sparsity(0.5, 0.0) for w in frozen}
+    result = {w.name: Sparsity(0.0, 0.0) for w in frozen}
+    for name, (position, count) in places.items():
+        if max(1, count // 4) <= position < count - 1:
+            result[name] = Sparsity(0.75, 0.25)
+    return result
