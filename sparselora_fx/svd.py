@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .frozen import FrozenWeight, shown, suffix_distance
 
 _BATCH_BYTES = 2 << 30  # of weights in float32 that are factored at once on a GPU
 _DEFAULT_RANK = 8
+_SMALL = 1 << 22  # values of a weight; below it one CPU thread is as fast as many
 
 
 class Factors(NamedTuple):
@@ -60,7 +62,7 @@ def low_rank(
             f"rank is {rank!r}; a {n} x {k} weight allows an int from 1 to {min(n, k)}"
         )
     exact_dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread(w.numel() < _SMALL):
         full = w.detach().to(exact_dtype)
         sketch = rank + oversample
         if sketch >= min(n, k):
@@ -72,7 +74,8 @@ def low_rank(
             raise EstimatorError(
                 "the weight holds inf or NaN; reload the model from a good checkpoint"
             )
-        u, s, vh = torch.linalg.svd(small, full_matrices=False)
+        with _one_thread():
+            u, s, vh = torch.linalg.svd(small, full_matrices=False)
         a = u[..., :rank] * s[..., None, :rank]
         a = a if basis is None else basis @ a
         return a.to(w.dtype), vh[..., :rank, :].to(w.dtype)
@@ -86,11 +89,34 @@ def _range_basis(
     basis: torch.Tensor = w @ omega
     if not bool(torch.isfinite(basis).all()):
         return basis  # QR would raise an opaque error; the caller reports it
-    basis, _ = torch.linalg.qr(basis)
+    basis = _orthonormal(basis)
     for _ in range(iters):
-        right, _ = torch.linalg.qr(w.mT @ basis)
-        basis, _ = torch.linalg.qr(w @ right)
+        basis = _orthonormal(w @ _orthonormal(w.mT @ basis))
     return basis
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    with _one_thread():
+        q: torch.Tensor = torch.linalg.qr(columns)[0]
+    return q
+
+
+@contextmanager
+def _one_thread(when: bool = True) -> Iterator[None]:
+    """Run small or thin CPU work on one thread.
+
+    More threads gain nothing on 16 columns, and where the cores are shared their barriers cost
+    100 times the work itself.
+    """
+    if not when:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ranks_of(weights: list[FrozenWeight], rank: int | Mapping[str, int]) -> dict[str, int]:
