@@ -1,0 +1,1 @@
+"""Demonstrations and measurements that run from a checkout of the repository."""
