@@ -101,7 +101,8 @@ class SVDEstimator:
             model: the model that the files belong to; fixes shapes, dtypes and fingerprints. Its
                 weights are not compared with the files.
             layers: module suffixes (``"layers.3.mlp"``) to read; None: every FFN and attention of
-                the model.
+                the model. The published files may cover only the layers that are sparse in some
+                plan; these are ``[key for key, s in plan.sparsity.items() if s]``.
 
         Raises:
             EstimatorError: files are missing (all are listed) or unreadable, or shapes do not fit
@@ -135,8 +136,8 @@ class SVDEstimator:
             "complete": self.complete,
             "ranks": {name: pair.b.shape[0] for name, pair in self.factors.items()},
             "fingerprint": self.fingerprint,
-            "checksum": _checksum(tensors),
         }
+        header["checksum"] = _checksum(header, tensors)
         target = Path(path)
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
@@ -158,7 +159,7 @@ class SVDEstimator:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
             header = json.loads(metadata.get("sparselora_fx", "null"))
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise EstimatorError(
                 f"cannot read the estimator {str(path)!r}: {error}; build and save it again"
             ) from error
@@ -186,8 +187,11 @@ class SVDEstimator:
         self._compare(weights)
 
     def check_matches(self, model: nn.Module, names: Iterable[str]) -> None:
-        """As ``check``, for the frozen weights called ``names`` only (``FrozenWeight.name`` or
-        ``.canonical``).
+        """As ``check``, for some frozen weights only.
+
+        Args:
+            model: only read.
+            names: of frozen weights, each ``FrozenWeight.name`` or ``FrozenWeight.canonical``.
 
         Raises:
             EstimatorError: also if the model has no frozen weight of such a name.
@@ -239,12 +243,13 @@ def _checked_weights(model: nn.Module) -> list[FrozenWeight]:
     return weights
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    rest = {key: value for key, value in header.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for key in sorted(tensors):
         t = tensors[key]
         digest.update(f"{key}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -267,7 +272,7 @@ def _from_file(header: Any, tensors: dict[str, torch.Tensor]) -> SVDEstimator:
             if missing
             else "has tensors without a fingerprint"
         )
-    if header.get("checksum") != _checksum(tensors):
+    if header.get("checksum") != _checksum(header, tensors):
         raise EstimatorError("is damaged (its checksum differs)")
     factors = {name: Factors(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in prints}
     return SVDEstimator(

@@ -80,8 +80,7 @@ def suffix_distance(key: str, name: str) -> int | None:
     """Steps from module ``name`` up to the deepest ancestor that ``key`` matches by suffix.
 
     0: ``key`` matches ``name`` itself; 1: its parent; ... ; None: no ancestor matches. Both the
-        module name
-    and its canonical form are tried, so a key never has to mention ``base_layer``.
+    module name and its canonical form are tried, so a key never has to mention ``base_layer``.
     ``suffix_distance("layers.1.mlp", "base_model.model.layers.1.mlp.up_proj.base_layer") == 1``.
     """
     wanted = key.split(".")
@@ -100,8 +99,7 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
     """List every frozen weight of ``model`` in ``named_modules()`` order. The model is not changed.
 
     Counted: 2-D floating parameters with ``requires_grad=False`` owned directly by ``nn.Linear``
-        and its
-    subclasses, by transformers' ``Conv1D`` or by any other module (hand-written layers).
+    and its subclasses, by transformers' ``Conv1D`` or by any other module (hand-written layers).
     Not counted: embeddings and weights tied to one, the output head (``get_output_embeddings()``),
     adapter weights (``lora_A``, ``lora_B``, ...) even when frozen, and PEFT's unused
     ``original_module`` copies.
@@ -166,7 +164,7 @@ def _embedding_parameters(model: nn.Module) -> set[int]:
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """Every module inside an output head, for ``model`` itself and for any model nested in it."""
+    """Every module of an output head, for ``model`` itself and for any model nested in it."""
     heads: set[nn.Module] = set()
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
@@ -182,6 +180,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 
 
 def shown(items: list[str], *, quote: bool = True, limit: int = 3) -> str:
+    """The first few items and how many more there are, for a message."""
     text = ", ".join(repr(i) if quote else i for i in items[:limit])
     return text + (f" and {len(items) - limit} more" if len(items) > limit else "")
 

@@ -137,8 +137,9 @@ class SparsityPlan:
     def resolve(
         self, frozen: list[FrozenWeight], module_names: Iterable[str]
     ) -> dict[str, Sparsity]:
-        """Map the ``name`` of every frozen weight to its sparsity; both fields are equal for
-        explicit keys.
+        """Map the ``name`` of every frozen weight to its sparsity.
+
+        Both fields are equal unless this is the default plan; 0.0 where the plan says nothing.
 
         Args:
             frozen: from ``frozen_weights(model)``.
@@ -175,22 +176,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise PlanError(
             f"cannot read the plan {str(path)!r}: {error}; expected the path of a YAML file"
         ) from error
+    for key in data if isinstance(data, dict) else ():
+        if key not in _OWN_KEYS + _REFERENCE_KEYS:
+            hint = _nearest(str(key), _OWN_KEYS + _REFERENCE_KEYS)
+            raise PlanError(f"{str(path)!r} has the unknown key {key!r}; {hint}")
     if not isinstance(data, dict) or "sparsity" not in data:
         raise PlanError(
             f"{str(path)!r} is no plan; expected a YAML mapping with the key 'sparsity'"
         )
-    for key in data:
-        if key not in _OWN_KEYS + _REFERENCE_KEYS:
-            hint = _nearest(str(key), _OWN_KEYS + _REFERENCE_KEYS)
-            raise PlanError(f"{str(path)!r} has the unknown key {key!r}; {hint}")
     mode, skip = data.pop("mode", None), data.pop("skip_output_tokens", None)
     values = {key: value for key, value in data.items() if key in _OWN_KEYS}
     if skip is not None and not isinstance(skip, bool):
         raise PlanError(f"skip_output_tokens is {skip!r}; allowed: true, false")
-    if skip and values.setdefault("tokens", "context") != "context":
-        raise PlanError(
-            f"skip_output_tokens: true contradicts tokens: {values['tokens']!r}; keep one"
-        )
+    implied = "context" if skip else "all"
+    if skip is not None and values.setdefault("tokens", implied) != implied:
+        raise PlanError(f"skip_output_tokens contradicts tokens: {values['tokens']!r}; keep one")
     if mode == "dense":
         checked = _check_sparsity(values["sparsity"])
         values["sparsity"] = dict.fromkeys(checked, 0.0) if isinstance(checked, dict) else 0.0

@@ -1,15 +1,13 @@
-"""Read the predictor files that the reference implementation of SparseLoRA publishes
-(``*_low_rank_{a,b}.pt``).
+"""Read the predictor files ``*_low_rank_{a,b}.pt`` of SparseLoRA's reference implementation.
 
-Each pair of files factors the *transposed* weight, ``W.T = A @ B`` with ``A = U sqrt(S)`` of ``[K,
-r]`` and ``B = sqrt(S) Vh`` of ``[r, N]``. ``layers.N.mlp`` stacks gate (index 0) and up (index 1):
-``[2, K, r]`` and ``[2, r, N]``. ``layers.N.self_attn_q`` (``_k``, ``_v``) is not stacked. There are
-no files for o_proj and down_proj.
+Each pair of files factors the *transposed* weight, ``W.T = A @ B`` with ``A = U sqrt(S)`` of
+``[K, r]`` and ``B = sqrt(S) Vh`` of ``[r, N]``. ``layers.N.mlp`` stacks gate (index 0) and up
+(index 1): ``[2, K, r]`` and ``[2, r, N]``. ``layers.N.self_attn_q`` (``_k``, ``_v``) is not
+stacked. There are no files for o_proj and down_proj.
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -29,8 +27,9 @@ _SITES = {
 def read_spft(
     directory: Path, weights: list[FrozenWeight], layers: list[str] | None = None
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Factors ``(a [N, r], b [r, K])`` by canonical name, rescaled to ``a = U * S``, ``b = Vh``, in
-    the weight's dtype.
+    """Factors ``a`` ``[N, r]`` and ``b`` ``[r, K]`` by canonical name.
+
+    Rescaled to ``a = U * S``, ``b = Vh``; in the dtype of the weight.
 
     Args:
         directory: holds the files directly or in ``mlp/`` and ``attn/``.
@@ -47,6 +46,9 @@ def read_spft(
             "the model has no frozen layers.N.mlp.{gate,up}_proj or "
             "layers.N.self_attn.{q,k,v}_proj to match the files with"
         )
+    for key in layers or ():
+        if all(suffix_distance(key, w.name) is None for w, *_ in sites):
+            raise EstimatorError(f"layers names {key!r}, which holds no weight that has such files")
     if not directory.is_dir():
         raise EstimatorError(
             f"{str(directory)!r} is no folder; expected the folder of one model and rank, '.../r_8'"
@@ -90,7 +92,7 @@ def _find(directory: Path, folder: str, name: str) -> Path | None:
 def _load(path: Path) -> torch.Tensor:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files raise almost anything
         raise EstimatorError(
             f"cannot read {str(path)!r}: {error}; download the file again"
         ) from error

@@ -182,7 +182,11 @@ def factor_group(
         )
     except EstimatorError as error:
         raise EstimatorError(f"{shown([w.name for w in group])}: {error}") from None
-    return [Factors(x.cpu().clone(), y.cpu().clone()) for x, y in zip(a, b, strict=True)]
+    plain = torch.contiguous_format  # own storage, row-major: LAPACK's factors are neither
+    return [
+        Factors(x.cpu().clone(memory_format=plain), y.cpu().clone(memory_format=plain))
+        for x, y in zip(a, b, strict=True)
+    ]
 
 
 def compute_device(device: str | torch.device | None) -> torch.device | None:
