@@ -1,0 +1,28 @@
+"""The pass pipeline: one file a pass, in the order below.
+
+A pass is a plain function ``(rewrite: Rewrite) -> int`` that returns how many changes it made. The runner
+(`sparselora_fx.pipeline`) times it, logs it, checks the graph after it and can leave it out; a pass does its one thing.
+"""
+
+if __name__ != "sparselora_fx.passes":
+    raise ImportError("import sparselora_fx.passes, not passes: this folder is part of the package")
+
+from sparselora_fx.passes.canonicalize import canonicalize
+from sparselora_fx.passes.clean_up import clean_up
+from sparselora_fx.passes.find_regions import find_regions
+from sparselora_fx.passes.find_sites import find_sites
+from sparselora_fx.passes.insert_predictor import insert_predictor
+from sparselora_fx.passes.sink_gathers import sink_gathers
+from sparselora_fx.passes.slice_sites import slice_sites
+
+PIPELINE = (
+    canonicalize,  # one form for what later passes look for
+    find_sites,  # markers -> sites (frozen linear + LoRA branch)
+    find_regions,  # sites -> FFN and attention regions, or the reason why not
+    insert_predictor,  # each region's channel choice, from the factors
+    slice_sites,  # each site by its masked-dense definition, on the choice only
+    sink_gathers,  # compute only what the choice keeps
+    clean_up,  # erase what is unread
+)
+
+__all__ = ["PIPELINE"]

@@ -1,0 +1,215 @@
+"""Group sites into FFN and attention regions."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx
+
+from sparselora_fx.attention import operand_heads
+from sparselora_fx.channels import (
+    Channels,
+    Value,
+    Values,
+    attention_of,
+    propagate,
+    sources_of,
+)
+from sparselora_fx.fx import argument, is_shape_query, op_name, tensor
+from sparselora_fx.layout import ChannelMap, channel_map
+from sparselora_fx.regions import (
+    Attention,
+    Choice,
+    Region,
+    Rewrite,
+    RowPick,
+    Site,
+    Skip,
+    Source,
+    kept_channels,
+)
+from sparselora_fx.scoring import can_score
+
+
+class NoRegion(Exception):
+    """A consumer does not close a region; the text says why."""
+
+
+def find_regions(rewrite: Rewrite) -> int:
+    """Find, for every site, whether it closes a region. Returns the regions found; the graph is unchanged.
+
+    FFN:        h = f(linear(x, w1), linear(x, w2), ...);  y = linear(h, w3)          f pointwise (norms allowed)
+    Attention:  y = linear(merge(attention(heads(linear(x, wq)), heads(linear(x, wk)), heads(linear(x, wv)))), wo)
+    Skips:      a site whose channels are also read elsewhere, layouts that are no affine map, sites whose plan differs,
+                k that rounds to all channels. Every skip carries its reason.
+    """
+    values = rewrite.values = propagate(rewrite.graph, rewrite.sites)
+    reasons: dict[Site, str] = {}
+    found: list[Region] = []
+    for consumer in rewrite.sites:
+        try:
+            found.append(_region(consumer, values, rewrite))
+        except NoRegion as reason:
+            reasons[consumer] = str(reason)
+    _drop_overlaps(found, reasons)
+    for region in found:
+        try:
+            _check_readers(region, values)
+            _check_factors(region)
+            _choose_kept(region, rewrite)
+            rewrite.regions.append(region)
+        except NoRegion as reason:
+            reasons |= dict.fromkeys(region.sites, str(reason))
+    taken = {site for region in rewrite.regions for site in region.sites}
+    for site in rewrite.sites:
+        if site not in taken:
+            reason = reasons.get(site, "its output feeds no region")
+            rewrite.skips.append(Skip(site.weight, reason))
+    return len(rewrite.regions)
+
+
+def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
+    value = values.get(consumer.x)
+    if not isinstance(value, Channels) or not value.roots:
+        raise NoRegion("its input is not a function of marked linears' channels alone, and its output feeds no region")
+    attention = attention_of(value)
+    if attention is not None:
+        return _attention_region(consumer, value, attention, values)
+    if any(isinstance(source, Attention) for source in value.roots) or not value.ports:
+        raise NoRegion("its input comes from an attention whose head layout is not understood")
+    return _ffn_region(consumer, value, values)
+
+
+def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
+    picks: dict[Site, list[ChannelMap]] = {}
+    for port in value.ports:
+        mapped = channel_map(port.layout) if port.layout is not None else None
+        if mapped is None or not isinstance(port.source, Site):
+            raise NoRegion("its input mixes or reorders channels in a way that is no affine map of weight rows")
+        if mapped[0] != consumer.in_features:
+            raise NoRegion("its input is not aligned with the channels of its producers")
+        picks.setdefault(port.source, []).append(mapped[1])
+    for site, maps in picks.items():
+        if len({(m.inner, m.outer_stride) for m in maps}) != 1:
+            raise NoRegion("the halves of a fused projection are laid out differently")
+        if len(maps) * consumer.in_features != site.out_features:
+            raise NoRegion("some rows of its producer are used by something else")
+    if set(value.roots) != set(picks):
+        raise NoRegion("its input also depends on other marked linears")
+    if any(site.x is consumer.x for site in picks):
+        raise NoRegion("it reads what its producers read")
+    if not can_score(consumer.x, values):
+        raise NoRegion("the function between its producers and itself cannot be replayed on scores")
+    producers = [RowPick(site, tuple(sorted(maps))) for site, maps in picks.items()]
+    choice = Choice("ffn", consumer.in_features, 0, producers)
+    return Region("ffn", [choice], RowPick(consumer, (ChannelMap(1, 1, 0),)))
+
+
+def _attention_region(
+    consumer: Site, value: Channels, attention: Attention, values: Values
+) -> Region:
+    port = next(p for p in value.ports if p.source is attention)
+    mapped = channel_map(port.layout) if port.layout is not None else None
+    columns = attention.heads * attention.value_dim
+    if mapped not in {(columns, ChannelMap(1, 1, 0))} or consumer.in_features != columns:
+        raise NoRegion("the attention's output reaches it in another order than head by head")
+    query, key, mixed = _operands(attention, values)
+    q, k, v = (operand_heads(operand) for operand in (query, key, mixed))
+    assert q is not None and k is not None and v is not None
+    picks = {
+        "q": _query_rows(q.site, q.offset, q.head_stride, attention, attention.head_dim),
+        "k": RowPick(k.site, (ChannelMap(attention.head_dim, k.head_stride, k.offset),)),
+        "v": RowPick(v.site, (ChannelMap(attention.value_dim, v.head_stride, v.offset),)),
+    }
+    qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [picks["q"], picks["k"]])
+    vv = Choice("v", attention.kv_heads * attention.value_dim, 0, [picks["v"]])
+    used = Counter[Site]()
+    for choice in (qk, vv):
+        for pick in choice.producers:
+            used[pick.site] += choice.channels * len(pick.maps)
+    if any(rows != site.out_features for site, rows in used.items()):
+        raise NoRegion("some rows of a query, key or value projection are used by something else")
+    out = _query_rows(consumer, 0, attention.value_dim, attention, attention.value_dim)
+    return Region("attention", [qk, vv], out, attention)
+
+
+def _query_rows(site: Site, offset: int, stride: int, attention: Attention, dim: int) -> RowPick:
+    """Rows of every query head that shares a kv head, for a channel of that kv head (`repeat_kv`'s order)."""
+    group = attention.heads // attention.kv_heads
+    if attention.group_inner:
+        maps = [ChannelMap(dim, group * stride, offset + g * stride) for g in range(group)]
+    else:
+        step = attention.kv_heads * stride
+        maps = [ChannelMap(dim, stride, offset + g * step) for g in range(group)]
+    return RowPick(site, tuple(maps))
+
+
+def _operands(attention: Attention, values: Values) -> tuple[Channels, Channels, Channels]:
+    node = attention.node
+    scores = [values[n] for n in node.all_input_nodes if n in values]
+    first = scores[0]
+    if not isinstance(first, Channels) and not isinstance(first, tuple):
+        mixed = next(v for v in scores if isinstance(v, Channels))
+        return first.query, first.key, mixed
+    held = [values[argument(node, i, name)] for i, name in enumerate(("query", "key", "value"))]
+    query, key, mixed = (value for value in held if isinstance(value, Channels))
+    return query, key, mixed
+
+
+def _drop_overlaps(regions: list[Region], reasons: dict[Site, str]) -> None:
+    """A producer that feeds two regions would need two choices: leave all of them dense."""
+    count = Counter(site for region in regions for site in region.sites)
+    for region in list(regions):
+        if any(count[site] > 1 for site in region.sites):
+            regions.remove(region)
+            text = "one of its region's linears also belongs to another region"
+            reasons |= dict.fromkeys(region.sites, text)
+
+
+def _check_readers(region: Region, values: Values) -> None:
+    """Refuse a region whose channels anybody but its consumer reads."""
+    producers = {site for site in region.sites if site is not region.consumer.site}
+    inside: set[Source] = {*producers}
+    if region.attention is not None:
+        inside.add(region.attention)
+    consumer = region.consumer.site
+    allowed = consumer.adapter_nodes | {consumer.node}
+    for node, value in values.items():
+        if not inside & sources_of(value) or node in allowed:
+            continue
+        if node is consumer.node:
+            continue
+        for user in node.users:
+            if user in allowed or is_shape_query(user) or _inside(values.get(user), inside):
+                continue
+            raise NoRegion(f"its channels are also read by {_describe(user)}")
+
+
+def _inside(value: Value | None, inside: set[Source]) -> bool:
+    return bool(inside & sources_of(value))
+
+
+def _describe(node: fx.Node) -> str:
+    return "the graph's output" if node.op == "output" else f"{op_name(node)} ({node.name})"
+
+
+def _check_factors(region: Region) -> None:
+    for choice in region.choices:
+        for pick in choice.producers:
+            factor = tensor(pick.site.factors[0])
+            if factor is None or factor.shape[0] != pick.site.out_features:
+                raise NoRegion("the estimator has no factors for one of its producers")
+
+
+def _choose_kept(region: Region, rewrite: Rewrite) -> None:
+    """Set k of every choice, or refuse the region."""
+    sparsities = {getattr(site.spec, region.kind) for site in region.sites}
+    if len(sparsities) != 1:
+        raise NoRegion(f"the plan gives its linears different sparsities: {sorted(sparsities)}")
+    sparsity = sparsities.pop()
+    if sparsity == 0:
+        raise NoRegion("the plan keeps it dense (sparsity 0)")
+    for choice in region.choices:
+        choice.kept = kept_channels(choice.channels, sparsity, rewrite.options.channel_multiple)
+    if all(choice.kept == choice.channels for choice in region.choices):
+        raise NoRegion("k rounds up to all of its channels")

@@ -1,0 +1,107 @@
+"""Replace the linears of each region by sliced ones: exact, one site at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sparselora_fx.ops import OPS
+from sparselora_fx.passes.insert_predictor import channel_rows
+from sparselora_fx.regions import Region, Rewrite, Site
+
+
+def slice_sites(rewrite: Rewrite) -> int:
+    """Slice every site of every region with its selection. Returns the sites sliced.
+
+    Before:  g: [T, N] = linear(x, wg, bg);                  y: [T, M] = linear(h, wd, bd)
+    After:   c: [T, k] = sliced_linear(x, wg, s)             d: [T, k] = gather_channels(h, s)
+             g: [T, N] = scatter_channels(c, s, N) + bg      y: [T, M] = sliced_linear_in(d, wd, s) + bd
+    Keeps:   biases and LoRA branches at full width; with lora_branch="sparse" the branches are cut to the
+             selection too. What each site computes is its definition (masked-dense), whatever reads it.
+    """
+    sliced = 0
+    for region in rewrite.regions:
+        for site in region.sites:
+            if site is not region.consumer.site:
+                _slice_producer(site, region, rewrite)
+                sliced += 1
+        _slice_consumer(region, rewrite)
+        sliced += 1
+    return sliced
+
+
+def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
+    graph = rewrite.graph
+    with graph.inserting_before(site.node):
+        parts = []
+        for choice in region.choices:
+            assert choice.selection is not None
+            picks = [pick for pick in choice.producers if pick.site is site]
+            parts += [channel_rows(graph, choice.selection, pick) for pick in picks]
+        rows = parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (parts,))
+        region.rows[site] = rows
+        weight = _logical_weight(graph, site)
+        kept = graph.call_function(OPS.sliced_linear.default, (site.x, weight, rows))
+        full = _scatter(graph, kept, rows, site.out_features, like=site.node)
+        result = _add_bias(graph, full, site)
+    _replace(site.node, result)
+    if rewrite.options.lora_branch == "sparse":
+        for addition, branch in site.adapter_adds.items():
+            with graph.inserting_before(addition):
+                addition.replace_input_with(branch, _mask(graph, branch, rows, site.out_features))
+
+
+def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
+    graph, site = rewrite.graph, region.consumer.site
+    selection = region.choices[-1].selection
+    assert selection is not None
+    with graph.inserting_before(site.node):
+        columns = channel_rows(graph, selection, region.consumer)
+        region.rows[site] = columns
+        kept = graph.call_function(OPS.gather_channels.default, (site.x, columns))
+        out = graph.call_function(
+            OPS.sliced_linear_in.default, (kept, _logical_weight(graph, site), columns)
+        )
+        result = _add_bias(graph, out, site)
+    _replace(site.node, result)
+    if rewrite.options.lora_branch == "sparse":
+        _mask_adapter_input(region, graph, columns)
+
+
+def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:
+    """Let the consumer's LoRA branch read only the selected channels."""
+    site = region.consumer.site
+    readers = [node for node in graph.nodes if node in site.adapter_nodes]
+    for reader in readers:
+        for source in [n for n in reader.all_input_nodes if n not in site.adapter_nodes]:
+            if source.op == "placeholder":
+                continue
+            # The branch may come before the base linear, where the columns do not exist yet: take them along.
+            with graph.inserting_before(reader):
+                cols = graph.node_copy(columns) if columns.op == "call_function" else columns
+                reader.replace_input_with(source, _mask(graph, source, cols, site.in_features))
+
+
+def _mask(graph: fx.Graph, x: fx.Node, idx: fx.Node, n: int) -> fx.Node:
+    kept = graph.call_function(OPS.gather_channels.default, (x, idx))
+    return _scatter(graph, kept, idx, n, like=x)
+
+
+def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node) -> fx.Node:
+    full = graph.call_function(OPS.scatter_channels.default, (y, idx, n))
+    full.meta["example_value"] = like.meta["example_value"]
+    return full
+
+
+def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
+    return y if site.bias is None else graph.call_function(torch.add, (y, site.bias))
+
+
+def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:
+    """The weight as ``[N, K]``."""
+    return graph.call_function(torch.t, (site.weight,)) if site.transposed else site.weight
+
+
+def _replace(old: fx.Node, new: fx.Node) -> None:
+    new.meta["example_value"] = old.meta["example_value"]
+    old.replace_all_uses_with(new)

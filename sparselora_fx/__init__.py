@@ -1,0 +1,23 @@
+"""SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside torch.compile."""
+
+from sparselora_fx.api import compile, restore
+from sparselora_fx.errors import CompileError, EstimatorError, PlanError, SparseLoraError
+from sparselora_fx.estimator import SVDEstimator
+from sparselora_fx.explain import explain
+from sparselora_fx.plan import SparsityPlan
+from sparselora_fx.recording import Recording, record
+
+__version__ = "0.1.0"
+__all__ = [
+    "CompileError",
+    "EstimatorError",
+    "PlanError",
+    "Recording",
+    "SVDEstimator",
+    "SparseLoraError",
+    "SparsityPlan",
+    "compile",
+    "explain",
+    "record",
+    "restore",
+]

@@ -1,0 +1,189 @@
+"""`compile` and `restore`: the same model object goes in and comes out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sparselora_fx import _torch, autograd
+from sparselora_fx.backend import make_backend
+from sparselora_fx.errors import CompileError, PlanError
+from sparselora_fx.estimator import SVDEstimator
+from sparselora_fx.frozen import FrozenWeight, frozen_weights
+from sparselora_fx.plan import SparsityPlan, Sparsity
+from sparselora_fx.recording import get_state
+from sparselora_fx.regions import Options
+from sparselora_fx.state import ATTRIBUTE, State
+from sparselora_fx.tokens import call_arguments, token_weight
+
+assert autograd.OPS is not None  # importing it registers the derivatives
+
+
+class CompiledForward:
+    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the model's own forward."""
+
+    def __init__(
+        self, model: nn.Module, state: State, compiled: Callable[..., Any], *, compile_eval: bool
+    ) -> None:
+        self.model = model
+        self.state = state
+        self.compiled = compiled
+        self.compile_eval = compile_eval
+        self.original: Callable[..., Any] = model.forward
+        self.replaced = model.__dict__.get("forward")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base_forward = base.forward if base is not model else self.original
+        self.cacheable = "use_cache" in inspect.signature(self.base_forward).parameters
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if not state.active or not (self.model.training or self.compile_eval):
+            return self.original(*args, **kwargs)
+        arguments = call_arguments(self.base_forward, args, kwargs)
+        phase = state.phase
+        phase.sparse = self.model.training
+        phase.token_weight = token_weight(arguments) if phase.sparse else None
+        if self.cacheable and self.model.training and arguments.get("use_cache") is None:
+            if arguments.get("past_key_values") is None:
+                kwargs["use_cache"] = False  # a training step reads no cache; with one, keys would escape
+        return self.compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise CompileError(
+            "a compiled model cannot be deep-copied: its forward belongs to this very object; "
+            "call sparselora_fx.restore(model), copy it, then compile each copy"
+        )
+
+
+def compile(
+    model: nn.Module,
+    estimator: SVDEstimator | None = None,
+    *,
+    plan: SparsityPlan | float | Mapping[str, float] | str | None = None,
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    lora_branch: str = "dense",
+    compile_eval: bool = False,
+) -> nn.Module:
+    """Make a model's training steps use only the channels that matter; returns the same object.
+
+    Args:
+        model: any module with frozen linears, usually a PEFT model. Its class, parameters and state_dict keys stay.
+        estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`).
+        plan: sparsity per layer; also a number, a mapping or a YAML path; None: a conservative structural default.
+        backend: "inductor" (native code), "aot_eager" or "eager" (the same rewrites, run by PyTorch's own kernels).
+        dynamic: as in `torch.compile`: None lets the second batch length switch to dynamic sizes.
+        lora_branch: "dense" computes LoRA branches at full width; "sparse" on the kept channels only.
+        compile_eval: compile the (always dense) evaluation forward too.
+
+    A model that is already compiled is restored first, so the call replaces. In training calls `use_cache` is False
+    unless the caller passes it: a step needs no KV cache.
+
+    Raises:
+        CompileError: no model, no frozen linears, weights on the meta device, an unknown word for an option.
+        EstimatorError: the estimator belongs to another model.
+        PlanError: the plan names unknown layers, or cannot be carried out.
+        In every case the model is left exactly as it was.
+    """
+    _check_words(model, estimator, backend, lora_branch)
+    assert estimator is not None
+    plan = _as_plan(plan)
+    frozen = _frozen_on_device(model)
+    estimator.check(model)
+    names = [name for name, _ in model.named_modules()]
+    sparsity = plan.resolve(frozen, names)
+    _check_multiple(plan, frozen, sparsity)
+    if ATTRIBUTE in model.__dict__:
+        restore(model)
+    state = State(model, plan, sparsity, frozen)
+    options = Options(plan.channel_multiple, lora_branch)
+    run = _torch.compile_callable(model.forward, make_backend(state, backend, options), dynamic)
+    forward = CompiledForward(model, state, run, compile_eval=compile_eval)
+    state.mark(estimator.factors)
+    model.__dict__[ATTRIBUTE] = state
+    model.__dict__["forward"] = forward
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `compile`: the model computes, saves and looks as it did before. Returns the same object.
+
+    Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward`` since: the
+    wrapped forward then passes straight through to the original.
+
+    Raises:
+        CompileError: the model is not compiled.
+    """
+    state = get_state(model)
+    state.active = False
+    state.unmark()
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, CompiledForward):
+        if forward.replaced is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = forward.replaced
+    del model.__dict__[ATTRIBUTE]
+    return model
+
+
+def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(estimator, SVDEstimator):
+        raise CompileError(
+            f"estimator must be an SVDEstimator, got {type(estimator).__name__}; "
+            "build one with sparselora_fx.SVDEstimator.build(model, rank=8)"
+        )
+    if backend not in _torch.BACKENDS:
+        allowed = ", ".join(map(repr, _torch.BACKENDS))
+        raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
+    if lora_branch not in ("dense", "sparse"):
+        raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
+
+
+def _as_plan(plan: Any) -> SparsityPlan:
+    plan = SparsityPlan.default() if plan is None else plan
+    plan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
+    if plan.tokens != "all":
+        raise PlanError(f"tokens={plan.tokens!r} is not supported yet; pass tokens='all'")
+    if plan.start_step or plan.end_step is not None:
+        warnings.warn(
+            "start_step and end_step are read but not followed yet: training is sparse from the first call",
+            stacklevel=3,
+        )
+    return plan
+
+
+def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
+    frozen = frozen_weights(model)
+    if not frozen:
+        raise CompileError(
+            "the model has no frozen linear weight, so there is nothing to skip; "
+            "attach LoRA first (peft.get_peft_model) or set requires_grad=False on the base weights"
+        )
+    meta = [weight.name for weight in frozen if weight.weight.is_meta]
+    if meta:
+        raise CompileError(
+            f"{len(meta)} frozen weights are on the meta device (first: {meta[0]}); load real weights first"
+        )
+    return frozen
+
+
+def _check_multiple(
+    plan: SparsityPlan, frozen: list[FrozenWeight], sparsity: Mapping[str, Sparsity]
+) -> None:
+    widths = [w.out_features for w in frozen if max(sparsity[w.name]) > 0]
+    if widths and plan.channel_multiple > max(widths):
+        raise PlanError(
+            f"channel_multiple={plan.channel_multiple} asks to keep more channels than any layer in the plan has "
+            f"({max(widths)}); choose at most {max(widths)}, usually 16"
+        )
+
+

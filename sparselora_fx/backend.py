@@ -1,0 +1,49 @@
+"""The torch.compile backend: run the passes on each graph, compile it, and keep what it chose within reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from sparselora_fx import _torch
+from sparselora_fx.passes import PIPELINE
+from sparselora_fx.pipeline import GraphReport, run
+from sparselora_fx.regions import Options
+from sparselora_fx.state import State
+
+
+def make_backend(state: State, name: str, options: Options) -> Callable[..., Any]:
+    """A backend for ``torch.compile``. Graphs without a marked site go to the named backend untouched."""
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        state.graphs += 1
+        report = run(gm, options, PIPELINE)
+        compiled = _torch.backend_compile(name, gm, inputs, rewritten=report is not None)
+        return compiled if report is None else _Rewritten(compiled, report, state)
+
+    return backend
+
+
+class _Rewritten:
+    """A compiled graph whose extra outputs (selections and rows) are taken off before its caller sees them."""
+
+    def __init__(self, compiled: Callable[..., Any], report: GraphReport, state: State) -> None:
+        self.compiled = compiled
+        self.report = report
+        self.state = state
+        self.observed: set[int] = set()
+        sites = [site for region in report.regions for site in region.sites] + report.dense
+        self.key = sites[0].weight
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self.compiled(*args)
+        who = id(args[self.key])  # one graph serves many layers: they differ in the weights they pass
+        if who not in self.observed:
+            self.observed.add(who)
+            self.state.observe(self.report, args)
+        own = len(outputs) - self.report.extra
+        if self.state.recorder is not None:
+            self.state.recorder.add(self.report, args, outputs[own:], self.state)
+        return outputs[:own]

@@ -1,0 +1,134 @@
+"""Small helpers over FX nodes. Nothing here knows about LoRA or sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+Shape = torch.Size
+
+_TRANSPARENT = {
+    "aten::detach", "aten::alias", "aten::_to_copy", "aten::clone", "aten::expand", "aten::view",
+    "aten::lift_fresh", "aten::unsqueeze", "aten::scalar_tensor", "aten::full",
+}  # fmt: skip
+
+
+def op_name(node: fx.Node) -> str:
+    """The name of what a call node does, the same for a function and for a method (``torch.mul``, ``x.mul`` -> ``mul``)."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        packet = getattr(node.target, "overloadpacket", None)
+        return str(getattr(packet or node.target, "__name__", node.target))
+    return node.op
+
+
+def value(node: Any) -> Any:
+    """The example value Dynamo left on a node (a fake tensor, a symbolic integer, a tuple, ...), or None."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor of a node, or None if it is no tensor."""
+    example = value(node)
+    return example if isinstance(example, torch.Tensor) else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """One argument of a call, whether it was passed by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def axis_argument(node: fx.Node, position: int, name: str, rank: int, default: int = 0) -> int:
+    """A dimension argument as a non-negative integer."""
+    return int(argument(node, position, name, default)) % rank
+
+
+def is_shape_query(node: fx.Node) -> bool:
+    """Whether a node reads only sizes, dtypes or devices: it returns no tensor made from its input's data."""
+    if op_name(node) in ("size", "dim", "numel", "stride", "is_floating_point", "sym_size"):
+        return True
+    return op_name(node) == "getattr" and argument(node, 1, "") in ("shape", "dtype", "device", "ndim")
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[torch._ops.OpOverload] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a call computes each output element from the matching input elements alone.
+
+    Asked of the operator library itself: the call is run on tiny meta tensors, and every ATen op it dispatches
+    to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is recognised, without a table.
+    """
+    result = tensor(node)
+    if node.op not in ("call_function", "call_method") or result is None:
+        return False
+    inputs = [t for n in node.all_input_nodes if (t := tensor(n)) is not None]
+    if not inputs or max(t.dim() for t in inputs) != result.dim():
+        return False
+    try:
+        ops = _dispatched(node)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+        return False  # not callable on tiny shapes: whatever it is, it is not pointwise
+    return bool(ops) and all(_is_elementwise(op) for op in ops)
+
+
+def _dispatched(node: fx.Node) -> list[torch._ops.OpOverload]:
+    args = tree_map(_tiny, (tuple(node.args), dict(node.kwargs)))
+    with _Recorder() as recorder, torch.no_grad():
+        if node.op == "call_method":
+            out = getattr(args[0][0], str(node.target))(*args[0][1:], **args[1])
+        else:
+            assert callable(node.target)
+            out = node.target(*args[0], **args[1])
+    shapes = [leaf.shape for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if not isinstance(out, torch.Tensor) or out.shape != torch.broadcast_shapes(*shapes):
+        return []
+    return recorder.ops
+
+
+def _tiny(leaf: Any) -> Any:
+    example = value(leaf)
+    if isinstance(example, torch.Tensor):
+        shape = [1 if isinstance(s, int) and s == 1 else 3 for s in example.shape]
+        return torch.empty(shape, dtype=example.dtype, device="meta")
+    return 3 if isinstance(example, torch.SymInt) else example
+
+
+def _is_elementwise(op: torch._ops.OpOverload) -> bool:
+    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+        return False
+    return torch.Tag.pointwise in op.tags or op._schema.name in _TRANSPARENT
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, list[Any]]]:
+    """Every higher-order op of a graph: ``(call node, body, operands in the order of the body's placeholders)``.
+
+    Covers activation checkpointing, `invoke_subgraph` and any op that takes one body and then its operands.
+    """
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        owned = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        modules = [(a, getattr(gm, str(a.target), None)) for a in owned]
+        graphs = [(a, m) for a, m in modules if isinstance(m, fx.GraphModule)]
+        if len(graphs) != 1:
+            continue
+        operands = [a for a in node.args if a is not graphs[0][0] and not isinstance(a, str)]
+        body = graphs[0][1]
+        if len(operands) == len(body.graph.find_nodes(op="placeholder")):
+            yield node, body, operands

@@ -1,0 +1,230 @@
+"""Where the channels of a linear's output went: a small algebra of strided layouts.
+
+A tensor that was made from a linear's output by moving data only (view, transpose, slice, chunk, expand, cat, ...)
+holds, at each position, one row of that linear's weight. For every layout that models use, the row is an affine
+function of the position: ``row = offset + sum(stride_i * index_i)``. A dimension is a tuple of atoms, outermost
+first, so that a reshape never loses the structure (a `repeat_kv` is an atom of stride 0). Token dimensions carry
+atoms of stride None. This is the layout idea of CuTe, restricted to what tracing channels needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size = int | torch.SymInt
+
+
+class Atom(NamedTuple):
+    """One factor of a dimension: its size, and how far one step moves in rows (None: a token dimension)."""
+
+    size: Size
+    stride: int | None
+
+
+Dim = tuple[Atom, ...]
+
+
+class ChannelMap(NamedTuple):
+    """Rows of channel c: ``(c // inner) * outer_stride + c % inner + offset`` (the arguments of `channel_rows`)."""
+
+    inner: int
+    outer_stride: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Row index as a function of position: ``offset`` plus each atom's ``stride * index``."""
+
+    offset: int
+    dims: tuple[Dim, ...]
+
+    @staticmethod
+    def of_linear(shape: Sequence[Size]) -> Layout:
+        """The layout of a fresh linear output ``[..., N]``: row n at channel n."""
+        tokens = tuple((Atom(size, None),) for size in shape[:-1])
+        return Layout(0, (*tokens, (Atom(shape[-1], 1),)))
+
+    def reshape(self, shape: Sequence[Size]) -> Layout | None:
+        """The layout after a row-major reshape to ``shape``; None if a dimension would mix atoms unevenly."""
+        atoms = [atom for dim in self.dims for atom in dim if not _equal(atom.size, 1)]
+        dims: list[Dim] = []
+        for size in reversed(shape):
+            dim = _take(atoms, size)
+            if dim is None:
+                return None
+            dims.append(dim)
+        return replace(self, dims=tuple(reversed(dims))) if not atoms else None
+
+    def permute(self, order: Sequence[int]) -> Layout:
+        """The layout after ``permute(order)``."""
+        return replace(self, dims=tuple(self.dims[axis] for axis in order))
+
+    def slice(self, axis: int, start: int, length: Size, step: int = 1) -> Layout | None:
+        """The layout of ``[start : start + step * length : step]`` along one dimension."""
+        dim = self.dims[axis]
+        if len(dim) == 1:
+            (size, stride) = dim[0]
+            moved = 0 if stride is None else stride * start
+            taken: Dim = (Atom(length, None if stride is None else stride * step),)
+        elif not dim:
+            return self
+        else:
+            split = _slice_outer(dim, start, length, step)
+            if split is None:
+                return None
+            moved, taken = split
+        dims = (*self.dims[:axis], taken, *self.dims[axis + 1 :])
+        return Layout(self.offset + moved, dims)
+
+    def drop(self, axis: int) -> Layout:
+        """The layout without one dimension (of size 1, or just sliced to one index)."""
+        return replace(self, dims=self.dims[:axis] + self.dims[axis + 1 :])
+
+    def insert(self, axis: int, dim: Dim = ()) -> Layout:
+        """The layout with a new dimension at ``axis``."""
+        return replace(self, dims=(*self.dims[:axis], dim, *self.dims[axis:]))
+
+    def expand(self, shape: Sequence[Size]) -> Layout:
+        """The layout after ``expand(shape)``: repeated positions are atoms of stride 0."""
+        padded = ((),) * (len(shape) - len(self.dims)) + self.dims
+        dims = tuple(
+            (Atom(size, 0),) if not _equal(size, _size(dim)) else dim
+            for dim, size in zip(padded, shape, strict=True)
+        )
+        return replace(self, dims=dims)
+
+    def repeat_inner(self, axis: int, repeats: int) -> Layout:
+        """The layout after ``repeat_interleave(repeats, dim=axis)``."""
+        dim = (*self.dims[axis], Atom(repeats, 0))
+        return replace(self, dims=(*self.dims[:axis], dim, *self.dims[axis + 1 :]))
+
+    def channel_atoms(self, axis: int) -> list[Atom]:
+        """The atoms of one dimension that move through rows or repeat them; adjacent ones merged."""
+        merged: list[Atom] = []
+        for atom in self.dims[axis]:
+            if _equal(atom.size, 1):
+                continue
+            if merged and _mergeable(merged[-1], atom):
+                merged[-1] = Atom(merged[-1].size * atom.size, atom.stride)
+            else:
+                merged.append(atom)
+        return merged
+
+    def is_token(self, axis: int) -> bool:
+        """Whether a dimension holds tokens only (or has size 1)."""
+        return all(atom.stride is None or _equal(atom.size, 1) for atom in self.dims[axis])
+
+
+def concatenate(layouts: Sequence[Layout], axis: int) -> Layout | None:
+    """The layout of ``cat(tensors, axis)`` when the pieces continue each other's rows, else None."""
+    first = layouts[0]
+    if len(first.dims[axis]) != 1 or first.dims[axis][0].stride is None:
+        return None
+    (size, stride) = first.dims[axis][0]
+    assert stride is not None
+    total = size
+    for layout in layouts[1:]:
+        same = [d for i, d in enumerate(layout.dims) if i != axis] == [
+            d for i, d in enumerate(first.dims) if i != axis
+        ]
+        piece = layout.dims[axis]
+        if not same or len(piece) != 1 or piece[0].stride != stride:
+            return None
+        if layout.offset != first.offset + stride * int(total):
+            return None
+        total = total + piece[0].size
+    dims = (*first.dims[:axis], (Atom(total, stride),), *first.dims[axis + 1 :])
+    return replace(first, dims=dims)
+
+
+def stack(layouts: Sequence[Layout], axis: int) -> Layout | None:
+    """The layout of ``stack(tensors, axis)`` when the pieces are equally spaced in rows, else None."""
+    first = layouts[0]
+    steps = {b.offset - a.offset for a, b in zip(layouts, layouts[1:], strict=False)}
+    if len(steps) != 1 or any(layout.dims != first.dims for layout in layouts):
+        return None
+    return first.insert(axis, (Atom(len(layouts), steps.pop()),))
+
+
+def channel_map(layout: Layout, axis: int = -1) -> tuple[int, ChannelMap] | None:
+    """``(N, map)`` when one dimension alone runs over the rows and the others are tokens, else None."""
+    axis %= len(layout.dims)
+    if not all(layout.is_token(i) for i in range(len(layout.dims)) if i != axis):
+        return None
+    atoms = layout.channel_atoms(axis)
+    sizes = [int(atom.size) for atom in atoms if isinstance(atom.size, int)]
+    if len(sizes) != len(atoms) or any(atom.stride in (None, 0) for atom in atoms):
+        return None
+    if len(atoms) == 1:
+        return sizes[0], ChannelMap(1, _stride(atoms[0]), layout.offset)
+    if len(atoms) == 2 and atoms[1].stride == 1:
+        return sizes[0] * sizes[1], ChannelMap(sizes[1], _stride(atoms[0]), layout.offset)
+    return None
+
+
+def _stride(atom: Atom) -> int:
+    assert atom.stride is not None
+    return atom.stride
+
+
+def _equal(a: Size, b: Size) -> bool:
+    return statically_known_true(a == b)
+
+
+def _size(dim: Dim) -> Size:
+    total: Size = 1
+    for atom in dim:
+        total = total * atom.size
+    return total
+
+
+def _mergeable(outer: Atom, inner: Atom) -> bool:
+    if outer.stride is None or inner.stride is None:
+        return False
+    return _equal(outer.stride, inner.stride * inner.size) and not (outer.stride == 0)
+
+
+def _take(atoms: list[Atom], size: Size) -> Dim | None:
+    """Take atoms from the right of the list until they multiply to ``size``; split the last one if need be."""
+    taken: list[Atom] = []
+    total: Size = 1
+    while not _equal(total, size):
+        if not atoms:
+            return None
+        atom = atoms.pop()
+        if _equal(total * atom.size, size) or not (
+            isinstance(total, int) and isinstance(size, int) and isinstance(atom.size, int)
+        ):
+            taken.insert(0, atom)
+            total = total * atom.size
+            continue
+        if total * atom.size < size:
+            taken.insert(0, atom)
+            total = total * atom.size
+            continue
+        inner, left = divmod(size, total)
+        if left or atom.size % inner:
+            return None
+        taken.insert(0, Atom(inner, atom.stride))
+        outer = None if atom.stride is None else atom.stride * inner
+        atoms.append(Atom(atom.size // inner, outer))
+        total = size
+    return tuple(taken)
+
+
+def _slice_outer(dim: Dim, start: int, length: Size, step: int) -> tuple[int, Dim] | None:
+    """Slice a dimension of several atoms where the cut falls on whole steps of the outermost atom."""
+    inner = _size(dim[1:])
+    if not (isinstance(inner, int) and isinstance(length, int)) or step != 1:
+        return None
+    if start % inner or length % inner:
+        return None
+    stride = dim[0].stride
+    moved = 0 if stride is None else stride * (start // inner)
+    return moved, (Atom(length // inner, stride), *dim[1:])

@@ -1,0 +1,222 @@
+"""The intermediate representation: every op that a rewritten graph may contain.
+
+Each op has an eager body, and that body *is* the meaning of the op; lowering may only make it faster.
+Shape letters: T tokens (any leading dims), K input channels, N output channels, S kept channels, R rank, B samples.
+
+Index arguments (``idx``) are 1-D int64, unique and in range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("sparselora", "DEF")
+OPS = torch.ops.sparselora
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_EAGER = "CompositeExplicitAutograd"
+
+
+def _define(schema: str) -> None:
+    LIBRARY.define(schema, tags=_TAGS)
+
+
+_define("sliced_linear(Tensor x, Tensor w, Tensor idx) -> Tensor")
+_define("sliced_linear_dgrad(Tensor gy, Tensor w, Tensor idx) -> Tensor")
+_define("sliced_linear_wgrad(Tensor gy, Tensor x, Tensor idx, SymInt n) -> Tensor")
+_define("sliced_linear_in(Tensor h, Tensor w, Tensor idx) -> Tensor")
+_define("sliced_linear_in_dgrad(Tensor gy, Tensor w, Tensor idx) -> Tensor")
+_define("sliced_linear_in_wgrad(Tensor gy, Tensor h, Tensor idx, SymInt n) -> Tensor")
+_define("gather_channels(Tensor x, Tensor idx) -> Tensor")
+_define("scatter_channels(Tensor y, Tensor idx, SymInt n) -> Tensor")
+_define("channel_rows(Tensor channels, int inner, int outer_stride, int[] offsets) -> Tensor")
+_define("topk_channels(Tensor scores, int k) -> Tensor")
+_define("pool_tokens(Tensor x, Tensor? token_weight) -> Tensor")
+_define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> Tensor")
+# The marker: an identity on x that carries per-layer data into the graph. Removed before anything runs.
+_define(
+    "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor? token_weight, str spec) -> Tensor(a)"
+)
+
+
+@torch.library.impl(LIBRARY, "sliced_linear", _EAGER)
+def sliced_linear(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    """``y[T, S] = x[T, K] @ w[idx, :].T`` for ``w[N, K]``; computed in x's dtype (w is cast after the gather)."""
+    return x @ w.index_select(0, idx).to(x.dtype).t()
+
+
+@torch.library.impl(LIBRARY, "sliced_linear_dgrad", _EAGER)
+def sliced_linear_dgrad(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    """``gx[T, K] = gy[T, S] @ w[idx, :]``."""
+    return gy @ w.index_select(0, idx).to(gy.dtype)
+
+
+@torch.library.impl(LIBRARY, "sliced_linear_wgrad", _EAGER)
+def sliced_linear_wgrad(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
+    """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero. Needed when w trains (a LoRA B matrix)."""
+    rows = gy.flatten(0, -2).t() @ x.flatten(0, -2)
+    return rows.new_zeros(n, x.shape[-1]).index_copy_(0, idx, rows)
+
+
+@torch.library.impl(LIBRARY, "sliced_linear_in", _EAGER)
+def sliced_linear_in(h: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    """``y[T, N] = h[T, S] @ w[:, idx].T`` for ``w[N, K]``; computed in h's dtype."""
+    return h @ w.t().index_select(0, idx).to(h.dtype)
+
+
+@torch.library.impl(LIBRARY, "sliced_linear_in_dgrad", _EAGER)
+def sliced_linear_in_dgrad(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    """``gh[T, S] = gy[T, N] @ w[:, idx]``."""
+    return gy @ w.t().index_select(0, idx).to(gy.dtype).t()
+
+
+@torch.library.impl(LIBRARY, "sliced_linear_in_wgrad", _EAGER)
+def sliced_linear_in_wgrad(gy: Tensor, h: Tensor, idx: Tensor, n: int) -> Tensor:
+    """``gw[N, K=n]``: columns idx hold ``gy.T @ h``, the others zero."""
+    columns = gy.flatten(0, -2).t() @ h.flatten(0, -2)
+    return columns.new_zeros(gy.shape[-1], n).index_copy_(1, idx, columns)
+
+
+@torch.library.impl(LIBRARY, "gather_channels", _EAGER)
+def gather_channels(x: Tensor, idx: Tensor) -> Tensor:
+    """``y[T, S] = x[T, N][..., idx]``."""
+    return x.index_select(-1, idx)
+
+
+@torch.library.impl(LIBRARY, "scatter_channels", _EAGER)
+def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
+    """``x[T, N]`` with ``x[..., idx] = y[T, S]`` and zeros elsewhere.
+
+    Written as a gather through the inverse index, which is pointwise: a compiler fuses it into its neighbours,
+    where a scatter would be a kernel of its own.
+    """
+    where = torch.full((n,), -1, dtype=torch.int64, device=idx.device)
+    where = where.scatter(0, idx, torch.arange(idx.shape[0], device=idx.device))
+    return torch.where(where >= 0, y.index_select(-1, where.clamp(min=0)), 0)
+
+
+@torch.library.impl(LIBRARY, "channel_rows", _EAGER)
+def channel_rows(
+    channels: Tensor, inner: int, outer_stride: int, offsets: list[int]
+) -> Tensor:
+    """Rows of a weight that hold the given channels: ``(c // inner) * outer_stride + c % inner + o`` for each o.
+
+    One formula covers plain, fused, interleaved and grouped-head layouts. Returns ``[len(offsets) * S]``, offset-major.
+    """
+    rows = channels // inner * outer_stride + channels % inner
+    start = torch.tensor(offsets, dtype=torch.int64, device=channels.device)
+    return (start[:, None] + rows).reshape(-1)
+
+
+@torch.library.impl(LIBRARY, "topk_channels", _EAGER)
+def topk_channels(scores: Tensor, k: int) -> Tensor:
+    """The k channels of largest score, ascending: ``[N] -> int64[k]``."""
+    return torch.sort(torch.topk(scores, k, sorted=False).indices).values
+
+
+@torch.library.impl(LIBRARY, "pool_tokens", _EAGER)
+def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
+    """Mean over each sample's counted tokens: ``x[B, L, K]`` or ``[B*L, K]`` with ``token_weight[B, L]`` -> ``[B, K]``.
+
+    Without weights (or with weights of another token grid) every token counts, and a flat x is one sample.
+    """
+    if token_weight is None or not _same_tokens(x, token_weight):
+        return x.mean(dim=1).flatten(0, -2) if x.dim() > 2 else x.mean(dim=0, keepdim=True)
+    samples, length = token_weight.shape
+    tokens = x.reshape(samples, length, x.shape[-1])
+    weight = token_weight.to(x.dtype)
+    total = weight.sum(dim=1, keepdim=True).clamp(min=1)
+    return (tokens * weight[..., None]).sum(dim=1) / total
+
+
+@torch.library.impl(LIBRARY, "low_rank_norms", _EAGER)
+def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
+    """Column norms of ``x @ b.T @ a.T`` over counted tokens, ``a[N, R]``, ``b[R, K]`` -> ``[N]`` in fp32 or fp64.
+
+    ``||column_n||^2 = a_n G a_n^T`` with the Gram matrix G of ``x @ b.T``: T x N values are never formed.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    projected = (x.flatten(0, -2) @ b.to(x.dtype).t()).to(wide)
+    if token_weight is not None and _same_tokens(x, token_weight):
+        projected = projected * token_weight.reshape(-1, 1).to(wide)
+    rows = a.to(wide)
+    gram = projected.t() @ projected
+    return ((rows @ gram) * rows).sum(dim=1).clamp(min=0).sqrt()
+
+
+@torch.library.impl(LIBRARY, "site", "CompositeImplicitAutograd")
+def site(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None, spec: str
+) -> Tensor:
+    """Identity on x. Carries a frozen weight's factors, the token weights and the plan's words into the graph."""
+    return x.view_as(x)
+
+
+def _same_tokens(x: Tensor, token_weight: Tensor) -> bool:
+    tokens = x.shape[:-1].numel() if isinstance(x.shape, torch.Size) else x.numel() // x.shape[-1]
+    return bool(tokens == token_weight.numel())
+
+
+@torch.library.register_fake("sparselora::sliced_linear", lib=LIBRARY)
+def _(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    torch._check(x.shape[-1] == w.shape[1])
+    return x.new_empty(*x.shape[:-1], idx.shape[0])
+
+
+@torch.library.register_fake("sparselora::sliced_linear_dgrad", lib=LIBRARY)
+def _(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    torch._check(gy.shape[-1] == idx.shape[0])
+    return gy.new_empty(*gy.shape[:-1], w.shape[1])
+
+
+@torch.library.register_fake("sparselora::sliced_linear_wgrad", lib=LIBRARY)
+def _(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
+    return x.new_empty(n, x.shape[-1])
+
+
+@torch.library.register_fake("sparselora::sliced_linear_in", lib=LIBRARY)
+def _(h: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    torch._check(h.shape[-1] == idx.shape[0])
+    return h.new_empty(*h.shape[:-1], w.shape[0])
+
+
+@torch.library.register_fake("sparselora::sliced_linear_in_dgrad", lib=LIBRARY)
+def _(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+    torch._check(gy.shape[-1] == w.shape[0])
+    return gy.new_empty(*gy.shape[:-1], idx.shape[0])
+
+
+@torch.library.register_fake("sparselora::sliced_linear_in_wgrad", lib=LIBRARY)
+def _(gy: Tensor, h: Tensor, idx: Tensor, n: int) -> Tensor:
+    return h.new_empty(gy.shape[-1], n)
+
+
+@torch.library.register_fake("sparselora::gather_channels", lib=LIBRARY)
+def _(x: Tensor, idx: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], idx.shape[0])
+
+
+@torch.library.register_fake("sparselora::scatter_channels", lib=LIBRARY)
+def _(y: Tensor, idx: Tensor, n: int) -> Tensor:
+    torch._check(y.shape[-1] == idx.shape[0])
+    return y.new_empty(*y.shape[:-1], n)
+
+
+@torch.library.register_fake("sparselora::channel_rows", lib=LIBRARY)
+def _(channels: Tensor, inner: int, outer_stride: int, offsets: list[int]) -> Tensor:
+    return channels.new_empty(channels.shape[0] * len(offsets))
+
+
+@torch.library.register_fake("sparselora::topk_channels", lib=LIBRARY)
+def _(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(k, dtype=torch.int64)
+
+
+@torch.library.register_fake("sparselora::pool_tokens", lib=LIBRARY)
+def _(x: Tensor, token_weight: Tensor | None) -> Tensor:
+    return pool_tokens(x, token_weight)
+
+
+@torch.library.register_fake("sparselora::low_rank_norms", lib=LIBRARY)
+def _(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
+    return low_rank_norms(x, a, b, token_weight)

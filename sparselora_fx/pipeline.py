@@ -1,0 +1,188 @@
+"""Run the passes over a graph and its bodies, and lift what they chose to the graph's outputs. Knows no pass by name."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from sparselora_fx.fx import bodies, op_name
+from sparselora_fx.regions import Options, Region, Rewrite
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[Rewrite], int]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one frozen weight. ``weight`` is the index of the graph input that holds it.
+
+    ``role`` is "out" (rows kept), "in" (columns kept) or "dense"; ``rows`` is the index among the graph's extra outputs.
+    """
+
+    weight: int
+    role: str
+    reason: str = ""
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """What became of one region: its kind, its sites, and per choice ``name -> (extra output, k, N)``."""
+
+    kind: str
+    sites: list[SiteReport]
+    choices: dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """Everything the passes did to one graph. ``extra`` outputs follow the graph's own."""
+
+    regions: list[RegionReport]
+    dense: list[SiteReport]
+    counts: dict[str, int]
+    extra: int
+
+
+@dataclass
+class _Lifted:
+    """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to return."""
+
+    regions: list[tuple[Region, dict[Any, fx.Node], dict[Any, fx.Node]]] = field(default_factory=list)
+    skips: list[tuple[fx.Node, str]] = field(default_factory=list)
+
+
+def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphReport | None:
+    """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site is marked in it."""
+    rewrites: dict[fx.GraphModule, Rewrite] = {}
+    _rewrite_all(gm, options, passes, rewrites)
+    if not rewrites:
+        return None
+    lifted = _lift(gm, rewrites, {})
+    report = _report(gm, lifted, rewrites)
+    _finish(gm)
+    for body in rewrites:
+        _finish(body)
+    return report
+
+
+def _rewrite_all(
+    gm: fx.GraphModule,
+    options: Options,
+    passes: Sequence[Pass],
+    rewrites: dict[fx.GraphModule, Rewrite],
+) -> None:
+    for _, body, _ in bodies(gm):
+        if body not in rewrites:
+            _rewrite_all(body, options, passes, rewrites)
+    if not any(op_name(node) == "site" for node in gm.graph.nodes):
+        return
+    rewrite = rewrites[gm] = Rewrite(gm, options)
+    for step in passes:
+        start = time.perf_counter()
+        changes = step(rewrite)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        log.info("%s: %d changes in %.1f ms", step.__name__, changes, milliseconds)
+        rewrite.counts[step.__name__] = changes
+        if changes:
+            gm.graph.lint()
+            log.debug("after %s:\n%s", step.__name__, gm.graph)
+
+
+def _lift(
+    gm: fx.GraphModule,
+    rewrites: dict[fx.GraphModule, Rewrite],
+    done: dict[fx.GraphModule, _Lifted],
+) -> _Lifted:
+    """Return a graph's selections and rows from its bodies, so that they are nodes of this graph."""
+    lifted = done[gm] = _Lifted()
+    own = rewrites.get(gm)
+    if own is not None:
+        for region in own.regions:
+            weights = {site: site.weight for site in region.sites}
+            tensors: dict[Any, fx.Node] = dict(region.rows)
+            for choice in region.choices:
+                assert choice.selection is not None
+                tensors[choice.name] = choice.selection
+            lifted.regions.append((region, weights, tensors))
+        lifted.skips += [(skip.weight, skip.reason) for skip in own.skips]
+    for node, body, operands in list(bodies(gm)):
+        inner = done[body] if body in done else _lift_body(body, rewrites, done)
+        _lift_call(gm, node, body, operands, inner, lifted)
+    return lifted
+
+
+def _lift_body(
+    body: fx.GraphModule,
+    rewrites: dict[fx.GraphModule, Rewrite],
+    done: dict[fx.GraphModule, _Lifted],
+) -> _Lifted:
+    inner = _lift(body, rewrites, done)
+    output = body.graph.output_node()
+    own = output.args[0]
+    own = tuple(own) if isinstance(own, list | tuple) else (own,)
+    body.meta["sparselora_own_outputs"] = len(own)
+    extra = [tensor for _, _, tensors in inner.regions for tensor in tensors.values()]
+    output.args = ((*own, *extra),)
+    return inner
+
+
+def _lift_call(
+    gm: fx.GraphModule,
+    call: fx.Node,
+    body: fx.GraphModule,
+    operands: list[Any],
+    inner: _Lifted,
+    outer: _Lifted,
+) -> None:
+    inputs = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    at = body.meta["sparselora_own_outputs"]
+    after = call.next
+    for region, weights, tensors in inner.regions:
+        got: dict[Any, fx.Node] = {}
+        for key in tensors:
+            with gm.graph.inserting_before(after):
+                got[key] = gm.graph.call_function(operator.getitem, (call, at))
+            at += 1
+        outer.regions.append((region, {s: inputs[w] for s, w in weights.items()}, got))
+    outer.skips += [(inputs[weight], reason) for weight, reason in inner.skips]
+
+
+def _report(
+    gm: fx.GraphModule, lifted: _Lifted, rewrites: dict[fx.GraphModule, Rewrite]
+) -> GraphReport:
+    """Make every selection an output of the top graph and describe it by index."""
+    index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    extra: dict[fx.Node, int] = {}
+    regions = []
+    for region, weights, tensors in lifted.regions:
+        place = {key: extra.setdefault(node, len(extra)) for key, node in tensors.items()}
+        consumer = region.consumer.site
+        sites = [
+            SiteReport(index[weights[s]], "in" if s is consumer else "out", rows=place[s])
+            for s in region.sites
+        ]
+        choices = {c.name: (place[c.name], c.kept, c.channels) for c in region.choices}
+        regions.append(RegionReport(region.kind, sites, choices))
+    dense = [SiteReport(index[weight], "dense", reason) for weight, reason in lifted.skips]
+    output = gm.graph.output_node()
+    own = output.args[0]
+    assert isinstance(own, list | tuple)
+    output.args = ((*own, *extra),)
+    counts: dict[str, int] = {}
+    for rewrite in rewrites.values():
+        for name, changes in rewrite.counts.items():
+            counts[name] = counts.get(name, 0) + changes
+    return GraphReport(regions, dense, counts, len(extra))
+
+
+def _finish(gm: fx.GraphModule) -> None:
+    gm.graph.lint()
+    gm.recompile()

@@ -1,0 +1,155 @@
+"""The vocabulary that passes share: sites, regions, skips, and the state of one graph being rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from sparselora_fx.layout import ChannelMap
+
+if TYPE_CHECKING:
+    from sparselora_fx.channels import Values
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose for the rewrite. ``lora_branch`` is "dense" or "sparse"."""
+
+    channel_multiple: int = 16
+    lora_branch: str = "dense"
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """The plan's words for one site, carried through the graph as a string (strings are guarded, never traced)."""
+
+    ffn: float
+    attention: float
+
+    def encode(self) -> str:
+        """A string that `decode` reads back exactly."""
+        return f"{self.ffn!r},{self.attention!r}"
+
+    @staticmethod
+    def decode(text: str) -> SiteSpec:
+        """Inverse of `encode`."""
+        ffn, attention = text.split(",")
+        return SiteSpec(float(ffn), float(attention))
+
+
+@dataclass(eq=False)
+class Site:
+    """One frozen linear in a graph: ``linear(x[..., K], weight[N, K], bias) -> node[..., N]``."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node  # the placeholder, as stored
+    transposed: bool  # stored [K, N]
+    bias: fx.Node | None
+    factors: tuple[fx.Node, fx.Node]
+    token_weight: fx.Node | None
+    spec: SiteSpec
+    out_features: int
+    in_features: int
+    adapter_adds: dict[fx.Node, fx.Node] = field(default_factory=dict)  # addition -> the LoRA branch it adds
+    adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
+
+
+@dataclass(eq=False)
+class Attention:
+    """The product of one attention: heads of queries, keys and values, and the node that returns the mix."""
+
+    node: fx.Node
+    heads: int
+    kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int
+    group_inner: bool  # query head h*G+g (True) or g*Hkv+h (False) shares kv head h
+    roots: frozenset[Source]
+
+
+Source = Site | Attention
+
+
+@dataclass(frozen=True)
+class RowPick:
+    """Rows of one producer (or columns of the consumer) that a channel selects: one `ChannelMap` per offset."""
+
+    site: Site
+    maps: tuple[ChannelMap, ...]
+
+    @property
+    def offsets(self) -> list[int]:
+        return [m.offset for m in self.maps]
+
+
+@dataclass(eq=False)
+class Choice:
+    """One channel choice of a region: how many channels there are, how many are kept, and the rows it selects."""
+
+    name: str  # "ffn", "qk" or "v"
+    channels: int
+    kept: int
+    producers: list[RowPick]
+    selection: fx.Node | None = None  # int64[kept], set by insert_predictor
+
+
+@dataclass(eq=False)
+class Region:
+    """Sites that share channel choices: an FFN (one choice) or an attention (choices "qk" and "v")."""
+
+    kind: str  # "ffn" or "attention"
+    choices: list[Choice]
+    consumer: RowPick  # columns of the consumer selected by the last choice
+    attention: Attention | None = None
+    rows: dict[Site, fx.Node] = field(default_factory=dict)  # set by slice_sites
+
+    @property
+    def sites(self) -> list[Site]:
+        picks = [pick for choice in self.choices for pick in choice.producers]
+        return list(dict.fromkeys([*(pick.site for pick in picks), self.consumer.site]))
+
+
+@dataclass(frozen=True, eq=False)
+class Skip:
+    """A frozen weight that stays dense, and why."""
+
+    weight: fx.Node
+    reason: str
+
+
+@dataclass(eq=False)
+class Rewrite:
+    """One graph on its way through the passes."""
+
+    gm: fx.GraphModule
+    options: Options
+    sites: list[Site] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    values: Values = field(default_factory=dict)  # set by find_regions
+    counts: dict[str, int] = field(default_factory=dict)  # changes made, by pass
+    unread: frozenset[fx.Node] = frozenset()  # nodes nobody read before any pass ran
+
+    def __post_init__(self) -> None:
+        self.unread = frozenset(node for node in self.gm.graph.nodes if not node.users)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+
+def kept_channels(channels: int, sparsity: float, multiple: int) -> int:
+    """``k = max(1, floor(N * (1 - s)))`` rounded up to ``multiple``, never more than N (paper section 3; DESIGN: multiples
+    of 16 keep a gathered row aligned)."""
+    exact = max(1, int(channels * (1 - sparsity) + 1e-9))
+    return min(channels, -(-exact // multiple) * multiple)
+
+
+def is_trainable(node: fx.Node) -> bool:
+    """Whether a placeholder holds a parameter that trains."""
+    example = node.meta.get("example_value")
+    return node.op == "placeholder" and isinstance(example, torch.Tensor) and example.requires_grad

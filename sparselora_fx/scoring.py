@@ -1,0 +1,121 @@
+"""Replay a region's own function on low-rank approximations, to score its channels.
+
+The score of a channel is its column norm over pooled tokens (paper section 3; shapes: B samples, N channels):
+FFN ``||f(W~1 x, W~2 x, ...)||``, queries and keys ``||W~q x|| * ||W~k x||``, values ``||W~v x||``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparselora_fx.channels import CASTS, NORMS, RESHAPES, Channels, Values
+from sparselora_fx.fx import is_pointwise, op_name, tensor
+from sparselora_fx.layout import channel_map
+from sparselora_fx.ops import OPS
+from sparselora_fx.regions import Site
+
+_SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
+_REPLAYED = NORMS | {"mean", "sum", "var", "normalize"}
+
+
+def can_score(node: fx.Node, values: Values) -> bool:
+    """Whether `Replay` can rebuild a node from its producers' approximations."""
+    value = values.get(node)
+    if not isinstance(value, Channels):
+        return False
+    if value.moved:
+        return value.ports[0].layout is not None and channel_map(value.ports[0].layout) is not None
+    held = [source for source in node.all_input_nodes if source in values]
+    if adds_adapter(node, value):
+        return can_score(held[0], values)
+    name = op_name(node)
+    if not (name in _SEEN_THROUGH or name in _REPLAYED or is_pointwise(node)):
+        return False
+    others = [source for source in node.all_input_nodes if source not in values]
+    return all(can_score(source, values) for source in held) and not any(map(_is_full_width, others))
+
+
+def _is_full_width(node: fx.Node) -> bool:
+    """Whether a side input has a value for every token and every channel: not a function of the producers."""
+    example = tensor(node)
+    if example is None or example.dim() < 2:
+        return False
+    return example.shape[-1] != 1 and any(size != 1 for size in example.shape[:-1])
+
+
+def adds_adapter(node: fx.Node, value: Channels) -> bool:
+    """Whether a node adds a site's LoRA branch: the score is of the frozen weights alone."""
+    return any(isinstance(root, Site) and node in root.adapter_adds for root in value.roots)
+
+
+class Replay:
+    """Builds the score subgraph of one region: the region's function applied to ``[B, N]`` approximations."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        values: Values,
+        approximate: Callable[[Site], fx.Node],
+        token_weight: fx.Node | None,
+    ) -> None:
+        self.graph = graph
+        self.values = values
+        self.approximate = approximate
+        self.token_weight = token_weight
+        self.done: dict[fx.Node, fx.Node] = {}
+
+    def build(self, node: fx.Node) -> fx.Node:
+        """The ``[B, N]`` approximation of a node that holds producers' channels."""
+        if node not in self.done:
+            self.done[node] = self._build(node)
+        return self.done[node]
+
+    def _build(self, node: fx.Node) -> fx.Node:
+        value = self.values[node]
+        assert isinstance(value, Channels)
+        if value.moved:
+            return self._port(value)
+        if op_name(node) in _SEEN_THROUGH or adds_adapter(node, value):
+            return self.build(next(n for n in node.all_input_nodes if n in self.values))
+        operands = {source: self._operand(source) for source in node.all_input_nodes}
+        return self.graph.node_copy(node, lambda source: operands[source])
+
+    def _port(self, value: Channels) -> fx.Node:
+        port = value.ports[0]
+        assert isinstance(port.source, Site) and port.layout is not None
+        mapped = channel_map(port.layout)
+        assert mapped is not None
+        channels, (inner, outer_stride, offset) = mapped
+        approximation = self.approximate(port.source)
+        if channels == port.source.out_features:
+            return approximation
+        if inner == 1:
+            key = slice(offset, offset + outer_stride * (channels - 1) + 1, outer_stride)
+            return self.graph.call_function(operator.getitem, (approximation, (Ellipsis, key)))
+        every = self.graph.call_function(torch.arange, (channels,))
+        rows = self.graph.call_function(
+            OPS.channel_rows.default, (every, inner, outer_stride, [offset])
+        )
+        return self.graph.call_function(OPS.gather_channels.default, (approximation, rows))
+
+    def _operand(self, node: fx.Node) -> fx.Node:
+        if node in self.values:
+            return self.build(node)
+        example = tensor(node)
+        if example is None:
+            return node
+        detached = self.graph.call_method("detach", (node,))
+        if example.dim() <= 1:
+            return detached
+        leading = example.shape[:-1]
+        if all(isinstance(size, int) and size == 1 for size in leading):
+            return self.graph.call_method("reshape", (detached, (example.shape[-1],)))
+        return self.graph.call_function(
+            OPS.pool_tokens.default, (detached, self.token_weight)
+        )
+

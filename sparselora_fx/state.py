@@ -1,0 +1,145 @@
+"""What one compiled model carries: its marks on modules, its phase, and what its graphs reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_fx.frozen import FrozenWeight
+from sparselora_fx.ops import OPS
+from sparselora_fx.pipeline import GraphReport, SiteReport
+from sparselora_fx.plan import SparsityPlan, Sparsity
+from sparselora_fx.regions import SiteSpec
+
+ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
+
+
+class Phase:
+    """Python values that hooks read while a graph is traced. Dynamo guards them, so each phase gets its own graph."""
+
+    def __init__(self) -> None:
+        self.sparse = False
+        self.token_weight: Tensor | None = None
+
+
+@dataclass
+class Seen:
+    """What a graph that ran said of one frozen weight."""
+
+    report: SiteReport
+    region: str = ""
+    kept: str = ""
+
+
+@dataclass
+class State:
+    """Everything `restore` must undo, and everything `explain` and `record` read."""
+
+    model: nn.Module
+    plan: SparsityPlan
+    sparsity: dict[str, Sparsity]
+    frozen: list[FrozenWeight]
+    phase: Phase = field(default_factory=Phase)
+    active: bool = True
+    seen: dict[str, Seen] = field(default_factory=dict)
+    recorder: Any = None
+    graphs: int = 0
+    step: int = 0
+    total: int | None = None
+    handles: list[Any] = field(default_factory=list)
+    buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names = {id(weight.weight): weight for weight in self.frozen}
+
+    def name_of(self, weight: Tensor) -> str | None:
+        """The module name of a frozen weight that a graph was called with."""
+        found = self.names.get(id(weight))
+        return None if found is None else found.name
+
+    def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put factors and a hook on every module that owns a frozen weight with a sparsity above 0."""
+        owners: dict[nn.Module, list[tuple[str, str, str, str]]] = {}
+        for weight in self.frozen:
+            sparsity = self.sparsity[weight.name]
+            if sparsity.ffn == 0 and sparsity.attention == 0:
+                continue
+            names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
+            like = weight.weight
+            none = like.new_empty(0, 0)  # an estimator may know producers only; consumers are not scored
+            known = factors.get(weight.canonical, (none, none))
+            for name, factor in zip(names, known, strict=True):
+                placed = factor.to(device=like.device, dtype=like.dtype)
+                weight.module.register_buffer(name, placed, persistent=False)
+                self.buffers.append((weight.module, name))
+            spec = SiteSpec(sparsity.ffn, sparsity.attention).encode()
+            owners.setdefault(weight.module, []).append((weight.param, *names, spec))
+        for module, marks in owners.items():
+            hook = _site_hook(self.phase, tuple(marks))
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def unmark(self) -> None:
+        """Take hooks and factors off again."""
+        for handle in self.handles:
+            handle.remove()
+        for module, name in self.buffers:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+        self.handles.clear()
+        self.buffers.clear()
+
+    def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
+        """Note what a graph did to the weights it was called with (one graph serves many layers)."""
+        for region in report.regions:
+            names = [self.name_of(args[site.weight]) for site in region.sites]
+            where = common_module([name for name in names if name is not None])
+            kept = ", ".join(f"{k} of {n}" for _, k, n in region.choices.values())
+            for name, site in zip(names, region.sites, strict=True):
+                if name is not None:
+                    self.seen[name] = Seen(site, f"{where} [{region.kind}]", kept)
+        for site in report.dense:
+            name = self.name_of(args[site.weight])
+            if name is not None:
+                self.seen[name] = Seen(site)
+
+
+def _site_hook(phase: Phase, marks: tuple[tuple[str, str, str, str], ...]) -> Any:
+    """A forward pre-hook that passes a module's input through one `site` marker per weight, while being traced."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling() or not phase.sparse:
+            return None
+        if args and isinstance(args[0], Tensor):
+            return (_marked(module, args[0], phase, marks), *args[1:]), kwargs
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return args, {**kwargs, name: _marked(module, value, phase, marks)}
+        return None
+
+    return hook
+
+
+def _marked(
+    module: nn.Module, x: Tensor, phase: Phase, marks: tuple[tuple[str, str, str, str], ...]
+) -> Tensor:
+    for param, a, b, spec in marks:
+        weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
+        x = OPS.site(x, weight, factor_a, factor_b, phase.token_weight, spec)
+    return x
+
+
+def common_module(names: list[str]) -> str:
+    """The deepest module that holds all the named modules (a single module's own name, if there is one)."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(".") for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) != 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
