@@ -64,11 +64,9 @@ def low_rank(
     exact_dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
     with torch.no_grad(), _one_thread(w.numel() < _SMALL):
         full = w.detach().to(exact_dtype)
-        sketch = rank + oversample
-        if sketch >= min(n, k):
-            basis, small = None, full
-        else:
-            basis = _range_basis(full, sketch, iters, generator or torch.Generator().manual_seed(0))
+        basis, small = None, full
+        if rank + oversample < min(n, k):
+            basis = _range_basis(full, rank + oversample, iters, generator)
             small = basis.mT @ full
         if not bool(torch.isfinite(small).all()):
             raise EstimatorError(
@@ -82,9 +80,10 @@ def low_rank(
 
 
 def _range_basis(
-    w: torch.Tensor, size: int, iters: int, generator: torch.Generator
+    w: torch.Tensor, size: int, iters: int, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Orthonormal ``[..., N, size]`` basis of the leading left singular directions of ``w``."""
+    generator = generator or torch.Generator().manual_seed(0)
     omega = torch.randn(w.shape[-1], size, generator=generator, dtype=w.dtype).to(w.device)
     basis: torch.Tensor = w @ omega
     if not bool(torch.isfinite(basis).all()):
