@@ -1,10 +1,14 @@
-"""The one file that touches torch's private APIs. Each function says which versions it was run on."""
+"""The one file that touches torch's private APIs. Functions say which versions they ran on."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,21 +18,32 @@ from sparselora_fx import ops
 from sparselora_fx.ops import OPS
 
 BACKENDS = ("inductor", "aot_eager", "eager")
-_RECOMPILES = 256  # a phase, a token-length class and a plan level each make a graph; torch's default is 8
+# Versions of torch whose Inductor the lowerings were written for.
+KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+# A phase, a token-length class and a plan level each make a graph; torch's default is 8.
+_RECOMPILES = 256
 
-# Ops that Inductor sees through: their eager bodies are pointwise, gathers and small reductions, which it fuses.
+# Ops that Inductor sees through: their eager bodies are pointwise, gathers and small reductions,
+# which it fuses.
 _DECOMPOSED = (
-    "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens", "low_rank_norms",
+    "gather_channels", "scatter_channels", "channel_rows",
+    "topk_channels", "pool_tokens", "low_rank_norms",
+)  # fmt: skip
+# Ops with lowerings of their own; decomposed too where those cannot be installed.
+_LOWERED = (
+    "sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad",
 )  # fmt: skip
 
 
 def compile_callable(
     fn: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Callable[..., Any]:
-    """``torch.compile(fn)`` that may hold more graphs than the default limit (one per phase, level and length class)."""
+    """``torch.compile(fn)`` that may hold more graphs than by default: one per phase and level."""
+    options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return torch.compile(fn, backend=backend, dynamic=dynamic, recompile_limit=_RECOMPILES)
-    compiled = torch.compile(fn, backend=backend, dynamic=dynamic)
+        options["recompile_limit"] = _RECOMPILES
+        return torch.compile(fn, **options)
+    compiled = torch.compile(fn, **options)
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         import torch._dynamo.config as dynamo_config
@@ -42,59 +57,167 @@ def compile_callable(
 def backend_compile(
     name: str, gm: fx.GraphModule, inputs: Sequence[Any], *, rewritten: bool
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph as ``torch.compile(backend=name)`` would; a rewritten graph also gets our lowerings."""
+    """Compile a Dynamo graph as ``torch.compile(backend=name)`` would.
+
+    A rewritten graph also gets our lowerings, and a cache key that covers them.
+    """
     if name == "inductor" and rewritten:
         from torch._inductor.compile_fx import compile_fx
 
-        install_lowerings()
-        return compile_fx(gm, inputs, decompositions=_decompositions())  # type: ignore[no-any-return]
+        lowered = install_lowerings()
+        patches = {"post_grad_custom_pre_pass": _key_pass()} if lowered else None
+        table = decompositions(lowered=lowered)
+        compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
+        return compiler(gm, inputs, decompositions=table, config_patches=patches)  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(name)(gm, inputs)
+    return lookup_backend(name)(gm, list(inputs))
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+def decompositions(*, lowered: bool) -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions and ours; of the sliced matmuls too unless they are ``lowered``."""
     from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())
-    for name in _DECOMPOSED:
+    for name in _DECOMPOSED if lowered else _DECOMPOSED + _LOWERED:
         table[getattr(OPS, name).default] = getattr(ops, name)
     return table
 
 
 @cache
-def install_lowerings() -> None:
-    """Teach Inductor the sliced matmuls: one gather of the kept rows, then its own matmul. Idempotent."""
-    from torch._inductor.lowering import lowerings, register_lowering
+def install_lowerings() -> bool:
+    """Give Inductor the lowerings of the sliced matmuls.
 
-    aten = torch.ops.aten
+    Returns False, with one warning, for a torch that we do not know.
+    """
+    from sparselora_fx import lowering
 
-    def rows(w: Any, idx: Any, dtype: Any) -> Any:
-        kept = lowerings[aten.index_select.default](w, 0, idx) if _has(aten.index_select) else None
-        if kept is None:
-            kept = lowerings[aten.index.Tensor](w, [idx])
-        return lowerings[torch.ops.prims.convert_element_type.default](kept, dtype)
-
-    def _has(packet: Any) -> bool:
-        return packet.default in lowerings
-
-    def transpose(w: Any) -> Any:
-        return lowerings[aten.permute.default](w, [1, 0])
-
-    def product(x: Any, w: Any) -> Any:
-        """``x[..., K] @ w[K, N]`` through the 2-D matmul lowering."""
-        *lead, k = x.get_size()
-        flat = lowerings[aten.view.default](x, [-1, k]) if len(lead) != 1 else x
-        out = lowerings[aten.mm.default](flat, w)
-        return lowerings[aten.view.default](out, [*lead, w.get_size()[1]]) if len(lead) != 1 else out
-
-    def register(name: str, fn: Callable[..., Any]) -> None:
-        register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
-
-    register("sliced_linear", lambda x, w, i: product(x, transpose(rows(w, i, x.get_dtype()))))
-    register("sliced_linear_dgrad", lambda g, w, i: product(g, rows(w, i, g.get_dtype())))
-    register("sliced_linear_in", lambda h, w, i: product(h, rows(transpose(w), i, h.get_dtype())))
-    register(
-        "sliced_linear_in_dgrad",
-        lambda g, w, i: product(g, transpose(rows(transpose(w), i, g.get_dtype()))),
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version in KNOWN_VERSIONS:
+        try:
+            lowering.install()
+            return True
+        except (ImportError, AttributeError) as error:
+            why = f"its Inductor lacks something the lowerings need ({error})"
+    else:
+        why = f"the lowerings were written for {', '.join(KNOWN_VERSIONS)}"
+    warnings.warn(
+        f"torch {torch.__version__}: {why}; sliced matmuls are compiled as gather + matmul instead."
+        " Results are the same, speed may not be.",
+        stacklevel=2,
     )
+    return False
+
+
+@cache
+def inductor() -> SimpleNamespace:
+    """What the lowerings use of Inductor, by its own names. Imported late: it costs seconds. Run on
+    2.13."""
+    from torch._inductor import config, ir, lowering
+    from torch._inductor.kernel.mm_common import acc_type
+    from torch._inductor.select_algorithm import (
+        ExternKernelChoice,
+        SymbolicGridFn,
+        TritonTemplate,
+        autotune_select_algorithm,
+        realize_inputs,
+    )
+    from torch._inductor.utils import use_triton_template
+    from torch._inductor.virtualized import V
+
+    return SimpleNamespace(
+        config=config,
+        lowerings=lowering.lowerings,
+        register_lowering=lowering.register_lowering,
+        FixedLayout=ir.FixedLayout,
+        ExternKernelChoice=ExternKernelChoice,
+        SymbolicGridFn=SymbolicGridFn,
+        TritonTemplate=TritonTemplate,
+        autotune_select_algorithm=autotune_select_algorithm,
+        realize_inputs=realize_inputs,
+        acc_type=acc_type,
+        use_triton_template=use_triton_template,
+        V=V,
+    )
+
+
+def select(
+    name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: Any
+) -> Any:
+    """The fastest of some choices, as an IR node. 2.11 returns the node, 2.12 and 2.13 a pair
+    ``(node, choice)``."""
+    found = inductor().autotune_select_algorithm(
+        name, choices, inputs, layout, input_gen_fns=input_gen_fns
+    )
+    return found[0] if isinstance(found, tuple) else found
+
+
+def fallback(op: Any) -> Callable[..., Any]:
+    """A lowering that calls an op's eager kernel, on inputs with the strides that were traced. Run
+    on 2.13."""
+    from torch._inductor.lowering import (
+        add_layout_constraint,
+        constrain_to_fx_strides,
+        fallback_handler,
+    )
+
+    add_layout_constraint(op, constrain_to_fx_strides)
+    return fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-any-return]
+
+
+def size_hint(expression: Any) -> int:
+    """A likely value of a size that may be symbolic. ``optimization_hint`` is in 2.11, 2.12 and
+    2.13."""
+    return int(inductor().V.graph.sizevars.optimization_hint(expression))
+
+
+def always_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal whatever their symbols stand for; adds no guard."""
+    import sympy  # type: ignore[import-untyped]
+
+    return bool(inductor().V.graph.sizevars.statically_known_true(sympy.Eq(left, right)))
+
+
+def divides(divisor: int, size: Any) -> bool:
+    """Whether a size is a multiple of ``divisor`` whatever its symbols stand for; adds no guard."""
+    return always_equal(size % divisor, 0)
+
+
+def lowering_key() -> str:
+    """A hash of everything that decides what our ops become: their bodies, lowerings, templates,
+    tiles, settings."""
+    from sparselora_fx import lowering
+
+    package = Path(__file__).parent
+    files = [package / "_torch.py", package / "ops.py", package / "autograd.py"]
+    files += sorted((package / "lowering").rglob("*.py"))
+    files += sorted((package / "lowering").rglob("*.jinja"))
+    digest = hashlib.sha256(lowering.settings().encode())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return f"sparselora_fx-{digest.hexdigest()}"
+
+
+def _key_pass() -> Any:
+    """A pass that changes nothing but Inductor's cache key, which does not cover lowerings.
+
+    It runs the user's own ``post_grad_custom_pre_pass`` (one or several), under a key that holds
+    both. Run on 2.13.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    theirs: Any = config.post_grad_custom_pre_pass or ()
+    theirs = tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)
+    key = lowering_key()
+
+    class LoweringKey(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for step in theirs:
+                step(graph)
+
+        def uuid(self) -> Any:
+            keys = [step.uuid() if hasattr(step, "uuid") else None for step in theirs]
+            return None if None in keys else (key, *keys)  # None: Inductor does not cache
+
+    return LoweringKey()

@@ -1,0 +1,85 @@
+"""When a template may be used, and when it is worth trying unbenchmarked. Every rule has a name and
+a sentence.
+
+Preconditions that no rule can check while compiling (eager checks the first three):
+``idx`` is int64, in range and on the device of its weight; it holds no duplicate.
+``SPARSELORA_DEBUG_BOUNDS=1`` makes the kernels assert the range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparselora_fx import _torch
+from sparselora_fx.lowering.configs import CHANNEL_MULTIPLE, TEMPLATE_MAX_TOKENS
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+NOT_CUDA = "the template is for NVIDIA GPUs"
+MIXED_DEVICES = "x, w and idx are on different devices"
+DTYPE = "the template computes in float16, bfloat16 or float32"
+INDEX_DTYPE = "idx must be int64"
+SYMBOLIC_KEPT = "the number of kept channels is symbolic; it must be fixed per region"
+SYMBOLIC_WEIGHT = "the weight's shape is symbolic"
+EMPTY = "a dimension is empty"
+NO_TRITON = "Inductor offers no Triton templates for this device"
+
+MANY_TOKENS = f"more than {TEMPLATE_MAX_TOKENS} tokens: the gather costs little beside the matmul"
+RAGGED_KEPT = f"kept channels are no multiple of {CHANNEL_MULTIPLE}, so loads would be scalar"
+FULL_FLOAT32 = "float32 without TF32 does not use tensor cores in the template"
+STRIDED_GATHER = "the weight's gathered rows are not contiguous, so loads would be scalar"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``y[M, N] = x[M, K] @ gathered(w)``, M tokens. ``weight`` is w's shape as stored; sizes may
+    be symbolic.
+
+    ``contiguous_rows``: one gathered row or column of w is contiguous in memory.
+    """
+
+    devices: tuple[torch.device, ...]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    index_dtype: torch.dtype
+    tokens: Any
+    outputs: Any
+    inner: Any
+    kept: Any
+    weight: tuple[Any, ...]
+    contiguous_rows: bool
+
+
+def ineligible(problem: Problem) -> str | None:
+    """Why the templates cannot compute this, or None."""
+    sizes = (problem.outputs, problem.inner, problem.kept, *problem.weight)
+    rules = (
+        (any(device.type != "cuda" for device in problem.devices), NOT_CUDA),
+        (len(set(problem.devices)) != 1, MIXED_DEVICES),
+        (problem.dtype not in DTYPES or problem.weight_dtype not in DTYPES, DTYPE),
+        (problem.index_dtype != torch.int64, INDEX_DTYPE),
+        (not _fixed(problem.kept), SYMBOLIC_KEPT),
+        (not all(_fixed(size) for size in problem.weight), SYMBOLIC_WEIGHT),
+        (any(_fixed(size) and int(size) == 0 for size in (*sizes, problem.tokens)), EMPTY),
+    )
+    return next((reason for broken, reason in rules if broken), None)
+
+
+def unpromising(problem: Problem) -> str | None:
+    """Why gather + matmul is preferred when nothing is benchmarked, or None. For eligible problems
+    only."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    rules = (
+        (_torch.size_hint(problem.tokens) > TEMPLATE_MAX_TOKENS, MANY_TOKENS),
+        (int(problem.kept) % CHANNEL_MULTIPLE != 0, RAGGED_KEPT),
+        (problem.dtype == torch.float32 and not tf32, FULL_FLOAT32),
+        (not problem.contiguous_rows, STRIDED_GATHER),
+    )
+    return next((reason for broken, reason in rules if broken), None)
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int) or bool(getattr(size, "is_number", False))

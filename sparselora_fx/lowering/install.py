@@ -1,0 +1,54 @@
+"""Register one lowering per sliced matmul."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sparselora_fx import _torch
+from sparselora_fx.lowering import constraints, cpu, triton
+from sparselora_fx.ops import OPS
+
+log = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Teach Inductor the four sliced matmuls and the two weight gradients."""
+    for family in triton.FAMILIES.values():
+        _register(family.op, _sliced(family))
+    for name in ("sliced_linear_wgrad", "sliced_linear_in_wgrad"):
+        _register(name, _weight_gradient(name))
+
+
+def _register(name: str, fn: Callable[..., Any]) -> None:
+    _torch.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
+
+
+def _sliced(family: triton.Family) -> Callable[..., Any]:
+    """``(x[..., K], w, idx) -> y[..., N]``: a template where the rules allow one, else gather and
+    matmul."""
+
+    def lower(x: Any, w: Any, idx: Any) -> Any:
+        problem = triton.problem(family, x, w, idx)
+        reason = constraints.ineligible(problem)
+        if reason is None and not triton.autotunes():
+            reason = constraints.unpromising(problem)
+        if reason is not None:
+            log.debug("%s: gather + matmul, because %s", family.op, reason)
+            return cpu.SLICED[family.op](x, w, idx)
+        return triton.lower(family, problem, x, w, idx)
+
+    return lower
+
+
+def _weight_gradient(name: str) -> Callable[..., Any]:
+    """On a GPU: Inductor's own matmul, then one scatter. Elsewhere the op's eager body runs."""
+    eager = _torch.fallback(getattr(OPS, name).default)
+
+    def lower(gy: Any, x: Any, idx: Any, n: Any) -> Any:
+        if x.get_device().type != "cuda":
+            return eager(gy, x, idx, n)
+        return cpu.WEIGHT_GRADIENTS[name](gy, x, idx, n)
+
+    return lower

@@ -1,0 +1,193 @@
+"""The NVIDIA lowering: two Triton templates for four ops, offered against gather + cuBLAS.
+
+    sliced_linear            y[T, S]  = x[T, K]  @ w[idx, :].T    out_sliced         w as stored
+    sliced_linear_in_dgrad   gh[T, S] = gy[T, N] @ w[:, idx]      out_sliced         w transposed
+    sliced_linear_dgrad      gx[T, K] = gy[T, S] @ w[idx, :]      reduction_sliced   w as stored
+    sliced_linear_in         y[T, N]  = h[T, S]  @ w[:, idx].T    reduction_sliced   w transposed
+
+Inductor fuses pointwise neighbours into a template: what reads y into its store, gathers that make
+x (a selection of token rows) into its loads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselora_fx import _torch
+from sparselora_fx.lowering import configs, cpu
+from sparselora_fx.lowering.constraints import Problem
+from sparselora_fx.lowering.settings import check_bounds
+from sparselora_fx.ops import OPS
+
+TEMPLATES = Path(__file__).parent / "templates"
+_GROUP_M = 8  # programs that share columns run next to each other, so that w stays in the L2 cache
+_INCLUDE = re.compile(r'^\{% include "([\w.]+)" %\}\n', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one op maps onto a template. ``transposed``: the template sees w through its
+    transpose."""
+
+    op: str
+    template: str
+    transposed: bool
+
+    @property
+    def gather_axis(self) -> int:
+        """The dimension of w, as stored, that idx selects from."""
+        return 1 if self.transposed else 0
+
+
+FAMILIES = {
+    family.op: family
+    for family in (
+        Family("sliced_linear", "out_sliced", False),
+        Family("sliced_linear_dgrad", "reduction_sliced", False),
+        Family("sliced_linear_in", "reduction_sliced", True),
+        Family("sliced_linear_in_dgrad", "out_sliced", True),
+    )
+}
+
+
+def read_template(name: str) -> str:
+    """The source of a template with its ``{% include %}`` lines filled in."""
+    text = (TEMPLATES / f"{name}.py.jinja").read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: (TEMPLATES / found[1]).read_text(encoding="utf-8"), text)
+
+
+def grid(
+    m: int, n: int, meta: dict[str, Any], *, cdiv: Callable[[Any, Any], Any]
+) -> tuple[Any, int, int]:
+    """One program per tile of y, in one dimension; the templates order them in groups of
+    ``_GROUP_M`` rows."""
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
+@cache
+def _template(name: str) -> Any:
+    """Inductor keeps template names in one registry for the process, so each is made once."""
+    api = _torch.inductor()
+    return api.TritonTemplate(
+        name=f"sparselora_{name}", grid=api.SymbolicGridFn(grid), source=read_template(name)
+    )
+
+
+@cache
+def _fallback(op: str) -> Any:
+    """The op's eager kernel (index_select + cuBLAS) as a choice.
+
+    It is called as ``torch.ops.sparselora.<op>``: a Python function here would be missing in a
+    fresh process that finds the compiled graph in a cache.
+    """
+    overload = getattr(OPS, op).default
+    return _torch.inductor().ExternKernelChoice(
+        overload,
+        name=f"sparselora_{op}_fallback",
+        has_out_variant=False,
+        op_overload=overload,
+        use_fallback_kernel=True,
+    )
+
+
+def autotunes() -> bool:
+    """Whether Inductor was asked to benchmark matmuls."""
+    config = _torch.inductor().config
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:
+    """Describe ``y[M, N] = x[M, K] @ gathered(w)`` from IR nodes."""
+    *lead, inner = x.get_size()
+    tokens: Any = 1
+    for size in lead:
+        tokens = tokens * size
+    kept, weight = idx.get_size()[0], tuple(w.get_size())
+    outputs = kept if family.template == "out_sliced" else weight[1 - family.gather_axis]
+    stride = w.maybe_get_stride()
+    across = None if stride is None else stride[1 - family.gather_axis]
+    return Problem(
+        devices=tuple(node.get_device() for node in (x, w, idx)),
+        dtype=x.get_dtype(),
+        weight_dtype=w.get_dtype(),
+        index_dtype=idx.get_dtype(),
+        tokens=tokens,
+        outputs=outputs,
+        inner=inner,
+        kept=kept,
+        weight=weight,
+        contiguous_rows=across is not None and _torch.always_equal(across, 1),
+    )
+
+
+def lower(family: Family, problem: Problem, x: Any, w: Any, idx: Any) -> Any:
+    """The chosen kernel's output, with the leading dimensions of x.
+
+    Every choice is given the same inputs: before torch 2.13 the fallback is benchmarked on the
+    inputs of the selection, not on its own.
+    """
+    api = _torch.inductor()
+    inputs = api.realize_inputs(cpu.flatten(x), w, idx)
+    device, tokens = problem.devices[0], inputs[0].get_size()[0]
+    layout = api.FixedLayout(device, problem.dtype, [tokens, problem.outputs])
+    if not api.use_triton_template(layout, check_max_autotune=False):
+        return cpu.SLICED[family.op](x, w, idx)
+    choices: list[Any] = []
+    if autotunes():
+        _fallback(family.op).maybe_append_choice(choices, input_nodes=inputs, layout=layout)
+    for tile in _tiles(family, problem, device):
+        _template(family.template).maybe_append_choice(
+            choices, input_nodes=inputs, layout=layout, **_constants(family, problem, tile)
+        )
+    if not choices:
+        return cpu.SLICED[family.op](x, w, idx)
+    rows = problem.weight[family.gather_axis]
+    chosen = _torch.select(family.op, choices, list(inputs), layout, {2: _permutation(rows)})
+    return cpu.unflatten(chosen, x)
+
+
+def _tiles(family: Family, problem: Problem, device: torch.device) -> list[configs.Tile]:
+    """All tiles that fit when benchmarking, else the one that the rule picks."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = int(properties.shared_memory_per_block_optin)
+    found = configs.tiles(family.template, problem.dtype.itemsize, shared)
+    if autotunes() or not found:
+        return found
+    tokens, outputs = _torch.size_hint(problem.tokens), _torch.size_hint(problem.outputs)
+    return [configs.pick(found, tokens, outputs, int(properties.multi_processor_count))]
+
+
+def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str, Any]:
+    """What a template is filled with, by the names its legend explains."""
+    return {
+        "num_stages": tile.stages,
+        "num_warps": tile.warps,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": _GROUP_M,
+        "EVEN_K": _torch.divides(tile.k, problem.inner),
+        "W_T": family.transposed,
+        "CAST_W": problem.weight_dtype != problem.dtype,
+        "CHECK_BOUNDS": check_bounds(),
+        "ACC_TYPE": _torch.inductor().acc_type(problem.dtype),
+        "ALLOW_TF32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+    }
+
+
+def _permutation(rows: Any) -> Callable[[Any], torch.Tensor]:
+    """Benchmark on sorted random rows, as topk_channels gives them: the default, all zeros, would
+    read one row."""
+
+    def generate(buffer: Any) -> torch.Tensor:
+        kept, total = _torch.size_hint(buffer.get_size()[0]), _torch.size_hint(rows)
+        return torch.randperm(total, device=buffer.get_device())[:kept].sort().values
+
+    return generate
