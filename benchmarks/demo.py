@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         slow, fast, ratio = step_times(dense, sparse, batches, args.pairs)
     with phase("channels used in one step"):
         share, predictor = flops_shares(sparse, batches[0])
-        print(slx.explain(sparse))
+        print("  ", str(slx.explain(sparse)).splitlines()[-1])
     rows[1].step_ms, rows[1].speedup, rows[1].base_flops = slow, 1.0, 1.0
     rows[2].step_ms, rows[2].speedup, rows[2].base_flops = fast, ratio, share
     print_table(rows)

@@ -5,8 +5,8 @@ The text is the docstrings of the Python standard library; generated equations a
 
     python -m benchmarks.pretrain_demo --minutes 30
 
-The folder `--out` is replaced as a whole every few minutes, so that it can be used at any time, and
-`--state` lets an interrupted run continue where it was.
+The files of the folder `--out` are replaced every few minutes, each in one step, so that the model
+can be used at any time; `--state` lets an interrupted run continue where it was.
 """
 
 from __future__ import annotations
