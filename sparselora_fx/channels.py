@@ -116,6 +116,8 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
     inputs = [values[n] for n in node.all_input_nodes if n in values]
     if not is_pointwise(node):
         return None
+    if len(inputs) == 1 and adds_adapter(node, inputs[0]):
+        return inputs[0]
     scores = [value for value in inputs if isinstance(value, Scores)]
     if scores:
         return scores[0] if len(inputs) == 1 else None
@@ -127,6 +129,11 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
     assert out is not None
     aligned = tuple(_align(port, out.dim()) for port in ports)
     return Channels(aligned, frozenset().union(*(value.roots for value in channels)))
+
+
+def adds_adapter(node: fx.Node, value: Value) -> bool:
+    """Whether a node adds a site's LoRA branch: the channels stay where they are."""
+    return any(isinstance(root, Site) and node in root.adapter_adds for root in sources_of(value))
 
 
 def _align(port: Port, rank: int) -> Port:

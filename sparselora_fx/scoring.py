@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.channels import CASTS, NORMS, RESHAPES, Channels, Values
+from sparselora_fx.channels import CASTS, NORMS, RESHAPES, Channels, Values, adds_adapter
 from sparselora_fx.fx import is_pointwise, op_name, tensor
 from sparselora_fx.layout import channel_map
 from sparselora_fx.ops import OPS
@@ -46,11 +46,6 @@ def _is_full_width(node: fx.Node) -> bool:
     if example is None or example.dim() < 2:
         return False
     return example.shape[-1] != 1 and any(size != 1 for size in example.shape[:-1])
-
-
-def adds_adapter(node: fx.Node, value: Channels) -> bool:
-    """Whether a node adds a site's LoRA branch: the score is of the frozen weights alone."""
-    return any(isinstance(root, Site) and node in root.adapter_adds for root in value.roots)
 
 
 class Replay:
