@@ -121,6 +121,11 @@ def _attention_region(
         "k": RowPick(k.site, (ChannelMap(attention.head_dim, k.head_stride, k.offset),)),
         "v": RowPick(v.site, (ChannelMap(attention.value_dim, v.head_stride, v.offset),)),
     }
+    if q.groups > 1 and attention.group_inner:
+        inner = [m._replace(outer_stride=q.group_stride) for m in picks["q"].maps]
+        picks["q"] = RowPick(q.site, tuple(inner))
+    elif q.groups > 1:
+        raise NoRegion("its query heads alternate with keys and values, and share them in turns")
     qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [picks["q"], picks["k"]])
     vv = Choice("v", attention.kv_heads * attention.value_dim, 0, [picks["v"]])
     used = Counter[Site]()

@@ -30,6 +30,8 @@ def find_sites(rewrite: Rewrite) -> int:
         mark.replace_all_uses_with(mark.args[0])
         rewrite.graph.erase_node(mark)
     for weight, args in carried.items():
+        if weight.op != "placeholder":
+            continue  # computed in the graph (a parametrization): it is not the frozen weight any more
         found = _site(weight, args, len(by_weight[weight]))
         if isinstance(found, Skip):
             rewrite.skips.append(found)

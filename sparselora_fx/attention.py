@@ -26,6 +26,8 @@ class Heads(NamedTuple):
     offset: int
     heads: int
     head_stride: int
+    groups: int  # heads come in this many even runs (1, or the kv heads where q, k and v alternate)
+    group_stride: int
     dim: int
     repeat_inner: int  # repeats of each head (repeat_kv)
     repeat_outer: int  # repeats of the whole set of heads
@@ -77,6 +79,8 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
     if out is None or q is None or k is None or v is None:
         return Channels((), roots)
     heads, kv_heads = q.heads, k.heads
+    if q.groups not in (1, kv_heads) or k.groups != 1 or v.groups != 1:
+        return Channels((), roots)
     if kv_heads != v.heads or heads % kv_heads or q.dim != k.dim or q.repeat_inner * q.repeat_outer != 1:
         return Channels((), roots)
     group_inner = k.repeat_outer == 1 and v.repeat_outer == 1
@@ -128,10 +132,12 @@ def operand_heads(value: Channels) -> Heads | None:
     moving = [atom for atom in outer if atom.stride != 0]
     if len(moving) > 2 or any(not isinstance(atom.size, int) for atom in outer):
         return None
-    if len(moving) == 2:  # heads split in groups: [Hkv, G] must be one even run of heads
-        if moving[0].stride != int(moving[1].size) * (moving[1].stride or 0):
-            return None
-        moving = [Atom(int(moving[0].size) * int(moving[1].size), moving[1].stride)]
+    groups, group_stride = 1, 0
+    if len(moving) == 2:
+        size, stride = int(moving[1].size), moving[1].stride or 0
+        if moving[0].stride != size * stride:
+            groups, group_stride = int(moving[0].size), moving[0].stride or 0
+        moving = [Atom(int(moving[0].size) * size, stride)]
     head = moving[0] if moving else Atom(1, 0)
     repeats = [1, 1]
     before = True
@@ -141,5 +147,6 @@ def operand_heads(value: Channels) -> Heads | None:
         else:
             before = False
     return Heads(
-        port.source, layout.offset, int(head.size), head.stride or 0, inner[0].size, repeats[0], repeats[1]
-    )
+        port.source, layout.offset, int(head.size), head.stride or 0, groups, group_stride,
+        inner[0].size, repeats[0], repeats[1],
+    )  # fmt: skip

@@ -35,14 +35,15 @@ class _Rewritten:
         self.state = state
         self.observed: set[int] = set()
         sites = [site for region in report.regions for site in region.sites] + report.dense
-        self.key = sites[0].weight
+        self.key = sites[0].weight if sites else None
 
     def __call__(self, *args: Any) -> Any:
         outputs = self.compiled(*args)
-        who = id(args[self.key])  # one graph serves many layers: they differ in the weights they pass
-        if who not in self.observed:
-            self.observed.add(who)
-            self.state.observe(self.report, args)
+        if self.key is not None:
+            who = id(args[self.key])  # one graph serves many layers: they differ in the weights they pass
+            if who not in self.observed:
+                self.observed.add(who)
+                self.state.observe(self.report, args)
         own = len(outputs) - self.report.extra
         if self.state.recorder is not None:
             self.state.recorder.add(self.report, args, outputs[own:], self.state)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from sparselora_fx.fx import argument, axis_argument, is_pointwise, op_name, tensor
-from sparselora_fx.layout import Layout, concatenate, stack
+from sparselora_fx.layout import Atom, Layout, concatenate, stack
 from sparselora_fx.regions import Attention, Site, Source
 
 
@@ -173,9 +173,21 @@ def _move(node: fx.Node, name: str, held: Channels) -> Value | None:
     if name == "narrow" and out is not None:
         axis, start = axis_argument(node, 1, "dim", out.dim()), argument(node, 2, "start")
         return _map(held, lambda layout: layout.slice(axis, start, out.shape[axis]))
+    if name in ("view_as_complex", "view_as_real"):
+        return _map(held, _as_complex if name == "view_as_complex" else _as_real)
     if name in SPLITS:
         return _split(node, name, held)
     return None
+
+
+def _as_complex(layout: Layout) -> Layout | None:
+    """Pairs of channels become one complex channel (RoPE by complex multiplication)."""
+    pair = layout.channel_atoms(len(layout.dims) - 1)
+    return layout.drop(len(layout.dims) - 1) if pair == [Atom(2, 1)] else None
+
+
+def _as_real(layout: Layout) -> Layout:
+    return layout.insert(len(layout.dims), (Atom(2, 1),))
 
 
 def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels | None:
@@ -210,7 +222,7 @@ def _order(node: fx.Node, name: str, rank: int) -> list[int] | None:
 
 def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
     """``x[key]`` for slices with integer steps, integers, None and Ellipsis."""
-    keys = list(key) if isinstance(key, tuple) else [key]
+    keys = [_one_index(k) for k in (key if isinstance(key, tuple) else (key,))]
     if any(not (k is None or k is Ellipsis or isinstance(k, int | slice)) for k in keys):
         return None
     consumed = sum(1 for k in keys if k is not None and k is not Ellipsis)
@@ -241,6 +253,13 @@ def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
             current = sliced
         axis += 1
     return current
+
+
+def _one_index(key: Any) -> Any:
+    """``x[[i]]`` as the slice that it equals."""
+    if isinstance(key, list) and len(key) == 1 and isinstance(key[0], int):
+        return slice(key[0], key[0] + 1 or None)
+    return key
 
 
 def _pick(layout: Layout, axis: int, index: Any) -> Layout | None:
