@@ -32,7 +32,7 @@ MIXED = {
 
 def llama(
     *,
-    layers: int = 2,
+    layers: int = 1,
     targets: str | tuple[str, ...] = "all-linear",
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
@@ -122,6 +122,12 @@ def plan_of(sparsity: Any, multiple: int = 1) -> slx.SparsityPlan:
     return slx.SparsityPlan(sparsity, tokens="all", channel_multiple=multiple)
 
 
+def mixed(model: nn.Module) -> dict[str, float]:
+    """`MIXED`, for the layers that the model has."""
+    names = [name for name, _ in model.named_modules()]
+    return {key: s for key, s in MIXED.items() if any(name.endswith(key) for name in names)}
+
+
 def estimator_of(model: nn.Module, rank: int = 4) -> slx.SVDEstimator:
     """Factors of rank 4."""
     return slx.SVDEstimator.build(model, rank=rank, progress=False)
@@ -138,7 +144,7 @@ def run_compiled(
     restore: bool = True,
 ) -> Step:
     """Compile, take one recorded step and (unless told otherwise) restore the model."""
-    plan = plan_of(MIXED) if plan is None else plan
+    plan = plan_of(mixed(model)) if plan is None else plan
     slx.compile(model, estimator_of(model), plan=plan, backend=backend, lora_branch=lora_branch)
     with slx.record(model) as record:
         done = step(model, data, seed=seed)

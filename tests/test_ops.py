@@ -1,4 +1,6 @@
-"""Every op: schema, fake and derivative agree; values equal plain torch; unselected weights are never read."""
+"""Every op: schema, fake and derivative agree, values equal plain torch, no
+unselected weight is ever read.
+"""
 
 from typing import Any
 
