@@ -248,3 +248,44 @@ def assert_rewrote(record: slx.Recording, model: nn.Module, plan: dict[str, floa
         n for n in names for key, s in plan.items() if f"{key}." in n and s and "lora" not in n
     }
     assert wanted and set(record.sites) == wanted, wanted ^ set(record.sites)
+
+
+def plain_compiled_step(model: nn.Module, data: dict[str, Any], backend: str) -> Step:
+    """The step under `torch.compile` alone."""
+    torch.compiler.reset()
+    model.__dict__["forward"] = torch.compile(model.forward, backend=backend)
+    try:
+        return step(model, data)
+    finally:
+        del model.__dict__["forward"]
+        torch.compiler.reset()
+
+
+def marks(model: nn.Module) -> dict[str, Any]:
+    """What hangs on a model's modules: attributes, buffers, hooks."""
+    found: dict[str, Any] = {"forward": model.forward, "keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name] = (
+            type(module),
+            sorted(module.__dict__),
+            list(module._buffers),
+            sorted(module._non_persistent_buffers_set),
+            {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks")},
+        )
+    return found
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """The model carries the marks and the weights that it carried before."""
+    after = marks(model)
+    assert after.keys() == before.keys()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, changed
+    state = model.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Clones of every entry of the state dict."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -1,7 +1,7 @@
 """Layers do not share choices, however the model is cut into graphs.
 
-One compiled graph may serve many layers. Each layer's recorded selection must equal the one computed
-for that layer alone, from its own input and factors, with the documented score.
+One compiled graph may serve many layers. Each layer's recorded selection must equal the one
+computed for that layer alone, from its own input and factors, with the documented score.
 """
 
 from collections.abc import Iterator
@@ -186,7 +186,7 @@ def test_inductor_under_checkpointing() -> None:
 
 @pytest.mark.slow
 def test_inductor_under_checkpointing_with_dropout() -> None:
-    """The compiler draws its own random numbers here, so only choices and finiteness are checked."""
+    """The compiler draws its own random numbers: only choices and finiteness are checked."""
     model, data = model_of(dropout=0.1, checkpointing=False), oracle.batch()
     got = oracle.run_compiled(model, data, oracle.plan_of(EVEN), "inductor")
     assert len(got.record.selections) == 2 * LAYERS

@@ -1,4 +1,4 @@
-"""Almost a region: what would be mis-sliced stays dense and says why; what is unusual but right is sliced.
+"""Almost a region: what would be mis-sliced stays dense and says why, what is right is sliced.
 
 Every case, sliced or dense, must equal its masked eager self with whatever channels were recorded.
 """
@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 class Attention(nn.Module):
-    """Four heads on two kv heads; ``body`` gets the heads and returns what feeds the out-projection."""
+    """Four heads on two kv heads; ``body`` gets the heads and returns the output."""
 
     heads, kv_heads, dim = 4, 2, 6
 
@@ -93,7 +93,7 @@ def step(model: nn.Module, x: Tensor) -> oracle.Step:
 
 
 def check(make: Callable[[], nn.Module], sparsity: float = 0.6) -> tuple[slx.Recording, str]:
-    """Compiled equals masked eager with the recorded channels; returns what was recorded and said."""
+    """Compiled equals masked eager; returns what was recorded and what `explain` said."""
     model, x = build(make)
     slx.compile(
         model, oracle.estimator_of(model), plan=oracle.plan_of(sparsity), backend="aot_eager"
