@@ -1,4 +1,4 @@
-"""The model around its training: saving, the Trainer, compiling again, batch lengths, bad inputs."""
+"""A model around its training: saving, the Trainer, compiling again, lengths, bad inputs."""
 
 import copy
 from pathlib import Path

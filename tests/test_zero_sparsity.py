@@ -1,4 +1,4 @@
-"""Where nothing is skipped nothing changes: sparsity 0, evaluation, generation, and after restore."""
+"""Where nothing is skipped nothing changes: sparsity 0, evaluation, generation, restore."""
 
 from typing import Any
 
