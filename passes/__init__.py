@@ -13,6 +13,7 @@ from sparselora_fx.passes.find_regions import find_regions
 from sparselora_fx.passes.find_sites import find_sites
 from sparselora_fx.passes.insert_predictor import insert_predictor
 from sparselora_fx.passes.sink_gathers import sink_gathers
+from sparselora_fx.passes.sink_takes import sink_takes
 from sparselora_fx.passes.slice_sites import slice_sites
 
 PIPELINE = (
@@ -21,6 +22,7 @@ PIPELINE = (
     find_regions,  # sites -> FFN and attention regions, or the reason why not
     insert_predictor,  # each region's channel choice, from the factors
     slice_sites,  # each site by its masked-dense definition, on the choice only
+    sink_takes,  # context and output tokens apart, padding not at all
     sink_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread
 )

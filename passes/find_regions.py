@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sparselora_fx.attention import operand_heads
 from sparselora_fx.channels import (
@@ -56,6 +57,7 @@ def find_regions(rewrite: Rewrite) -> int:
         try:
             _check_readers(region, values)
             _check_factors(region)
+            _check_tokens(region)
             _choose_kept(region, rewrite)
             rewrite.regions.append(region)
         except NoRegion as reason:
@@ -204,6 +206,17 @@ def _check_factors(region: Region) -> None:
             factor = tensor(pick.site.factors[0])
             if factor is None or factor.shape[0] != pick.site.out_features:
                 raise NoRegion("the estimator has no factors for one of its producers")
+
+
+def _check_tokens(region: Region) -> None:
+    """The batch's token lists must be about the tokens that the sites see."""
+    for site in region.sites:
+        if site.split is None:
+            continue
+        x, grid = tensor(site.x), tensor(site.split[0][1])
+        assert x is not None and grid is not None
+        if not statically_known_true(x.shape[:-1].numel() == grid.shape.numel()):
+            raise NoRegion("its tokens are not the token grid of the labels")
 
 
 def _choose_kept(region: Region, rewrite: Rewrite) -> None:

@@ -62,7 +62,7 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     if x_value is None or x_value.shape[-1] != k or out.shape[-1] != n or n == k == 0:
         return Skip(weight, "the linear does not act on the last dimension of its input")
     spec = SiteSpec.decode(args[5])
-    return Site(node, x, weight, transposed, bias, (args[2], args[3]), args[4], spec, n, k)
+    return Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
 
 
 def _linear_uses(weight: fx.Node, *, transposed: bool) -> list[tuple[fx.Node, fx.Node, bool]]:

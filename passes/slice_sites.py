@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
+from sparselora_fx.fx import with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.passes.insert_predictor import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
@@ -16,6 +19,8 @@ def slice_sites(rewrite: Rewrite) -> int:
     Before:  g: [T, N] = linear(x, wg, bg);                  y: [T, M] = linear(h, wd, bd)
     After:   c: [T, k] = sliced_linear(x, wg, s)             d: [T, k] = gather_channels(h, s)
              g: [T, N] = scatter_channels(c, s, N) + bg      y: [T, M] = sliced_linear_in(d, wd, s) + bd
+    With a token split (context tokens c, output tokens o), each linear becomes
+             merge_tokens(sliced(take_tokens(x, c)), linear(take_tokens(x, o), w), c, o) + bias
     Keeps:   biases and LoRA branches at full width; with lora_branch="sparse" the branches are cut to the
              selection too. What each site computes is its definition (masked-dense), whatever reads it.
     """
@@ -41,9 +46,15 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
         rows = parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (parts,))
         region.rows[site] = rows
         weight = _logical_weight(graph, site)
-        kept = graph.call_function(OPS.sliced_linear.default, (site.x, weight, rows))
-        full = _scatter(graph, kept, rows, site.out_features, like=site.node)
-        result = _add_bias(graph, full, site)
+
+        def sliced(x: fx.Node) -> fx.Node:
+            kept = graph.call_function(OPS.sliced_linear.default, (x, weight, rows))
+            full = _scatter(graph, kept, rows, site.out_features, like=site.node)
+            if site.split is None:
+                return full
+            return with_stand_in(full, site.node, rank=2, channels=site.out_features)
+
+        result = _add_bias(graph, _by_token(graph, site, weight, sliced), site)
     _replace(site.node, result)
     if rewrite.options.lora_branch == "sparse":
         for addition, branch in site.adapter_adds.items():
@@ -58,14 +69,41 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
     with graph.inserting_before(site.node):
         columns = channel_rows(graph, selection, region.consumer)
         region.rows[site] = columns
-        kept = graph.call_function(OPS.gather_channels.default, (site.x, columns))
-        out = graph.call_function(
-            OPS.sliced_linear_in.default, (kept, _logical_weight(graph, site), columns)
-        )
-        result = _add_bias(graph, out, site)
+        weight = _logical_weight(graph, site)
+
+        def sliced(h: fx.Node) -> fx.Node:
+            kept = graph.call_function(OPS.gather_channels.default, (h, columns))
+            return graph.call_function(OPS.sliced_linear_in.default, (kept, weight, columns))
+
+        result = _add_bias(graph, _by_token(graph, site, weight, sliced), site)
     _replace(site.node, result)
     if rewrite.options.lora_branch == "sparse":
         _mask_adapter_input(region, graph, columns)
+
+
+def _by_token(
+    graph: fx.Graph, site: Site, weight: fx.Node, sliced: Callable[[fx.Node], fx.Node]
+) -> fx.Node:
+    """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if there is no split."""
+    if site.split is None:
+        return sliced(site.x)
+    context, output = site.split
+    parts = [graph.call_function(OPS.take_tokens.default, (site.x, *t)) for t in (context, output)]
+    for part in parts:
+        with_stand_in(part, site.x, rank=2, channels=site.in_features)
+    dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
+    with_stand_in(dense, site.node, rank=2, channels=site.out_features)
+    args = (sliced(parts[0]), dense, *context, *output)
+    merged = graph.call_function(OPS.merge_tokens.default, args)
+    _like(merged, site.node)
+    if site.node.meta["example_value"].dim() == 2:  # a linear on flattened tokens
+        return _like(graph.call_method("flatten", (merged, 0, -2)), site.node)
+    return merged
+
+
+def _like(node: fx.Node, model: fx.Node) -> fx.Node:
+    node.meta["example_value"] = model.meta["example_value"]
+    return node
 
 
 def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:
@@ -89,8 +127,7 @@ def _mask(graph: fx.Graph, x: fx.Node, idx: fx.Node, n: int) -> fx.Node:
 
 def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node) -> fx.Node:
     full = graph.call_function(OPS.scatter_channels.default, (y, idx, n))
-    full.meta["example_value"] = like.meta["example_value"]
-    return full
+    return _like(full, like)
 
 
 def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
@@ -103,5 +140,4 @@ def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:
-    new.meta["example_value"] = old.meta["example_value"]
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(_like(new, old))

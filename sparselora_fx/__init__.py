@@ -1,6 +1,6 @@
 """SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside torch.compile."""
 
-from sparselora_fx.api import compile, restore
+from sparselora_fx.api import compile, restore, step
 from sparselora_fx.errors import CompileError, EstimatorError, PlanError, SparseLoraError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.explain import explain
@@ -15,9 +15,20 @@ __all__ = [
     "Recording",
     "SVDEstimator",
     "SparseLoraError",
+    "SparsityCallback",
     "SparsityPlan",
     "compile",
     "explain",
     "record",
     "restore",
+    "step",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`SparsityCallback` needs transformers, which a first import should not."""
+    if name == "SparsityCallback":
+        from sparselora_fx.trainer import SparsityCallback
+
+        return SparsityCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,7 @@ _RECOMPILES = 256
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows",
     "topk_channels", "pool_tokens", "low_rank_norms",
+    "take_tokens", "place_tokens", "merge_tokens",
 )  # fmt: skip
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
 _LOWERED = (
@@ -52,6 +53,13 @@ def compile_callable(
             return compiled(*args, **kwargs)
 
     return limited
+
+
+def mark_dynamic(tensor: torch.Tensor) -> None:
+    """Let the first dimension vary without a recompile, where the compiler can."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def backend_compile(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,10 +17,15 @@ from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import SparsityPlan, Sparsity
 from sparselora_fx.recording import get_state
 from sparselora_fx.regions import Options
+from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State
-from sparselora_fx.tokens import call_arguments, token_weight
+from sparselora_fx.tokens import call_arguments, split_tokens
 
 assert autograd.OPS is not None  # importing it registers the derivatives
+
+
+# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal one.
+_UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
 
 
 class CompiledForward:
@@ -39,6 +43,11 @@ class CompiledForward:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.base_forward = base.forward if base is not model else self.original
         self.cacheable = "use_cache" in inspect.signature(self.base_forward).parameters
+        config = getattr(base, "config", None)
+        # One token grid would have to serve two stacks of other lengths: every token is sparse then.
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        kind = str(getattr(base, "loss_type", None) or type(base).__name__)
+        self.shift = not any(word in kind for word in _UNSHIFTED)
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,13 +55,23 @@ class CompiledForward:
         if not state.active or not (self.model.training or self.compile_eval):
             return self.original(*args, **kwargs)
         arguments = call_arguments(self.base_forward, args, kwargs)
-        phase = state.phase
-        phase.sparse = self.model.training
-        phase.token_weight = token_weight(arguments) if phase.sparse else None
+        self._set_phase(arguments)
         if self.cacheable and self.model.training and arguments.get("use_cache") is None:
             if arguments.get("past_key_values") is None:
-                kwargs["use_cache"] = False  # a training step reads no cache; with one, keys would escape
+                kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
         return self.compiled(*args, **kwargs)
+
+    def _set_phase(self, arguments: Mapping[str, Any]) -> None:
+        """Decide what this call is: dense, or sparse at some level on some tokens."""
+        state, phase = self.state, self.state.phase
+        share = state.share() if self.model.training else 0.0
+        tokens = None
+        if share and not self.encoder_decoder:
+            tokens = split_tokens(state.plan, arguments, shift=self.shift)
+        empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
+        phase.sparse = bool(share) and not empty
+        phase.level = state.levels.index(share) if phase.sparse else 0
+        phase.tokens = tokens.tensors() if phase.sparse and tokens is not None else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(
@@ -102,7 +121,7 @@ def compile(
     if ATTRIBUTE in model.__dict__:
         restore(model)
     state = State(model, plan, sparsity, frozen)
-    options = Options(plan.channel_multiple, lora_branch)
+    options = Options(plan.channel_multiple, lora_branch, plan.track_adapter)
     run = _torch.compile_callable(model.forward, make_backend(state, backend, options), dynamic)
     forward = CompiledForward(model, state, run, compile_eval=compile_eval)
     state.mark(estimator.factors)
@@ -133,6 +152,25 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def step(model: nn.Module, n: int, total: int | None = None) -> None:
+    """Tell a compiled model which optimizer step comes next, so that its plan's schedule is followed.
+
+    Args:
+        model: compiled with `compile`.
+        n: 0-based optimizer step; call it before the step's first forward, on resume with the resumed step.
+        total: all optimizer steps of the training; needed where the plan's schedule has fractions.
+
+    Raises:
+        CompileError: the model is not compiled. PlanError: a fraction and no total, or a negative step.
+    """
+    state = get_state(model)
+    if n < 0 or (total is not None and total < 1):
+        raise PlanError(f"step is {n!r} of {total!r}; allowed: n >= 0 and total >= 1")
+    plan = state.plan
+    share_at(n, total, plan.start_step, plan.end_step, plan.ramp)  # refuses a fraction without total
+    state.step = (n, total)
+
+
 def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> None:
     if not isinstance(model, nn.Module):
         raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -151,13 +189,6 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
 def _as_plan(plan: Any) -> SparsityPlan:
     plan = SparsityPlan.default() if plan is None else plan
     plan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
-    if plan.tokens != "all":
-        raise PlanError(f"tokens={plan.tokens!r} is not supported yet; pass tokens='all'")
-    if plan.start_step or plan.end_step is not None:
-        warnings.warn(
-            "start_step and end_step are read but not followed yet: training is sparse from the first call",
-            stacklevel=3,
-        )
     return plan
 
 

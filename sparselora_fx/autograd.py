@@ -71,6 +71,44 @@ torch.library.register_autograd(
 )
 
 
+def _save_take(ctx: Ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.shape = inputs[0].shape
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_take(ctx: Ctx, gy: Tensor) -> tuple[Tensor, None, None]:
+    return OPS.place_tokens(gy, *ctx.saved_tensors).view(ctx.shape), None, None
+
+
+def _save_place(ctx: Ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_place(ctx: Ctx, gx: Tensor) -> tuple[Tensor, None, None]:
+    return OPS.take_tokens(gx, *ctx.saved_tensors), None, None
+
+
+def _save_merge(ctx: Ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _backward_merge(ctx: Ctx, gx: Tensor) -> tuple[Tensor | None, ...]:
+    y_idx, y_pos, z_idx, z_pos = ctx.saved_tensors
+    gy = OPS.take_tokens(gx, y_idx, y_pos)
+    gz = OPS.take_tokens(gx, z_idx, z_pos)
+    return gy, gz, None, None, None, None
+
+
+for _name, _setup, _backward in (
+    ("take_tokens", _save_take, _backward_take),
+    ("place_tokens", _save_place, _backward_place),
+    ("merge_tokens", _save_merge, _backward_merge),
+):
+    torch.library.register_autograd(
+        f"sparselora::{_name}", _backward, setup_context=_setup, lib=LIBRARY
+    )
+
+
 def _autocast(name: str, device: str) -> None:
     """Under autocast a sliced linear computes in the autocast dtype, as F.linear does; w is cast after its gather."""
     op = getattr(OPS, name).default

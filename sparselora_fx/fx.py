@@ -39,6 +39,14 @@ def tensor(node: Any) -> torch.Tensor | None:
     return example if isinstance(example, torch.Tensor) else None
 
 
+def with_stand_in(node: fx.Node, model: fx.Node, *, rank: int, channels: int) -> fx.Node:
+    """Give a new node an example value that is right in rank, channels and dtype (its token count is not known)."""
+    dtype = model.meta["example_value"].dtype
+    shape = (*[3] * (rank - 1), channels)
+    node.meta["example_value"] = torch.empty(shape, dtype=dtype, device="meta")
+    return node
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """One argument of a call, whether it was passed by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -32,10 +32,15 @@ _define("scatter_channels(Tensor y, Tensor idx, SymInt n) -> Tensor")
 _define("channel_rows(Tensor channels, int inner, int outer_stride, int[] offsets) -> Tensor")
 _define("topk_channels(Tensor scores, int k) -> Tensor")
 _define("pool_tokens(Tensor x, Tensor? token_weight) -> Tensor")
+_define("take_tokens(Tensor x, Tensor idx, Tensor pos) -> Tensor")
+_define("place_tokens(Tensor y, Tensor idx, Tensor pos) -> Tensor")
+_define(
+    "merge_tokens(Tensor y, Tensor z, Tensor y_idx, Tensor y_pos, Tensor z_idx, Tensor z_pos) -> Tensor"
+)
 _define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> Tensor")
 # The marker: an identity on x that carries per-layer data into the graph. Removed before anything runs.
 _define(
-    "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor? token_weight, str spec) -> Tensor(a)"
+    "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec) -> Tensor(a)"
 )
 
 
@@ -129,6 +134,31 @@ def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
     return (tokens * weight[..., None]).sum(dim=1) / total
 
 
+@torch.library.impl(LIBRARY, "take_tokens", _EAGER)
+def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
+    """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 gives a row of zeros.
+
+    ``pos[B, L]`` is the inverse of idx (-1: not taken); x may also be flat, ``[B*L, K]``.
+    """
+    rows = x.flatten(0, -2).index_select(0, idx.clamp(min=0))
+    return torch.where((idx >= 0)[:, None], rows, 0)
+
+
+@torch.library.impl(LIBRARY, "place_tokens", _EAGER)
+def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
+    """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere: the transpose of `take_tokens`."""
+    rows = y.index_select(0, pos.flatten().clamp(min=0)).view(*pos.shape, y.shape[1])
+    return torch.where((pos >= 0)[..., None], rows, 0)
+
+
+@torch.library.impl(LIBRARY, "merge_tokens", _EAGER)
+def merge_tokens(
+    y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor
+) -> Tensor:
+    """``x[B, L, K]`` from two disjoint token lists; tokens of neither (padding) are zero."""
+    return place_tokens(y, y_idx, y_pos) + place_tokens(z, z_idx, z_pos)
+
+
 @torch.library.impl(LIBRARY, "low_rank_norms", _EAGER)
 def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
     """Column norms of ``x @ b.T @ a.T`` over counted tokens, ``a[N, R]``, ``b[R, K]`` -> ``[N]`` in fp32 or fp64.
@@ -146,9 +176,13 @@ def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None)
 
 @torch.library.impl(LIBRARY, "site", "CompositeImplicitAutograd")
 def site(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None, spec: str
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, tokens: list[Tensor], spec: str
 ) -> Tensor:
-    """Identity on x. Carries a frozen weight's factors, the token weights and the plan's words into the graph."""
+    """Identity on x. Carries a frozen weight's factors, the batch's token lists and the plan's words into the graph.
+
+    ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their inverses
+    (`sparselora_fx.tokens.Tokens`).
+    """
     return x.view_as(x)
 
 
@@ -200,6 +234,23 @@ def _(x: Tensor, idx: Tensor) -> Tensor:
 def _(y: Tensor, idx: Tensor, n: int) -> Tensor:
     torch._check(y.shape[-1] == idx.shape[0])
     return y.new_empty(*y.shape[:-1], n)
+
+
+@torch.library.register_fake("sparselora::take_tokens", lib=LIBRARY)
+def _(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
+    return x.new_empty(idx.shape[0], x.shape[-1])
+
+
+@torch.library.register_fake("sparselora::place_tokens", lib=LIBRARY)
+def _(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
+    return y.new_empty(*pos.shape, y.shape[1])
+
+
+@torch.library.register_fake("sparselora::merge_tokens", lib=LIBRARY)
+def _(
+    y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor
+) -> Tensor:
+    return y.new_empty(*y_pos.shape, y.shape[1])
 
 
 @torch.library.register_fake("sparselora::channel_rows", lib=LIBRARY)

@@ -6,7 +6,7 @@ import difflib
 import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +15,15 @@ import yaml
 
 from .errors import PlanError
 from .frozen import FrozenWeight, block_positions, canonical_path, suffix_distance
+from .schedule import When, check_ramp, check_schedule
 
 TOKENS = ("all", "context")
 _DEFAULT = "default"
-_OWN_KEYS = ("sparsity", "tokens", "start_step", "end_step", "channel_multiple", "rank")
+_DEFAULTS = {
+    "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
+    "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "track_adapter": False,
+}  # fmt: skip
+_OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
 
 
@@ -41,59 +46,69 @@ class SparsityPlan:
 
     Attributes:
         sparsity: one number for every layer, a mapping of key to number, or ``"default"``.
-        tokens: which tokens are computed sparsely: ``"all"``, or ``"context"`` (those without
-            loss).
-        start_step: training stays dense before it; an int counts steps, a float is a fraction of
-            training.
+        tokens: ``"context"``: tokens whose prediction carries loss are dense, the others sparse;
+            ``"all"``: every token is sparse; or a function of the call's arguments (a dict) that
+            returns ``bool[B, L]``, true where sparse. Calls without labels: every token is sparse.
+        start_step: training stays dense before it; an int counts optimizer steps, a float is a
+            fraction of training (0.05 as in the reference implementation).
         end_step: training is dense again from it on (None: never); same units.
+        ramp: stages ``(from step, share of the plan's sparsity)``; before the first, dense.
         channel_multiple: the number of kept channels is rounded up to a multiple of this.
         rank: rank of the estimator that the plan was written for, where the file says so.
+        sink_tokens: this many first tokens of each sample are dense.
+        sparse_outputs: this fraction of the output tokens is sparse after all, evenly spread.
+        track_adapter: score with the LoRA update added to the frozen weights' factors.
     """
 
     sparsity: float | dict[str, float] | str
-    tokens: str
-    start_step: int | float
-    end_step: int | float | None
+    tokens: str | Callable[[dict[str, Any]], Any]
+    start_step: When
+    end_step: When | None
     channel_multiple: int
     rank: int | None
+    ramp: tuple[tuple[When, float], ...]
+    sink_tokens: int
+    sparse_outputs: float
+    track_adapter: bool
 
     def __init__(
-        self,
-        sparsity: float | Mapping[str, float] | str | os.PathLike[str],
-        *,
-        tokens: str | None = None,
-        start_step: int | float | None = None,
-        end_step: int | float | None = None,
-        channel_multiple: int | None = None,
-        rank: int | None = None,
+        self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
     ) -> None:
         """Check and keep the values; ``sparsity`` may also be the path of a YAML file.
 
-        Args left at None take the file's value, else: tokens "all", start_step 0, end_step None,
-        channel_multiple 16.
+        Keywords are the attributes above. One left out, or None, takes the file's value, else its
+        default: tokens "context", start_step 0.05, channel_multiple 16, the others off.
 
         Raises:
-            PlanError: any value out of range, or the file is missing or malformed.
+            PlanError: an unknown keyword, any value out of range, or a missing or malformed file.
         """
-        given = (tokens, start_step, end_step, channel_multiple, rank)
-        values: dict[str, Any] = dict(zip(_OWN_KEYS[1:], ("all", 0, None, 16, None), strict=True))
+        for key in options:
+            if key not in _DEFAULTS:
+                raise PlanError(f"unknown option {key!r}; {_nearest(key, _DEFAULTS)}")
+        values: dict[str, Any] = dict(_DEFAULTS)
         if isinstance(sparsity, os.PathLike) or (
             isinstance(sparsity, str) and sparsity != _DEFAULT
         ):
             values |= _read_yaml(Path(sparsity))
         else:
             values["sparsity"] = sparsity
-        values |= {k: v for k, v in zip(_OWN_KEYS[1:], given, strict=True) if v is not None}
-        start, end = _check_schedule(values["start_step"], values["end_step"])
-        set_ = object.__setattr__
-        set_(self, "sparsity", _check_sparsity(values["sparsity"]))
-        set_(self, "tokens", _check_tokens(values["tokens"]))
-        set_(self, "start_step", start)
-        set_(self, "end_step", end)
-        for key in ("channel_multiple", "rank"):
-            value = values[key]
-            optional = key == "rank" and value is None
-            set_(self, key, value if optional else _check_positive(key, value))
+        values |= {k: v for k, v in options.items() if v is not None}
+        values["start_step"], values["end_step"] = check_schedule(
+            values["start_step"], values["end_step"]
+        )
+        checks: dict[str, Callable[[Any], Any]] = {
+            "sparsity": _check_sparsity,
+            "tokens": _check_tokens,
+            "ramp": check_ramp,
+            "channel_multiple": lambda v: _check_positive("channel_multiple", v),
+            "rank": lambda v: None if v is None else _check_positive("rank", v),
+            "sink_tokens": lambda v: 0 if v == 0 else _check_positive("sink_tokens", v),
+            "sparse_outputs": lambda v: _check_fraction("sparse_outputs", v),
+            "track_adapter": bool,
+        }
+        for key in _OWN_KEYS:
+            value = checks.get(key, lambda v: v)(values[key])
+            object.__setattr__(self, key, value)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> SparsityPlan:
@@ -122,9 +137,8 @@ class SparsityPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; ``SparsityPlan(**plan.to_dict()) == plan``."""
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, dict) else self.sparsity
-        return {"sparsity": sparsity} | {
-            key: getattr(self, key) for key in _OWN_KEYS if key != "sparsity"
-        }
+        values = {key: getattr(self, key) for key in _DEFAULTS}
+        return {"sparsity": sparsity} | values | {"ramp": [list(stage) for stage in self.ramp]}
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_dict()`` as YAML; ``from_yaml`` reads it back to an equal plan."""
@@ -227,28 +241,10 @@ def _check_positive(what: str, value: Any) -> int:
     raise PlanError(f"{what} is {value!r}; allowed: a positive int")
 
 
-def _check_tokens(value: Any) -> str:
-    if isinstance(value, str) and value in TOKENS:
+def _check_tokens(value: Any) -> Any:
+    if callable(value) or (isinstance(value, str) and value in TOKENS):
         return value
     raise PlanError(f"tokens is {value!r}; {_nearest(str(value), TOKENS)}")
-
-
-def _check_schedule(start: Any, end: Any) -> tuple[int | float, int | float | None]:
-    for what, value, top in (("start_step", start, False), ("end_step", end, True)):
-        if value is None and what == "end_step":
-            continue
-        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        fraction = isinstance(value, float) and (0.0 <= value < 1.0 or (top and value == 1.0))
-        if not (counts or fraction):
-            raise PlanError(
-                f"{what} is {value!r}; allowed: a step count (int >= 0), or a fraction of training "
-                "in [0, 1)"
-            )
-    if end is not None and type(end) is type(start) and end < start:
-        raise PlanError(
-            f"end_step {end!r} comes before start_step {start!r}; raise end_step or leave it out"
-        )
-    return start, end
 
 
 def _nearest(word: str, allowed: Iterable[str]) -> str:

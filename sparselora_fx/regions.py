@@ -20,6 +20,7 @@ class Options:
 
     channel_multiple: int = 16
     lora_branch: str = "dense"
+    track_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,23 @@ class Site:
     transposed: bool  # stored [K, N]
     bias: fx.Node | None
     factors: tuple[fx.Node, fx.Node]
-    token_weight: fx.Node | None
+    tokens: tuple[fx.Node, ...]  # counted tokens, or those and (idx, pos) of context and output tokens
     spec: SiteSpec
     out_features: int
     in_features: int
     adapter_adds: dict[fx.Node, fx.Node] = field(default_factory=dict)  # addition -> the LoRA branch it adds
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
+
+
+    @property
+    def token_weight(self) -> fx.Node | None:
+        """The tokens that count in scores, or None: all."""
+        return self.tokens[0] if self.tokens else None
+
+    @property
+    def split(self) -> tuple[list[fx.Node], list[fx.Node]] | None:
+        """``([idx, pos] of context tokens, [idx, pos] of output tokens)``, or None: every token is sparse."""
+        return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) == 5 else None
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,12 @@ from sparselora_fx.ops import OPS
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import SparsityPlan, Sparsity
 from sparselora_fx.regions import SiteSpec
+from sparselora_fx.schedule import share_at
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
+
+
+Mark = tuple[str, str, str, tuple[str, ...]]  # parameter, its two factor buffers, the spec of each level
 
 
 class Phase:
@@ -23,7 +28,8 @@ class Phase:
 
     def __init__(self) -> None:
         self.sparse = False
-        self.token_weight: Tensor | None = None
+        self.level = 0  # index into State.levels: which share of the plan's sparsity is on
+        self.tokens: list[Tensor] = []
 
 
 @dataclass
@@ -48,12 +54,14 @@ class State:
     seen: dict[str, Seen] = field(default_factory=dict)
     recorder: Any = None
     graphs: int = 0
-    step: int = 0
-    total: int | None = None
+    step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
+    warned: bool = False
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        shares = {share for _, share in self.plan.ramp} or {1.0}
+        self.levels = sorted({*shares, 1.0} - {0.0})
         self.names = {id(weight.weight): weight for weight in self.frozen}
 
     def name_of(self, weight: Tensor) -> str | None:
@@ -61,9 +69,24 @@ class State:
         found = self.names.get(id(weight))
         return None if found is None else found.name
 
+    def share(self) -> float:
+        """The share of the plan's sparsity that is on now: 0 is dense."""
+        plan = self.plan
+        if self.step is not None:
+            return share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
+        if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "nothing drives the plan's schedule, so training is sparse from the first call: add "
+                "sparselora_fx.SparsityCallback() to the Trainer, call sparselora_fx.step(model, n, total) before "
+                "each step, or pass start_step=0",
+                stacklevel=4,
+            )
+        return 1.0
+
     def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put factors and a hook on every module that owns a frozen weight with a sparsity above 0."""
-        owners: dict[nn.Module, list[tuple[str, str, str, str]]] = {}
+        owners: dict[nn.Module, list[Mark]] = {}
         for weight in self.frozen:
             sparsity = self.sparsity[weight.name]
             if sparsity.ffn == 0 and sparsity.attention == 0:
@@ -76,8 +99,11 @@ class State:
                 placed = factor.to(device=like.device, dtype=like.dtype)
                 weight.module.register_buffer(name, placed, persistent=False)
                 self.buffers.append((weight.module, name))
-            spec = SiteSpec(sparsity.ffn, sparsity.attention).encode()
-            owners.setdefault(weight.module, []).append((weight.param, *names, spec))
+            specs = tuple(
+                SiteSpec(sparsity.ffn * share, sparsity.attention * share).encode()
+                for share in self.levels
+            )
+            owners.setdefault(weight.module, []).append((weight.param, *names, specs))
         for module, marks in owners.items():
             hook = _site_hook(self.phase, tuple(marks))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -107,7 +133,7 @@ class State:
                 self.seen[name] = Seen(site)
 
 
-def _site_hook(phase: Phase, marks: tuple[tuple[str, str, str, str], ...]) -> Any:
+def _site_hook(phase: Phase, marks: tuple[Mark, ...]) -> Any:
     """A forward pre-hook that passes a module's input through one `site` marker per weight, while being traced."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,11 +150,11 @@ def _site_hook(phase: Phase, marks: tuple[tuple[str, str, str, str], ...]) -> An
 
 
 def _marked(
-    module: nn.Module, x: Tensor, phase: Phase, marks: tuple[tuple[str, str, str, str], ...]
+    module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]
 ) -> Tensor:
-    for param, a, b, spec in marks:
+    for param, a, b, specs in marks:
         weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
-        x = OPS.site(x, weight, factor_a, factor_b, phase.token_weight, spec)
+        x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, specs[phase.level])
     return x
 
 

@@ -1,13 +1,59 @@
-"""Count tokens, eagerly, outside the compiled region: which tokens of a batch are real."""
+"""Which tokens of a batch are sparse: counted eagerly, once a step, outside the compiled region.
+
+The dense tokens are those whose *prediction* carries loss. A causal model predicts label t+1 from token t (transformers
+shifts the labels inside the loss), so token t is dense when ``labels[t + 1] != -100``; the last answer token predicts
+nothing and is context. A masked model predicts label t at token t.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparselora_fx._torch import mark_dynamic
+from sparselora_fx.errors import PlanError
+from sparselora_fx.plan import SparsityPlan
+
+IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy
+_ROUND = 16  # token lists grow in steps of this, so that their matmuls stay aligned
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. ``split``: treat them apart."""
+
+    sparse: Tensor
+    dense: Tensor
+    split: bool
+
+    def tensors(self) -> list[Tensor]:
+        """What a site marker carries: the counted tokens, then (if split) each list with its inverse.
+
+        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B, L]``. Lists are as long
+        as no other size of the batch, lest the compiler take two sizes for one because they agree this once.
+        """
+        if not self.split:
+            return [self.sparse]
+        batch, length = self.sparse.shape
+        taken = {0, 1, batch, length, batch * length}
+        tensors = [self.sparse]
+        for mask in (self.sparse, self.dense):
+            idx = mask.flatten().nonzero().flatten()
+            pos = torch.full((batch * length,), -1, dtype=torch.int64, device=mask.device)
+            pos[idx] = torch.arange(idx.shape[0], device=mask.device)
+            size = max(_ROUND, -(-idx.shape[0] // _ROUND) * _ROUND)
+            while size in taken:
+                size += _ROUND
+            taken.add(size)
+            idx = torch.nn.functional.pad(idx, (0, size - idx.shape[0]), value=-1)
+            mark_dynamic(idx)
+            tensors += [idx, pos.view(batch, length)]
+        return tensors
 
 
 def call_arguments(
@@ -22,19 +68,70 @@ def call_arguments(
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def token_weight(arguments: Mapping[str, Any]) -> Tensor | None:
-    """``bool[B, L]``: true for tokens that count, false for padding; None when a call has no token grid.
+def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: bool) -> Tokens | None:
+    """Apply a plan's token policy to one call; None when the call has no token grid ``[B, L]``.
 
-    Read from ``attention_mask`` (2-D), else all true on the grid of ``input_ids`` or ``inputs_embeds``. A mask of
-    another rank says nothing about single tokens: then every token counts.
+    Args:
+        plan: its ``tokens``, ``sink_tokens`` and ``sparse_outputs``.
+        arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid, ``attention_mask[B, L]``
+            the padding (either side), ``labels[B, L]`` the output tokens, ``position_ids`` the sample starts.
+        shift: labels are predicted one token earlier (causal models).
     """
+    grid = _grid(arguments)
+    if grid is None:
+        return None
+    mask = arguments.get("attention_mask")
+    real = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
+    if isinstance(mask, Tensor) and mask.shape == grid.shape:
+        real = mask.to(device=grid.device, dtype=torch.bool)
+    dense = torch.zeros_like(real)
+    split = callable(plan.tokens)
+    if callable(plan.tokens):
+        dense = real & ~_user_mask(plan.tokens, arguments, real)
+    labels = arguments.get("labels")
+    if plan.tokens == "context" and isinstance(labels, Tensor) and labels.shape == grid.shape:
+        dense = real & _predicting(labels.to(grid.device), shift=shift)
+        split = True
+    if plan.sparse_outputs:
+        count = dense.cumsum(dim=1) * plan.sparse_outputs
+        dense = dense & ~(count.floor() > (count - plan.sparse_outputs).floor())
+    if plan.sink_tokens:
+        dense = dense | (real & (_places(real, arguments) < plan.sink_tokens))
+        split = True
+    return Tokens(real & ~dense, dense, split)
+
+
+def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
     grid = arguments.get("input_ids")
     if not isinstance(grid, Tensor):
         embeds = arguments.get("inputs_embeds")
-        grid = embeds[..., 0] if isinstance(embeds, Tensor) else None
-    if grid is None or grid.dim() != 2:
-        return None
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == grid.shape:
-        return mask.to(device=grid.device, dtype=torch.bool)
-    return torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
+        grid = embeds[..., 0] if isinstance(embeds, Tensor) and embeds.dim() == 3 else None
+    return grid if grid is not None and grid.dim() == 2 else None
+
+
+def _predicting(labels: Tensor, *, shift: bool) -> Tensor:
+    carries = labels != IGNORED
+    if not shift:
+        return carries
+    return torch.nn.functional.pad(carries[:, 1:], (0, 1), value=False)
+
+
+def _places(real: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Place of each token in its sample; position_ids that restart mark packed samples."""
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor) and positions.shape == real.shape:
+        return positions.to(real.device)
+    return real.cumsum(dim=1) - 1
+
+
+def _user_mask(
+    policy: Callable[[dict[str, Any]], Any], arguments: Mapping[str, Any], real: Tensor
+) -> Tensor:
+    mask = policy(dict(arguments))
+    if not isinstance(mask, Tensor) or mask.shape != real.shape or mask.dtype != torch.bool:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise PlanError(
+            f"the plan's tokens function returned {got}; it must return a bool tensor of shape "
+            f"{tuple(real.shape)}, true where a token may be sparse"
+        )
+    return mask.to(real.device)

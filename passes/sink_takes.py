@@ -1,0 +1,138 @@
+"""Move token gathers up to the producers, so that context and output tokens are computed apart, and padding not at all."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from sparselora_fx.channels import CASTS
+from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
+from sparselora_fx.ops import OPS
+from sparselora_fx.regions import Rewrite
+from sparselora_fx.sinking import Moved, dropout_mask, keeps_last, sink_all, slice_of
+
+_TAKE = OPS.take_tokens.default
+_MERGE = OPS.merge_tokens.default
+
+
+def sink_takes(rewrite: Rewrite) -> int:
+    """Push every `take_tokens` towards what it takes from. Returns the moves made.
+
+    Before:  h: [B, L, N] = silu(merge(y, z, c, o) + b);     d: [P, N] = take(h, c);  e: [Q, N] = take(h, o)
+    After:   d: [P, N] = silu(y + b);  e: [Q, N] = silu(z + b)         when nothing else reads h
+    Rules:   take(f(a, b))           -> f(take(a), take(b))            f pointwise
+             take(merge(y, z, c, o)) -> y or z                         (the round trip)
+             take(view(a))           -> take(a)                        a view of tokens only
+             take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
+             take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a LoRA up-projection
+             take(dropout(a, p))     -> take(a) * take(dropout(1, p))  (the same random mask)
+    Keeps:   every value that is read; moves a take only past a node that nothing but takes reads.
+    """
+    graph = rewrite.graph
+    return sink_all(graph, _TAKE, lambda take, source: _sink(graph, take, source))
+
+
+def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
+    lists = take.args[1:]
+    if source.target is _MERGE:
+        part = source.args[0] if source.args[2] is lists[0] else source.args[1]
+        assert isinstance(part, fx.Node)
+        return Moved(part, [])
+    if tensor(source) is None:
+        return None
+    with graph.inserting_before(take):
+        if keeps_last(source):
+            new = _taken(graph, source.args[0], lists)
+            return Moved(new, [new])
+        if op_name(source) == "getitem":
+            return _through_slice(graph, source, lists)
+        if op_name(source) == "linear":
+            return _through_linear(graph, source, lists)
+        if op_name(source) == "dropout":
+            return _through_dropout(graph, source, lists)
+        if op_name(source) in CASTS or is_pointwise(source):
+            return _through_pointwise(graph, source, lists)
+    return None
+
+
+def _taken(graph: fx.Graph, node: fx.Node, lists: tuple[fx.Node, ...]) -> fx.Node:  # type: ignore[type-arg]
+    new = graph.call_function(_TAKE, (node, *lists))
+    return _sized(new, node)
+
+
+def _sized(new: fx.Node, like: fx.Node) -> fx.Node:
+    example = tensor(like)
+    assert example is not None
+    return with_stand_in(new, like, rank=2, channels=int(example.shape[-1]))
+
+
+def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+    out = tensor(source)
+    assert out is not None
+    if any(_kind(node, out) == "other" for node in source.all_input_nodes):
+        return None
+    takes: dict[fx.Node, fx.Node] = {}
+
+    def taken(node: fx.Node) -> fx.Node:
+        kind = _kind(node, out)
+        if kind == "tokens":
+            if node not in takes:
+                takes[node] = _taken(graph, node, lists)
+            return takes[node]
+        if kind == "channels":
+            example = tensor(node)
+            assert example is not None
+            flat = graph.call_method("reshape", (node, (example.shape[-1],)))
+            flat.meta["example_value"] = torch.empty(
+                int(example.shape[-1]), dtype=example.dtype, device="meta"
+            )
+            return flat
+        return node
+
+    new = graph.node_copy(source, taken)
+    new.meta = {}
+    return Moved(_sized(new, source), list(takes.values()))
+
+
+def _kind(node: fx.Node, out: torch.Tensor) -> str:
+    """How an operand meets the tokens: "tokens" (one value or row a token), "channels", "scalar", or "other"."""
+    example = tensor(node)
+    if example is None or example.dim() <= 1:
+        return "scalar"
+    lead = example.shape[:-1]
+    if all(isinstance(size, int) and size == 1 for size in lead):
+        return "channels"
+    return "tokens" if example.dim() == out.dim() and lead == out.shape[:-1] else "other"
+
+
+def _through_slice(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+    found, example = slice_of(source), tensor(source)
+    if found is None or example is None:
+        return None
+    parent, start, step = found
+    take = _taken(graph, parent, lists)
+    key = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
+    new = graph.call_function(operator.getitem, (take, key))
+    return Moved(_sized(new, source), [take])
+
+
+def _through_linear(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+    x, weight, bias = (argument(source, i, n) for i, n in enumerate(("input", "weight", "bias")))
+    example = tensor(weight)
+    if example is None or example.shape[0] <= example.shape[1]:
+        return None
+    take = _taken(graph, x, lists)
+    new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))
+    return Moved(_sized(new, source), [take])
+
+
+def _through_dropout(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+    mask = dropout_mask(graph, source)
+    if mask is None:
+        return None
+    assert isinstance(source.args[0], fx.Node)
+    values = _taken(graph, source.args[0], lists)
+    new = graph.call_function(torch.mul, (values, _taken(graph, mask, lists)))
+    return Moved(_sized(new, source), [values])

@@ -1,0 +1,110 @@
+"""What the passes that move gathers towards producers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from sparselora_fx.fx import argument, op_name, tensor
+
+
+class Moved(NamedTuple):
+    """What replaces a gather, and the new gathers that may move further."""
+
+    node: fx.Node
+    gathers: list[fx.Node]
+
+
+def sink_all(
+    graph: fx.Graph,
+    target: torch._ops.OpOverload,
+    rule: Callable[[fx.Node, fx.Node], Moved | None],
+) -> int:
+    """Apply ``rule(gather, source)`` until none applies, past nodes that nothing but such gathers reads."""
+    moves = 0
+    todo = [node for node in graph.nodes if node.target is target]
+    while todo:
+        gather = todo.pop()
+        source = gather.args[0]
+        if not all(user.target is target for user in source.users):
+            continue
+        moved = rule(gather, source)
+        if moved is None:
+            continue
+        gather.replace_all_uses_with(moved.node)
+        graph.erase_node(gather)
+        erase_unread(graph, source)
+        todo += moved.gathers
+        moves += 1
+    return moves
+
+
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing reads any more, so that its inputs are seen to have gathers as their only readers."""
+    if node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        if op_name(source) in ("getitem", "chunk", "split"):
+            erase_unread(graph, source)
+
+
+def keeps_last(node: fx.Node) -> bool:
+    """Whether a node is a reshape that moves tokens only."""
+    if op_name(node) not in ("view", "reshape", "flatten", "unsqueeze", "squeeze"):
+        return False
+    before, after = tensor(node.args[0]), tensor(node)
+    if before is None or after is None or min(before.dim(), after.dim()) < 2:
+        return False
+    return before.shape[-1] == after.shape[-1] and isinstance(before.shape[-1], int)
+
+
+def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """``(parent, start, step)`` when a node is ``parent[..., start::step]`` or one piece of a last-dimension split."""
+    parent = node.args[0] if node.args else None
+    if op_name(node) != "getitem" or not isinstance(parent, fx.Node):
+        return None
+    key = node.args[1]
+    if isinstance(key, int) and op_name(parent) in ("chunk", "split"):
+        return _piece_of(parent, key)
+    example = tensor(parent)
+    if example is None or not isinstance(key, tuple) or not isinstance(key[-1], slice):
+        return None
+    lead = key[:-1]
+    plain = all(k is Ellipsis or k == slice(None) for k in lead)
+    full = Ellipsis in lead or len(key) == example.dim()
+    start, step = key[-1].start or 0, key[-1].step or 1
+    if not (plain and full and isinstance(start, int) and isinstance(step, int)):
+        return None
+    return parent, start % int(example.shape[-1]), step
+
+
+def _piece_of(split: fx.Node, key: int) -> tuple[fx.Node, int, int] | None:
+    whole, pieces = split.args[0], split.meta.get("example_value")
+    example = tensor(whole)
+    axis = argument(split, 2, "dim", 0)
+    if example is None or not isinstance(pieces, tuple | list):
+        return None
+    if axis % example.dim() != example.dim() - 1:
+        return None
+    assert isinstance(whole, fx.Node)
+    return whole, sum(int(piece.shape[-1]) for piece in pieces[:key]), 1
+
+
+def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
+    """The random mask (with its scale) of a dropout, drawn once, where and as the dropout itself would draw it."""
+    if argument(source, 3, "inplace", False) is not False:
+        return None
+    known = source.meta.get("sparselora_mask")
+    if isinstance(known, fx.Node):
+        return known
+    with graph.inserting_before(source):
+        ones = graph.call_function(torch.ones_like, (source.args[0],))
+        mask = graph.call_function(source.target, (ones, *source.args[1:]), dict(source.kwargs))  # type: ignore[arg-type]
+    mask.meta["example_value"] = source.meta["example_value"]
+    source.meta["sparselora_mask"] = mask
+    return mask
