@@ -119,7 +119,7 @@ def step(model: nn.Module, data: dict[str, Any], *, seed: int = 5) -> Step:
 
 def plan_of(sparsity: Any, multiple: int = 1) -> slx.SparsityPlan:
     """A plan in which every token is sparse from the first step."""
-    return slx.SparsityPlan(sparsity, tokens="all", channel_multiple=multiple)
+    return slx.SparsityPlan(sparsity, tokens="all", start_step=0, channel_multiple=multiple)
 
 
 def mixed(model: nn.Module) -> dict[str, float]:

@@ -93,7 +93,7 @@ def test_evaluation_and_generation_are_the_users_own(peft: bool) -> None:
 
 def test_recording_sees_nothing_in_evaluation() -> None:
     model, data = oracle.llama(), oracle.batch()
-    slx.compile(model, oracle.estimator_of(model), plan=0.75, backend="aot_eager")
+    slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.75), backend="aot_eager")
     model.eval()
     with slx.record(model) as record:
         logits(model, data)
@@ -105,7 +105,11 @@ def test_compiled_evaluation_is_dense() -> None:
     model.eval()
     expected = logits(model, data)
     slx.compile(
-        model, oracle.estimator_of(model), plan=0.75, backend="aot_eager", compile_eval=True
+        model,
+        oracle.estimator_of(model),
+        plan=oracle.plan_of(0.75),
+        backend="aot_eager",
+        compile_eval=True,
     )
     assert oracle.difference(logits(model, data), expected) <= 1e-9
     assert get_state(model).graphs > 0
