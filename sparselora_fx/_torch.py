@@ -72,24 +72,35 @@ def backend_compile(
     if name == "inductor" and rewritten:
         from torch._inductor.compile_fx import compile_fx
 
-        lowered = install_lowerings()
-        patches = {"post_grad_custom_pre_pass": _key_pass()} if lowered else None
-        table = decompositions(lowered=lowered)
         compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
-        return compiler(gm, inputs, decompositions=table, config_patches=patches)  # type: ignore[no-any-return]
+        if install_lowerings():
+            return compiler(gm, inputs, config_patches={"post_grad_custom_pre_pass": _key_pass()})  # type: ignore[no-any-return]
+        return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, list(inputs))
 
 
-def decompositions(*, lowered: bool) -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions and ours; of the sliced matmuls too unless they are ``lowered``."""
+def _all_decomposed() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions and those of all our ops. Inductor does not cache with such a
+    table."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table = dict(select_decomp_table())
-    for name in _DECOMPOSED if lowered else _DECOMPOSED + _LOWERED:
-        table[getattr(OPS, name).default] = getattr(ops, name)
-    return table
+    ours = {getattr(OPS, name).default: getattr(ops, name) for name in _DECOMPOSED + _LOWERED}
+    return {**select_decomp_table(), **ours}
+
+
+def _register_decompositions() -> None:
+    """Add the ops that Inductor sees through to its own table.
+
+    A table that is passed to ``compile_fx`` would do as well, but with one Inductor finds no stable
+    cache key (2.13) and compiles every graph anew in every process.
+    """
+    from torch._inductor import decomposition
+
+    for name in _DECOMPOSED:
+        decomposition.decompositions[getattr(OPS, name).default] = getattr(ops, name)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
 
 
 @cache
@@ -104,6 +115,7 @@ def install_lowerings() -> bool:
     if version in KNOWN_VERSIONS:
         try:
             lowering.install()
+            _register_decompositions()
             return True
         except (ImportError, AttributeError) as error:
             why = f"its Inductor lacks something the lowerings need ({error})"

@@ -30,12 +30,14 @@ class FakeGPU:
     """The backend. ``choice`` is "template", "fallback" (both as if benchmarked best) or
     "heuristic".
 
+    Without ``execute`` code is generated but not run: outputs are left uninitialised.
     ``tile`` limits the benchmarked templates, e.g. "BLOCK_K=64, BLOCK_M=64, BLOCK_N=64". ``codes``
     collects ``(is_backward, wrapper source)`` of every graph.
     """
 
     arch: int = 90
     choice: str = "template"
+    execute: bool = True
     tile: str = "BLOCK_K=(32|64), BLOCK_M=64, BLOCK_N=64"
     codes: list[tuple[bool, str]] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
@@ -53,10 +55,9 @@ class FakeGPU:
             "compile_threads": 1,
             "triton.use_tensor_descriptor": False,
         }
-        table = _torch.decompositions(lowered=True)
         with config.patch(patches), functorch_config.patch(enable_autograd_cache=False):
             inner = config.patch(patches)(self._compile)
-            return compile_fx(gm, inputs, inner_compile=inner, decompositions=table)
+            return compile_fx(gm, inputs, inner_compile=inner)
 
     @property
     def kernels(self) -> list[tuple[str, str]]:
@@ -87,9 +88,12 @@ class FakeGPU:
         with V.set_fake_mode(mode):
             post_grad_passes(gm, is_inference=bool(options.get("is_inference", False)))
         is_backward = bool(options.get("is_backward", False))
+        outputs = [node.meta["val"] for node in gm.graph.output_node().args[0]]
         code = self._generate(gm, inputs, mode, is_backward)
         self.codes.append((is_backward, code))
-        return _boxed(load_wrapper(code))
+        if self.execute:
+            return _boxed(load_wrapper(code))
+        return _boxed(lambda _: [torch.empty(out.shape, dtype=out.dtype) for out in outputs])
 
     def _generate(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: Any, is_backward: bool
@@ -145,6 +149,24 @@ class FakeGPU:
         return (
             "fallback" not in choice.name and re.search(self.tile, choice.description) is not None
         )
+
+
+def compile_kernel(name: str, source: str, arch: int) -> Any:
+    """A generated kernel compiled for an architecture as Inductor would: Triton's
+    ``CompiledKernel``."""
+    import torch._inductor.config as config
+    from torch._inductor.codecache import PyCodeCache
+
+    launchers = (
+        "use_static_cuda_launcher",
+        "use_static_triton_launcher",
+    )  # they load onto a device
+    off = {name: False for name in launchers if hasattr(config, name)}
+    with fake_cuda(arch), config.patch({**off, "compile_threads": 1}):
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel.precompile(warm_cache_only=True)
+        (result,) = kernel.compile_results
+    return result.kernel
 
 
 def _boxed(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:

@@ -1,0 +1,180 @@
+"""The lowerings on a CPU, the rules that choose, and what happens with a torch that is not
+known."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparselora_fx import _torch, autograd
+from sparselora_fx.lowering import configs, constraints, settings
+from sparselora_fx.lowering.constraints import Problem
+from sparselora_fx.lowering.triton import FAMILIES, TEMPLATES, read_template
+from sparselora_fx.ops import OPS
+
+assert autograd.LIBRARY is not None  # importing it registers the derivatives
+GPU = torch.device("cuda", 0)
+GOOD = Problem(
+    devices=(GPU, GPU, GPU),
+    dtype=torch.bfloat16,
+    weight_dtype=torch.bfloat16,
+    index_dtype=torch.int64,
+    tokens=512,
+    outputs=128,
+    inner=64,
+    kept=128,
+    weight=(256, 64),
+    contiguous_rows=True,
+)
+
+
+def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    return _torch.backend_compile("inductor", gm, inputs, rewritten=True)
+
+
+def region(x: torch.Tensor, w: torch.Tensor, down: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    return OPS.sliced_linear_in(torch.relu(OPS.sliced_linear(x, w, idx)), down, idx)
+
+
+def inputs(lead: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    x = torch.randn(*lead, 24, dtype=dtype, requires_grad=True)
+    w = torch.randn(64, 24, dtype=dtype, requires_grad=True)
+    return x, w, torch.randn(20, 64, dtype=dtype), torch.randperm(64)[:16].sort().values
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_lowering_equals_eager(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = inputs(lead, dtype)
+    results = []
+    for fn in (region, torch.compile(region, backend=backend)):
+        out = fn(*given)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), given[:2])))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_unknown_torch_is_decomposed_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "9.9.0")
+    _torch.install_lowerings.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"torch 9\.9\.0.*gather \+ matmul"):
+            assert not _torch.install_lowerings()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not _torch.install_lowerings()
+        given = inputs((7,), torch.float32)
+        torch.testing.assert_close(torch.compile(region, backend=backend)(*given), region(*given))
+    finally:
+        _torch.install_lowerings.cache_clear()
+
+
+def test_torch_without_what_we_need_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise AttributeError("module has no attribute 'TritonTemplate'")
+
+    monkeypatch.setattr("sparselora_fx.lowering.install", missing)
+    _torch.install_lowerings.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="TritonTemplate"):
+            assert not _torch.install_lowerings()
+    finally:
+        _torch.install_lowerings.cache_clear()
+
+
+def test_a_users_pass_runs_and_stays_in_the_key() -> None:
+    """Our key travels as a custom pass; one that was configured before keeps its place."""
+    import torch._inductor.config as config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    seen = []
+
+    class Theirs(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(graph)
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    with config.patch(post_grad_custom_pre_pass=Theirs()):
+        key = _torch._key_pass()
+        key("graph")
+    assert seen == ["graph"]
+    assert key.uuid() == (_torch.lowering_key(), "theirs")
+    with config.patch(post_grad_custom_pre_pass=lambda graph: None):
+        assert _torch._key_pass().uuid() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"devices": (torch.device("cpu"),) * 3}, constraints.NOT_CUDA),
+        ({"devices": (GPU, torch.device("cuda", 1), GPU)}, constraints.MIXED_DEVICES),
+        ({"dtype": torch.float64}, constraints.DTYPE),
+        ({"weight_dtype": torch.int8}, constraints.DTYPE),
+        ({"index_dtype": torch.int32}, constraints.INDEX_DTYPE),
+        ({"kept": "s0"}, constraints.SYMBOLIC_KEPT),
+        ({"weight": (256, "s1")}, constraints.SYMBOLIC_WEIGHT),
+        ({"kept": 0}, constraints.EMPTY),
+        ({"tokens": "s0"}, None),
+    ],
+)
+def test_ineligible(change: dict[str, Any], reason: str | None) -> None:
+    assert constraints.ineligible(replace(GOOD, **change)) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"tokens": configs.TEMPLATE_MAX_TOKENS + 1}, constraints.MANY_TOKENS),
+        ({"kept": 40}, constraints.RAGGED_KEPT),
+        ({"dtype": torch.float32}, constraints.FULL_FLOAT32),
+        ({"contiguous_rows": False}, constraints.STRIDED_GATHER),
+    ],
+)
+def test_unpromising(
+    change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_torch, "size_hint", int)
+    assert constraints.unpromising(replace(GOOD, **change)) == reason
+
+
+@pytest.mark.parametrize("template", sorted(configs.TILES))
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_tile_fits_the_smallest_shared_memory(template: str, itemsize: int) -> None:
+    fitting = configs.tiles(template, itemsize, 101376)  # what sm_86 and sm_89 have
+    assert fitting
+    for tile in fitting:
+        assert configs.shared_upper_bound(tile, itemsize) <= 101376
+        assert tile.m >= 16 and tile.n >= 16 and tile.k >= 16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "expected"),
+    [(1, 4096, 16), (30, 16384, 32), (8192, 14336, 128), (1024, 64, 16)],
+)
+def test_pick(tokens: int, outputs: int, expected: int) -> None:
+    found = configs.tiles("out_sliced", 2, 232448)
+    assert configs.pick(found, tokens, outputs, 132).m == expected
+
+
+def test_templates_have_a_legend_and_includes_are_filled_in() -> None:
+    assert {family.template for family in FAMILIES.values()} == set(configs.TILES)
+    for name in configs.TILES:
+        text = (TEMPLATES / f"{name}.py.jinja").read_text()
+        assert text.startswith("{# y[m, n] = ") and "Notation" in text and "Numerics" in text
+        assert "{% include" not in read_template(name)
+        assert "tl.static_assert" in read_template(name)
+
+
+def test_debug_setting_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSELORA_DEBUG_BOUNDS", "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
+        settings()
