@@ -189,11 +189,9 @@ DENSE = [
     producer_returned,
     hidden_summed,
     weight_used_twice,
-    weight_used_twice_side_by_side,
     consumer_used_twice,
     channels_reversed,
     channels_rolled,
-    channels_sorted,
     channels_summed_up,
     softmax_over_channels,
     mixed_by_a_matrix,
@@ -408,6 +406,8 @@ def chained(net: Any, x: Tensor) -> Tensor:
 
 
 EITHER = [
+    weight_used_twice_side_by_side,
+    channels_sorted,
     scaled_per_token,
     different_inputs,
     residual_at_full_width,

@@ -41,6 +41,19 @@ def unchosen(width: int, idx: Tensor) -> Tensor:
     return keep.nonzero().flatten()
 
 
+TAKEN = torch.tensor([4, 1, -1])  # tokens of a [2, 3] grid; -1 is a row of zeros
+OTHERS = torch.tensor([0, 5])
+
+
+def inverse(idx: Tensor) -> Tensor:
+    """Position in ``idx`` of each of the 2 x 3 tokens, -1 for those that are not in it."""
+    pos = torch.full((6,), -1)
+    for place, token in enumerate(idx.tolist()):
+        if token >= 0:
+            pos[token] = place
+    return pos.view(2, 3)
+
+
 def samples(dtype: torch.dtype, kept: Any, grad: bool) -> dict[str, tuple[Any, ...]]:
     """Arguments for every op; the linears also with leading dimensions."""
     rows, columns = chosen(N, kept), chosen(K, kept)
@@ -69,12 +82,23 @@ def samples(dtype: torch.dtype, kept: Any, grad: bool) -> dict[str, tuple[Any, .
         "channel_rows": (chosen(8, 3), 4, 16, [0, 4, 8]),
         "topk_channels": (values(N, dtype=dtype), 4),
         "pool_tokens": (x3, mask),
+        "take_tokens": (values(2, 3, K, dtype=dtype, grad=grad), TAKEN, inverse(TAKEN)),
+        "place_tokens": (values(3, K, dtype=dtype, grad=grad), TAKEN, inverse(TAKEN)),
+        "merge_tokens": (
+            values(3, K, dtype=dtype, grad=grad),
+            values(2, K, dtype=dtype, grad=grad),
+            TAKEN,
+            inverse(TAKEN),
+            OTHERS,
+            inverse(OTHERS),
+        ),
         "low_rank_norms": (x3, values(N, R, dtype=dtype), values(R, K, dtype=dtype), mask),
     }
 
 
 NAMES = list(samples(torch.float64, 1, False))
 DIFFERENTIABLE = ["sliced_linear", "sliced_linear_in", "gather_channels", "scatter_channels"]
+DIFFERENTIABLE += ["take_tokens", "place_tokens", "merge_tokens"]
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -102,6 +126,11 @@ def test_gradcheck(name: str, kept: Any) -> None:
         frozen = weight.detach()
         assert torch.autograd.gradcheck(lambda x: call(x, frozen, idx), (first,))
         assert torch.autograd.gradcheck(lambda w: call(first.detach(), w, idx), (weight,))
+    elif name == "merge_tokens":
+        second, *lists = rest
+        assert torch.autograd.gradcheck(
+            lambda y, z: OPS.merge_tokens(y, z, *lists), (first, second)
+        )
     else:
         assert torch.autograd.gradcheck(lambda x: getattr(OPS, name)(x, *rest), (first,))
 
@@ -137,6 +166,16 @@ def plain(name: str, arguments: tuple[Any, ...]) -> Tensor:
             return torch.tensor(
                 [c // inner * stride + c % inner + o for o in offsets for c in x.tolist()]
             )
+        case "take_tokens":
+            flat = x.flatten(0, 1)
+            return torch.stack([flat[i] if i >= 0 else flat[0] * 0 for i in y.tolist()])
+        case "place_tokens":
+            flat = x.new_zeros(6, x.shape[-1])
+            flat[y[y >= 0]] = x[y >= 0]
+            return flat.view(2, 3, -1)
+        case "merge_tokens":
+            first = plain("place_tokens", (x, rest[0], rest[1]))
+            return first + plain("place_tokens", (y, rest[2], rest[3]))
         case "topk_channels":
             return x.argsort(descending=True)[:y].sort().values
         case "pool_tokens":
@@ -261,7 +300,7 @@ def test_top_channels_are_ascending_and_the_largest() -> None:
 
 def test_the_marker_is_an_identity() -> None:
     x, none = values(T, K, grad=True), torch.empty(0, 0)
-    out = OPS.site(x, values(N, K), none, none, None, "0.5,0.5")
+    out = OPS.site(x, values(N, K), none, none, [], "0.5,0.5")
     assert torch.equal(out, x)
     out.sum().backward()
     assert (x.grad == 1).all()
