@@ -250,7 +250,7 @@ def test_estimator_of_another_model() -> None:
     model, other = oracle.llama(), oracle.llama(seed=1)
     refused(model, slx.EstimatorError, "build", oracle.estimator_of(other), plan=0.5)
     refused(
-        model, slx.EstimatorError, "build", oracle.estimator_of(oracle.llama(hidden=32)), plan=0.5
+        model, slx.EstimatorError, "build", oracle.estimator_of(oracle.llama(hidden=36)), plan=0.5
     )
 
 
