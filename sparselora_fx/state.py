@@ -16,11 +16,14 @@ from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import SparsityPlan, Sparsity
 from sparselora_fx.regions import SiteSpec
 from sparselora_fx.schedule import share_at
+from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 
 
-Mark = tuple[str, str, str, tuple[str, ...]]  # parameter, its two factor buffers, the spec of each level
+Mark = tuple[
+    str, str, str, tuple[str, ...]
+]  # parameter, its two factor buffers, the spec of each level
 
 
 class Phase:
@@ -58,6 +61,7 @@ class State:
     warned: bool = False
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    layout: GatherLayout = field(default_factory=GatherLayout)
 
     def __post_init__(self) -> None:
         shares = {share for _, share in self.plan.ramp} or {1.0}
@@ -93,7 +97,9 @@ class State:
                 continue
             names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
             like = weight.weight
-            none = like.new_empty(0, 0)  # an estimator may know producers only; consumers are not scored
+            none = like.new_empty(
+                0, 0
+            )  # an estimator may know producers only; consumers are not scored
             known = factors.get(weight.canonical, (none, none))
             for name, factor in zip(names, known, strict=True):
                 placed = factor.to(device=like.device, dtype=like.dtype)
@@ -107,6 +113,7 @@ class State:
         for module, marks in owners.items():
             hook = _site_hook(self.phase, tuple(marks))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
     def unmark(self) -> None:
         """Take hooks and factors off again."""
@@ -117,6 +124,7 @@ class State:
             module._non_persistent_buffers_set.discard(name)
         self.handles.clear()
         self.buffers.clear()
+        self.layout.restore()
 
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
         """Note what a graph did to the weights it was called with (one graph serves many layers)."""
@@ -149,9 +157,7 @@ def _site_hook(phase: Phase, marks: tuple[Mark, ...]) -> Any:
     return hook
 
 
-def _marked(
-    module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]
-) -> Tensor:
+def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
     for param, a, b, specs in marks:
         weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
         x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, specs[phase.level])
