@@ -86,9 +86,11 @@ def loss_of(output: Any) -> Tensor:
 def step(model: nn.Module, x: Tensor) -> oracle.Step:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(5)
-    loss = loss_of(model(x.clone()))
+    x = x.clone().requires_grad_()  # so that the gradient through the frozen weights counts
+    loss = loss_of(model(x))
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients["x"] = x.grad
     return oracle.Step(loss.detach(), gradients)
 
 
