@@ -152,7 +152,7 @@ def test_every_tile_fits_the_smallest_shared_memory(template: str, itemsize: int
     fitting = configs.tiles(template, itemsize, 101376)  # what sm_86 and sm_89 have
     assert fitting
     for tile in fitting:
-        assert configs.shared_upper_bound(tile, itemsize) <= 101376
+        assert configs.shared_upper_bound(template, tile, itemsize) <= 101376
         assert tile.m >= 16 and tile.n >= 16 and tile.k >= 16
 
 

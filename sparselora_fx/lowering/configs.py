@@ -63,13 +63,16 @@ def tiles(template: str, itemsize: int, shared_bytes: int) -> list[Tile]:
     shared memory."""
     wide = itemsize > 2
     sized = [replace(tile, k=tile.k // 2) if wide else tile for tile in TILES[template]]
-    return [tile for tile in sized if shared_upper_bound(tile, itemsize) <= shared_bytes]
+    return [tile for tile in sized if shared_upper_bound(template, tile, itemsize) <= shared_bytes]
 
 
-def shared_upper_bound(tile: Tile, itemsize: int) -> int:
-    """Bytes of shared memory a program may need: every stage holds a block of both operands, plus 4
-    KiB."""
-    return tile.stages * (tile.m + tile.n) * tile.k * itemsize + 4096
+def shared_upper_bound(template: str, tile: Tile, itemsize: int) -> int:
+    """Bytes of shared memory a program may need: a block of both operands per buffer, plus 4 KiB.
+
+    ``benchmarks/results/cubins.json`` holds what compiled kernels really use.
+    """
+    buffers = tile.stages if template == "out_sliced" else (tile.stages + 1) // 2
+    return buffers * (tile.m + tile.n) * tile.k * itemsize + 4096
 
 
 def pick(candidates: list[Tile], tokens: int, outputs: int, multiprocessors: int) -> Tile:
