@@ -16,7 +16,7 @@ from sparselora_fx.recording import get_state
 
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    options = {"plan": oracle.plan_of(oracle.mixed(model)), "backend": "aot_eager"} | options
+    options = {"plan": oracle.plan_of(oracle.mixed(model)), "backend": "eager"} | options
     return slx.compile(model, oracle.estimator_of(model), **options)
 
 
@@ -90,11 +90,11 @@ def trainer_for(model: nn.Module, folder: Path, **options: Any) -> Trainer:
 
 
 def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
-    through = compiled(oracle.llama())
+    through = compiled(oracle.llama(), backend="aot_eager")
     start = adapters(through)
     trainer_for(through, tmp_path / "a").train()
     assert get_state(through).seen, "no compiled graph ran"
-    again = compiled(oracle.llama())
+    again = compiled(oracle.llama(), backend="aot_eager")
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
     trainer_for(again, tmp_path / "b").train(resume_from_checkpoint=checkpoint)
     finished, resumed = adapters(through), adapters(again)
@@ -107,7 +107,7 @@ def test_restore_after_mixed_precision_training(tmp_path: Path) -> None:
     """The Trainer's bf16 wraps the forward on the instance once more."""
     model, data = oracle.llama(), oracle.batch()
     before, plain_keys = oracle.marks(model), list(model.state_dict())
-    compiled(model)
+    compiled(model, backend="aot_eager")
     trainer = trainer_for(model, tmp_path, bf16=True, save_strategy="no")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -197,7 +197,7 @@ def test_batch_lengths_recompile_little() -> None:
 
 
 def test_batch_lengths_recompile_little_behind_autograd() -> None:
-    model = compiled(oracle.llama())
+    model = compiled(oracle.llama(), backend="aot_eager")
     counts = []
     for length in (9, 14, 11):
         oracle.step(model, oracle.batch(2, length, seed=length))
@@ -206,7 +206,7 @@ def test_batch_lengths_recompile_little_behind_autograd() -> None:
 
 
 def test_selection_depends_on_the_batch() -> None:
-    model = compiled(oracle.llama(), backend="eager")
+    model = compiled(oracle.llama())
     recorded = []
     for seed in (1, 2):
         with slx.record(model) as record:
@@ -221,7 +221,7 @@ def test_selection_depends_on_the_batch() -> None:
 
 
 def test_recording_is_over_after_the_block() -> None:
-    model = compiled(oracle.llama(), backend="eager")
+    model = compiled(oracle.llama())
     with slx.record(model) as record:
         oracle.step(model, oracle.batch(seed=1))
     kept = {name: rows.clone() for name, (_, rows) in record.sites.items()}
@@ -329,7 +329,7 @@ def test_calls_before_compile(call: Any) -> None:
 
 
 def test_a_refused_second_compile_leaves_the_first() -> None:
-    model, data = compiled(oracle.llama(), backend="eager"), oracle.batch()
+    model, data = compiled(oracle.llama()), oracle.batch()
     estimator = oracle.estimator_of(model)
     expected = oracle.step(model, data)
     refused(model, slx.PlanError, "layers", estimator, plan={"layers.7.mlp": 0.5})
