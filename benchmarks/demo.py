@@ -159,7 +159,7 @@ def fine_tune(
 
 def as_trained(batch: Batch) -> Batch:
     """The batch with the count of learned tokens that HF Trainer adds: same call, same graph."""
-    return {**batch, "num_items_in_batch": (batch["labels"] != -100).sum()}
+    return {**batch, "num_items_in_batch": (batch["labels"] != -100).sum().float()}
 
 
 def timed_step(model: nn.Module, batch: Batch) -> float:
