@@ -127,7 +127,7 @@ def check(model: nn.Module, plan: dict[str, float], backend: str = "aot_eager") 
         assert margin > 1e-9, f"{region} {choice}: a tie proves nothing; change the seed"
         assert torch.equal(recorded, alone), f"{region} {choice}"
         regions += choice != "v"
-    assert regions == (len(plan) if plan is not EVEN else 2 * LAYERS)
+    assert regions == (2 * LAYERS if plan == EVEN else len(plan))
     for kind in ("ffn", "qk", "v"):
         chosen = [tuple(c[kind].tolist()) for c in got.record.selections.values() if kind in c]
         assert len(set(chosen)) == len(chosen), f"layers agree on {kind}: the test shows nothing"
@@ -168,8 +168,7 @@ def test_reentrant_checkpointing_is_right_or_refused(dropout: float) -> None:
 
 @pytest.mark.parametrize("plan", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_layers_compiled_one_by_one(plan: dict[str, float]) -> None:
-    plan = {key.replace("layers.", "layers."): s for key, s in plan.items()}
-    if plan is UNEVEN:  # the wrappers add a step to each name
+    if len(plan) > 2:  # keys that name a layer; the wrappers add a step to each
         inner = [key.rpartition(".") for key in plan]
         plan = {f"{a}.layer.{b}": s for (a, _, b), s in zip(inner, plan.values(), strict=True)}
     check(model_of(cut=True), plan)
