@@ -8,7 +8,6 @@ get. The wrapper then runs on CPU tensors.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +79,6 @@ class FakeGPU:
         from torch._inductor.fx_passes.post_grad import post_grad_passes
         from torch._inductor.virtualized import V
 
-        gm = copy.deepcopy(gm)
         view_to_reshape(gm)
         with torch.no_grad():
             mode = fake_tensor_prop(gm, inputs)
@@ -88,12 +86,15 @@ class FakeGPU:
         with V.set_fake_mode(mode):
             post_grad_passes(gm, is_inference=bool(options.get("is_inference", False)))
         is_backward = bool(options.get("is_backward", False))
-        outputs = [node.meta["val"] for node in gm.graph.output_node().args[0]]
+        outputs = gm.graph.output_node().args[0]
         code = self._generate(gm, inputs, mode, is_backward)
         self.codes.append((is_backward, code))
         if self.execute:
             return _boxed(load_wrapper(code))
-        return _boxed(lambda _: [torch.empty(out.shape, dtype=out.dtype) for out in outputs])
+        values = [None if node is None else node.meta["val"] for node in outputs]
+        return _boxed(
+            lambda _: [v if v is None else torch.empty(v.shape, dtype=v.dtype) for v in values]
+        )
 
     def _generate(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: Any, is_backward: bool

@@ -30,6 +30,8 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_helpers import math as tl_math
 from tests.offgpu.interpreter import LIBDEVICE as libdevice
 """
+# The decorator that would tune and launch a kernel; helper functions may come before it.
+_HEURISTICS = re.compile(r"^@triton_heuristics\..*?^\)\n(?=@triton\.jit)", re.MULTILINE | re.DOTALL)
 _NUMBERS = itertools.count()
 _BLOCK = 64  # elements of a pointwise or reduction kernel per program
 _FOLDER = tempfile.TemporaryDirectory()  # the interpreter reads a kernel's source at its first run
@@ -80,7 +82,7 @@ class Kernel:
     """One generated kernel. ``run`` takes what the wrapper passes and loops over the grid."""
 
     def __init__(self, name: str, source: str) -> None:
-        body = source[source.index("@triton.jit") :]
+        body = _HEURISTICS.sub("", source[source.index("@triton.jit") :])
         path = Path(_FOLDER.name) / f"kernel{next(_NUMBERS)}.py"
         path.write_text(_HEADER + body, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(path.stem, path)

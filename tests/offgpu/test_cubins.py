@@ -1,0 +1,75 @@
+"""What the compiler makes of the templates: the committed table, and samples of it compiled again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparselora_fx.lowering.configs import TILES, shared_upper_bound
+from sparselora_fx.lowering.triton import FAMILIES
+from tests.offgpu.fake_cuda import ARCHITECTURES
+
+pytestmark = pytest.mark.offgpu
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = json.loads((ROOT / "benchmarks/results/cubins.json").read_text(encoding="utf-8"))
+ROWS = {(row["kernel"], row["arch"], row["tile"]): row for row in TABLE["kernels"]}
+
+
+def test_every_kernel_tile_and_architecture_is_recorded() -> None:
+    wanted = {
+        (op, f"sm_{arch}", tile.name)
+        for op, family in FAMILIES.items()
+        for tile in TILES[family.template]
+        for arch in ARCHITECTURES
+    }
+    assert set(ROWS) == wanted
+
+
+def test_no_kernel_spills_and_all_fit() -> None:
+    for (op, arch, _), row in ROWS.items():
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= ARCHITECTURES[int(arch.removeprefix("sm_"))][1], row
+        tile = next(t for t in TILES[FAMILIES[op].template] if t.name == row["tile"])
+        assert row["shared_bytes"] <= shared_upper_bound(FAMILIES[op].template, tile, 2), row
+
+
+def test_weights_are_gathered_16_bytes_at_a_time() -> None:
+    assert all(row["wide_gathers"] > 0 for row in ROWS.values())
+
+
+def test_hopper_uses_wgmma_where_a_tile_is_tall_enough() -> None:
+    """wgmma works on 64 rows at a time; the two tiles for few tokens are shorter."""
+    for (_, arch, tile), row in ROWS.items():
+        tall = int(tile.split("x")[0]) >= 64
+        assert (row["wgmma"] > 0) == (arch == "sm_90" and tall), row
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """Rows of a fresh compilation. Triton's interpreter, which the other tests use, cannot compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.cubins", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
+)
+def test_table_is_what_the_compiler_says(arch: int) -> None:
+    import triton
+
+    if triton.__version__ != TABLE["versions"]["triton"]:
+        pytest.skip(f"the table is for triton {TABLE['versions']['triton']}")
+    tiles = ("128x128x64/s3/w8", "128x128x64/s5/w8")
+    rows = compiled("--arch", str(arch), *(a for tile in tiles for a in ("--tile", tile)))
+    assert len(rows) == 4
+    for row in rows:
+        assert row == ROWS[row["kernel"], row["arch"], row["tile"]]
