@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,19 +63,26 @@ def mark_dynamic(tensor: torch.Tensor) -> None:
 
 
 def backend_compile(
-    name: str, gm: fx.GraphModule, inputs: Sequence[Any], *, rewritten: bool
+    name: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    rewritten: bool,
+    patches: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph as ``torch.compile(backend=name)`` would.
 
-    A rewritten graph also gets our lowerings, and a cache key that covers them.
+    A rewritten graph also gets our lowerings, and a cache key that covers them. ``patches`` are
+    further settings of Inductor for it.
     """
     if name == "inductor" and rewritten:
         from torch._inductor.compile_fx import compile_fx
 
         compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
-        if install_lowerings():
-            return compiler(gm, inputs, config_patches={"post_grad_custom_pre_pass": _key_pass()})  # type: ignore[no-any-return]
-        return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
+        if not install_lowerings():
+            return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
+        settings = {**(patches or {}), "post_grad_custom_pre_pass": _key_pass()}
+        return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, list(inputs))

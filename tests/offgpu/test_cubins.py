@@ -1,4 +1,5 @@
-"""What the compiler makes of the templates: the committed table, and samples of it compiled again."""
+"""What the compiler makes of the templates: the committed table, and samples of it compiled
+again."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def test_hopper_uses_wgmma_where_a_tile_is_tall_enough() -> None:
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:
-    """Rows of a fresh compilation. Triton's interpreter, which the other tests use, cannot compile."""
+    """Rows of a fresh compilation. Triton's interpreter, which the other tests use, cannot
+    compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.cubins", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,0 +1,246 @@
+"""Time the sliced matmuls on an NVIDIA GPU: template, fallback (index_select + cuBLAS) and dense.
+
+    python -m benchmarks.gpu                 everything, under 8 minutes; writes
+    benchmarks/results/gpu.{json,md} python -m benchmarks.gpu --minutes 2     stops early; what was
+    not reached stays "not measured"
+
+Two tables. Kernels: one op alone, over tokens, model shapes and sparsities. Regions: forward and
+backward of a feed-forward region, compiled as training compiles it. The share of the roofline is
+``floor / time``, where ``floor`` is the larger of FLOPs / (best rate seen) and bytes / (best
+bandwidth seen); both ceilings are measured first, on the same GPU, with a square bf16 matmul and a
+copy.
+
+Without a GPU the tables are written with "not measured" in every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparselora_fx import _torch, autograd
+from sparselora_fx.ops import OPS
+from sparselora_fx.regions import kept_channels
+
+assert autograd.LIBRARY is not None  # importing it registers the derivatives
+RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "not measured"
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+MODELS = {"Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336), "Llama-2-13B": (5120, 13824)}
+SPARSITIES = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
+KINDS = ("template", "fallback", "dense")
+DTYPE = torch.bfloat16
+
+
+def kernel_cases() -> Iterator[dict[str, Any]]:
+    """Every row of the kernel table; its times are filled in later."""
+    for tokens in TOKENS:
+        for model in MODELS:
+            for sparsity in SPARSITIES:
+                for op in ("sliced_linear", "sliced_linear_in"):
+                    yield _row(op, model, tokens, sparsity)
+
+
+def region_cases() -> Iterator[dict[str, Any]]:
+    """Every row of the region table."""
+    for tokens in (512, 4096, 16384):
+        for model in MODELS:
+            for sparsity in (0.5, 0.9, 0.97):
+                yield _row("ffn forward+backward", model, tokens, sparsity)
+
+
+def _row(what: str, model: str, tokens: int, sparsity: float) -> dict[str, Any]:
+    kept = kept_channels(MODELS[model][1], sparsity, 64)
+    times = {f"{kind}_ms": NOT_MEASURED for kind in KINDS}
+    return {
+        "what": what,
+        "model": model,
+        "tokens": tokens,
+        "sparsity": sparsity,
+        "kept": kept,
+        **times,
+    }
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def milliseconds(fn: Callable[[], Any], repeats: int = 10) -> float:
+    """Median time of a call, measured by CUDA events, with the L2 cache flushed before each
+    call."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        fn()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+def ceilings() -> dict[str, float]:
+    """Best matmul rate (TFLOP/s, bf16) and best copy bandwidth (GB/s, read + written) of this
+    GPU."""
+    side = 8192
+    a = torch.randn(side, side, device="cuda", dtype=DTYPE)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    rate = 2 * side**3 / milliseconds(lambda: a @ a) / 1e9
+    bandwidth = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+    return {"tflops": round(rate, 1), "gigabytes_per_second": round(bandwidth, 1)}
+
+
+def roofline(row: dict[str, Any], ceiling: dict[str, float]) -> float:
+    """The least time that one op of a row can take, in milliseconds: FLOPs or bytes, whichever
+    needs longer.
+
+    FLOPs: ``2 T D k``. Bytes: x, the kept rows of w and y, each once, in bf16.
+    """
+    d, (tokens, kept) = MODELS[row["model"]][0], (row["tokens"], row["kept"])
+    compute = 2 * tokens * d * kept / ceiling["tflops"] / 1e9
+    memory = 2 * (tokens * d + d * kept + tokens * kept) / ceiling["gigabytes_per_second"] / 1e6
+    return max(compute, memory)
+
+
+def compiled(fn: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """``fn`` compiled as training compiles it, with the choices of Inductor's benchmark limited to
+    one kind."""
+    patches: dict[str, Any] = {}
+    if kind != "dense":
+        name = "triton_sparselora" if kind == "template" else "sparselora_.*fallback"
+        patches = _torch.only_choices(name)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return _torch.backend_compile("inductor", gm, inputs, rewritten=True, patches=patches)
+
+    torch.compiler.reset()
+    return torch.compile(fn, backend=backend, dynamic=False)
+
+
+def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
+    """Fill in the times of one op, and the share of the roofline of its faster form."""
+    d, i = MODELS[row["model"]]
+    into = row["what"] == "sliced_linear_in"
+    x = torch.randn(row["tokens"], row["kept"] if into else d, device="cuda", dtype=DTYPE)
+    w = torch.randn(i, d, device="cuda", dtype=DTYPE)
+    w = w.t() if into else w  # channel-major, as compile lays out consumers
+    idx = torch.randperm(i, device="cuda")[: row["kept"]].sort().values
+    op = getattr(OPS, row["what"]).default
+    full = torch.randn(row["tokens"], i if into else d, device="cuda", dtype=DTYPE)
+    calls = {kind: compiled(lambda a, b, c: op(a, b, c), kind) for kind in ("template", "fallback")}
+    with torch.no_grad():
+        for kind, call in calls.items():
+            row[f"{kind}_ms"] = round(milliseconds(lambda call=call: call(x, w, idx)), 4)
+        row["dense_ms"] = round(milliseconds(lambda: F.linear(full, w)), 4)
+    best = min(row["template_ms"], row["fallback_ms"])
+    row["roofline_share"] = round(roofline(row, ceiling) / best, 3)
+
+
+def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
+    """A sliced feed-forward region with frozen weights: gate, up ``[I, D]``, down ``[D, I]``."""
+    hidden = F.silu(OPS.sliced_linear(x, gate, idx)) * OPS.sliced_linear(x, up, idx)
+    return OPS.sliced_linear_in(hidden, down, idx)
+
+
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
+    """The same region at full width."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def measure_region(row: dict[str, Any], ceiling: dict[str, float]) -> None:
+    """Fill in the times of forward + backward to x."""
+    d, i = MODELS[row["model"]]
+    x = torch.randn(row["tokens"], d, device="cuda", dtype=DTYPE, requires_grad=True)
+    gate, up, down = (torch.randn(i, d, device="cuda", dtype=DTYPE) / d**0.5 for _ in range(3))
+    idx = torch.randperm(i, device="cuda")[: row["kept"]].sort().values
+    cotangent = torch.randn(row["tokens"], d, device="cuda", dtype=DTYPE)
+    for kind in KINDS:
+        call = compiled(dense_ffn if kind == "dense" else ffn, kind)
+
+        def step(call: Callable[..., Any] = call) -> None:
+            torch.autograd.grad(call(x, gate, up, down.t(), idx), x, cotangent)
+
+        row[f"{kind}_ms"] = round(milliseconds(step), 4)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def hardware() -> dict[str, str]:
+    """What the numbers hold for: GPU, versions, commit."""
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else NOT_MEASURED
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"gpu": gpu, "python": platform.python_version(), **versions, "commit": commit}
+
+
+def run(minutes: float) -> dict[str, Any]:
+    """Measure until the time is up; regions and kernels take turns, so neither table stays
+    empty."""
+    kernels, regions = list(kernel_cases()), list(region_cases())
+    found: dict[str, Any] = {"hardware": hardware(), "ceilings": NOT_MEASURED}
+    found |= {"kernels": kernels, "regions": regions}
+    if not torch.cuda.is_available():
+        return found
+    end = time.monotonic() + 60 * minutes
+    random.Random(0).shuffle(kernels := kernels[:])  # so that any part of them covers all sizes
+    ceiling = found["ceilings"] = ceilings()
+    step = max(1, len(kernels) // len(regions))
+    for turn, region in enumerate(regions):
+        todo = [(measure_region, region)]
+        todo += [(measure_kernel, row) for row in kernels[turn * step : (turn + 1) * step]]
+        for measure, row in todo:
+            if time.monotonic() > end:
+                return found
+            measure(row, ceiling)
+            print(row, flush=True)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Both tables as Markdown."""
+    lines = ["# Sliced matmuls on a GPU", ""]
+    lines += [f"- {key}: {value}" for key, value in found["hardware"].items()]
+    lines += [f"- ceilings: {found['ceilings']}", "", "Times in milliseconds, bf16."]
+    for name in ("kernels", "regions"):
+        columns = ["what", "model", "tokens", "sparsity", "kept", *(f"{k}_ms" for k in KINDS)]
+        columns += ["roofline_share"] if name == "kernels" else []
+        lines += ["", f"## {name}", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        for row in found[name]:
+            cells = (str(row.get(column, NOT_MEASURED)) for column in columns)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, then write both files."""
+    parser = argparse.ArgumentParser(description="Time the sliced matmuls on an NVIDIA GPU.")
+    parser.add_argument("--minutes", type=float, default=7.0)
+    found = run(parser.parse_args().minutes)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "gpu.md").write_text(table(found), encoding="utf-8")
+    print(f"wrote {RESULTS / 'gpu.json'} and gpu.md")
+
+
+if __name__ == "__main__":
+    main()
