@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sparselora_fx.attention import operand_heads
 from sparselora_fx.channels import (
@@ -17,7 +16,7 @@ from sparselora_fx.channels import (
     sources_of,
 )
 from sparselora_fx.fx import argument, is_shape_query, op_name, tensor
-from sparselora_fx.layout import ChannelMap, channel_map
+from sparselora_fx.layout import ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
     Choice,
@@ -215,7 +214,7 @@ def _check_tokens(region: Region) -> None:
             continue
         x, grid = tensor(site.x), tensor(site.split[0][1])
         assert x is not None and grid is not None
-        if not statically_known_true(x.shape[:-1].numel() == grid.shape.numel()):
+        if not same_count(x.shape[:-1], grid.shape):
             raise NoRegion("its tokens are not the token grid of the labels")
 
 

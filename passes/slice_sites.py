@@ -59,7 +59,7 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
     if rewrite.options.lora_branch == "sparse":
         for addition, branch in site.adapter_adds.items():
             with graph.inserting_before(addition):
-                addition.replace_input_with(branch, _mask(graph, branch, rows, site.out_features))
+                addition.replace_input_with(branch, _mask(graph, branch, site, rows))
 
 
 def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
@@ -87,17 +87,27 @@ def _by_token(
     """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if there is no split."""
     if site.split is None:
         return sliced(site.x)
-    context, output = site.split
-    parts = [graph.call_function(OPS.take_tokens.default, (site.x, *t)) for t in (context, output)]
-    for part in parts:
-        with_stand_in(part, site.x, rank=2, channels=site.in_features)
+    parts = _taken(graph, site.x, site)
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
     with_stand_in(dense, site.node, rank=2, channels=site.out_features)
-    args = (sliced(parts[0]), dense, *context, *output)
-    merged = graph.call_function(OPS.merge_tokens.default, args)
-    _like(merged, site.node)
-    if site.node.meta["example_value"].dim() == 2:  # a linear on flattened tokens
-        return _like(graph.call_method("flatten", (merged, 0, -2)), site.node)
+    return _merged(graph, sliced(parts[0]), dense, site, like=site.node)
+
+
+def _taken(graph: fx.Graph, x: fx.Node, site: Site) -> list[fx.Node]:
+    """The rows of x for context tokens, and those for output tokens."""
+    assert site.split is not None
+    channels = int(x.meta["example_value"].shape[-1])
+    takes = [graph.call_function(OPS.take_tokens.default, (x, *t)) for t in site.split]
+    return [with_stand_in(take, x, rank=2, channels=channels) for take in takes]
+
+
+def _merged(graph: fx.Graph, y: fx.Node, z: fx.Node, site: Site, *, like: fx.Node) -> fx.Node:
+    assert site.split is not None
+    context, output = site.split
+    merged = graph.call_function(OPS.merge_tokens.default, (y, z, *context, *output))
+    _like(merged, like)
+    if like.meta["example_value"].dim() == 2:  # a linear on flattened tokens
+        return _like(graph.call_method("flatten", (merged, 0, -2)), like)
     return merged
 
 
@@ -117,12 +127,21 @@ def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> No
             # The branch may come before the base linear, where the columns do not exist yet: take them along.
             with graph.inserting_before(reader):
                 cols = graph.node_copy(columns) if columns.op == "call_function" else columns
-                reader.replace_input_with(source, _mask(graph, source, cols, site.in_features))
+                reader.replace_input_with(source, _mask(graph, source, site, cols))
 
 
-def _mask(graph: fx.Graph, x: fx.Node, idx: fx.Node, n: int) -> fx.Node:
-    kept = graph.call_function(OPS.gather_channels.default, (x, idx))
-    return _scatter(graph, kept, idx, n, like=x)
+def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
+    """x with the channels outside idx set to zero, on context tokens only if the tokens are split."""
+    n = int(x.meta["example_value"].shape[-1])
+
+    def masked(part: fx.Node) -> fx.Node:
+        kept = graph.call_function(OPS.gather_channels.default, (part, idx))
+        return _scatter(graph, kept, idx, n, like=part)
+
+    if site.split is None:
+        return masked(x)
+    parts = _taken(graph, x, site)
+    return _merged(graph, masked(parts[0]), parts[1], site, like=x)
 
 
 def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node) -> fx.Node:

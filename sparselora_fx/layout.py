@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-Size = int | torch.SymInt
+Size = int | sympy.Expr  # a symbolic size is its expression: hashable, and comparing it adds no guard
 
 
 class Atom(NamedTuple):
@@ -45,17 +45,17 @@ class Layout:
     dims: tuple[Dim, ...]
 
     @staticmethod
-    def of_linear(shape: Sequence[Size]) -> Layout:
+    def of_linear(shape: Sequence[int | torch.SymInt]) -> Layout:
         """The layout of a fresh linear output ``[..., N]``: row n at channel n."""
-        tokens = tuple((Atom(size, None),) for size in shape[:-1])
-        return Layout(0, (*tokens, (Atom(shape[-1], 1),)))
+        tokens = tuple((Atom(as_size(size), None),) for size in shape[:-1])
+        return Layout(0, (*tokens, (Atom(as_size(shape[-1]), 1),)))
 
-    def reshape(self, shape: Sequence[Size]) -> Layout | None:
+    def reshape(self, shape: Sequence[int | torch.SymInt]) -> Layout | None:
         """The layout after a row-major reshape to ``shape``; None if a dimension would mix atoms unevenly."""
         atoms = [atom for dim in self.dims for atom in dim if not _equal(atom.size, 1)]
         dims: list[Dim] = []
         for size in reversed(shape):
-            dim = _take(atoms, size)
+            dim = _take(atoms, as_size(size))
             if dim is None:
                 return None
             dims.append(dim)
@@ -65,11 +65,11 @@ class Layout:
         """The layout after ``permute(order)``."""
         return replace(self, dims=tuple(self.dims[axis] for axis in order))
 
-    def slice(self, axis: int, start: int, length: Size, step: int = 1) -> Layout | None:
+    def slice(self, axis: int, start: int, length: int | torch.SymInt | Size, step: int = 1) -> Layout | None:
         """The layout of ``[start : start + step * length : step]`` along one dimension."""
-        dim = self.dims[axis]
+        dim, length = self.dims[axis], as_size(length)
         if len(dim) == 1:
-            (size, stride) = dim[0]
+            stride = dim[0].stride
             moved = 0 if stride is None else stride * start
             taken: Dim = (Atom(length, None if stride is None else stride * step),)
         elif not dim:
@@ -90,12 +90,12 @@ class Layout:
         """The layout with a new dimension at ``axis``."""
         return replace(self, dims=(*self.dims[:axis], dim, *self.dims[axis:]))
 
-    def expand(self, shape: Sequence[Size]) -> Layout:
+    def expand(self, shape: Sequence[int | torch.SymInt]) -> Layout:
         """The layout after ``expand(shape)``: repeated positions are atoms of stride 0."""
         padded = ((),) * (len(shape) - len(self.dims)) + self.dims
         dims = tuple(
             (Atom(size, 0),) if not _equal(size, _size(dim)) else dim
-            for dim, size in zip(padded, shape, strict=True)
+            for dim, size in zip(padded, map(as_size, shape), strict=True)
         )
         return replace(self, dims=dims)
 
@@ -173,8 +173,28 @@ def _stride(atom: Atom) -> int:
     return atom.stride
 
 
+def as_size(size: int | torch.SymInt | Size) -> Size:
+    """A dimension's size as an integer, or the expression of a symbolic one."""
+    if isinstance(size, torch.SymInt):
+        size = size.node.expr
+    return int(size) if isinstance(size, sympy.Integer) else size  # type: ignore[return-value]
+
+
+def same_count(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes hold the same number of elements, whatever their symbolic sizes turn out to be."""
+    counts = []
+    for shape in (a, b):
+        total: Size = 1
+        for size in shape:
+            total = total * as_size(size)
+        counts.append(total)
+    return _equal(counts[0], counts[1])
+
+
 def _equal(a: Size, b: Size) -> bool:
-    return statically_known_true(a == b)
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(a == b) or sympy.expand(a - b) == 0
 
 
 def _size(dim: Dim) -> Size:
@@ -218,7 +238,7 @@ def _take(atoms: list[Atom], size: Size) -> Dim | None:
     return tuple(taken)
 
 
-def _slice_outer(dim: Dim, start: int, length: Size, step: int) -> tuple[int, Dim] | None:
+def _slice_outer(dim: Dim, start: int, length: int | torch.SymInt | Size, step: int) -> tuple[int, Dim] | None:
     """Slice a dimension of several atoms where the cut falls on whole steps of the outermost atom."""
     inner = _size(dim[1:])
     if not (isinstance(inner, int) and isinstance(length, int)) or step != 1:

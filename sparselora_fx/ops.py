@@ -187,7 +187,7 @@ def site(
 
 
 def _same_tokens(x: Tensor, token_weight: Tensor) -> bool:
-    tokens = x.shape[:-1].numel() if isinstance(x.shape, torch.Size) else x.numel() // x.shape[-1]
+    tokens = x.numel() // x.shape[-1]  # not Size.numel(), which fixes symbolic sizes
     return bool(tokens == token_weight.numel())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ Mark = tuple[
 ]  # parameter, its two factor buffers, the spec of each level
 
 
+# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of whatever it reaches
+# through a module for fixed, and token lists change size with every batch.
+_PHASES: dict[int, Phase] = {}
+_keys = itertools.count()
+
+
 class Phase:
     """Python values that hooks read while a graph is traced. Dynamo guards them, so each phase gets its own graph."""
 
@@ -33,6 +40,8 @@ class Phase:
         self.sparse = False
         self.level = 0  # index into State.levels: which share of the plan's sparsity is on
         self.tokens: list[Tensor] = []
+        self.key = next(_keys)
+        _PHASES[self.key] = self
 
 
 @dataclass
@@ -111,7 +120,7 @@ class State:
             )
             owners.setdefault(weight.module, []).append((weight.param, *names, specs))
         for module, marks in owners.items():
-            hook = _site_hook(self.phase, tuple(marks))
+            hook = _site_hook(self.phase.key, tuple(marks))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
@@ -122,6 +131,7 @@ class State:
         for module, name in self.buffers:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
+        _PHASES.pop(self.phase.key, None)
         self.handles.clear()
         self.buffers.clear()
         self.layout.restore()
@@ -141,11 +151,14 @@ class State:
                 self.seen[name] = Seen(site)
 
 
-def _site_hook(phase: Phase, marks: tuple[Mark, ...]) -> Any:
+def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
     """A forward pre-hook that passes a module's input through one `site` marker per weight, while being traced."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling() or not phase.sparse:
+        if not torch.compiler.is_compiling():
+            return None
+        phase = _PHASES[key]
+        if not phase.sparse:
             return None
         if args and isinstance(args[0], Tensor):
             return (_marked(module, args[0], phase, marks), *args[1:]), kwargs
@@ -158,10 +171,21 @@ def _site_hook(phase: Phase, marks: tuple[Mark, ...]) -> Any:
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
+    if phase.tokens:
+        _same_grid(x, phase.tokens[0])
     for param, a, b, specs in marks:
         weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
         x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, specs[phase.level])
     return x
+
+
+def _same_grid(x: Tensor, grid: Tensor) -> bool:
+    """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that the sizes agree."""
+    if x.dim() == 3:
+        same = bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
+    else:
+        same = bool(x.numel() // x.shape[-1] == grid.numel())
+    return same
 
 
 def common_module(names: list[str]) -> str:

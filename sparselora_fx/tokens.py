@@ -37,11 +37,12 @@ class Tokens:
         A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B, L]``. Lists are as long
         as no other size of the batch, lest the compiler take two sizes for one because they agree this once.
         """
-        if not self.split:
-            return [self.sparse]
+        return [self.sparse, *(self._lists() if self.split else [])]
+
+    def _lists(self) -> list[Tensor]:
         batch, length = self.sparse.shape
         taken = {0, 1, batch, length, batch * length}
-        tensors = [self.sparse]
+        tensors = []
         for mask in (self.sparse, self.dense):
             idx = mask.flatten().nonzero().flatten()
             pos = torch.full((batch * length,), -1, dtype=torch.int64, device=mask.device)
