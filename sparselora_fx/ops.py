@@ -183,7 +183,16 @@ def site(
     ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their inverses
     (`sparselora_fx.tokens.Tokens`).
     """
+    for grid in tokens[::2]:  # the counted tokens, and each list's inverse
+        _agree(x, grid)
     return x.view_as(x)
+
+
+def _agree(x: Tensor, grid: Tensor) -> bool:
+    """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that sizes are equal."""
+    if x.dim() == 3:
+        return bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
+    return _same_tokens(x, grid)
 
 
 def _same_tokens(x: Tensor, token_weight: Tensor) -> bool:

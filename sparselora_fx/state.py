@@ -171,21 +171,10 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
-    if phase.tokens:
-        _same_grid(x, phase.tokens[0])
     for param, a, b, specs in marks:
         weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
         x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, specs[phase.level])
     return x
-
-
-def _same_grid(x: Tensor, grid: Tensor) -> bool:
-    """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that the sizes agree."""
-    if x.dim() == 3:
-        same = bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
-    else:
-        same = bool(x.numel() // x.shape[-1] == grid.numel())
-    return same
 
 
 def common_module(names: list[str]) -> str:

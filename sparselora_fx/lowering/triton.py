@@ -28,6 +28,7 @@ from sparselora_fx.ops import OPS
 
 TEMPLATES = Path(__file__).parent / "templates"
 _GROUP_M = 8  # programs that share columns run next to each other, so that w stays in the L2 cache
+_SHARED_WITHOUT_ASKING = 49152  # bytes of shared memory that every NVIDIA GPU grants a block
 _INCLUDE = re.compile(r'^\{% include "([\w.]+)" %\}\n', re.MULTILINE)
 
 
@@ -156,7 +157,7 @@ def lower(family: Family, problem: Problem, x: Any, w: Any, idx: Any) -> Any:
 def _tiles(family: Family, problem: Problem, device: torch.device) -> list[configs.Tile]:
     """All tiles that fit when benchmarking, else the one that the rule picks."""
     properties: Any = torch.cuda.get_device_properties(device)
-    shared = int(properties.shared_memory_per_block_optin)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", _SHARED_WITHOUT_ASKING))
     found = configs.tiles(family.template, problem.dtype.itemsize, shared)
     if autotunes() or not found:
         return found
