@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sparselora_fx import _torch, autograd
-from sparselora_fx.lowering import configs, constraints, settings
+from sparselora_fx.lowering import configs, constraints, settings, triton
 from sparselora_fx.lowering.constraints import Problem
 from sparselora_fx.lowering.triton import FAMILIES, TEMPLATES, read_template
 from sparselora_fx.ops import OPS
@@ -172,6 +173,15 @@ def test_templates_have_a_legend_and_includes_are_filled_in() -> None:
         assert text.startswith("{# y[m, n] = ") and "Notation" in text and "Numerics" in text
         assert "{% include" not in read_template(name)
         assert "tl.static_assert" in read_template(name)
+
+
+def test_benchmarks_gather_a_sorted_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's default, all zeros, would read one row over and over."""
+    monkeypatch.setattr(_torch, "size_hint", int)
+    buffer = SimpleNamespace(get_size=lambda: [16], get_device=lambda: torch.device("cpu"))
+    idx = triton._permutation(256)(buffer)
+    assert idx.dtype == torch.int64 and idx.shape == (16,)
+    assert (idx.diff() > 0).all() and idx.min() >= 0 and idx.max() < 256
 
 
 def test_debug_setting_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

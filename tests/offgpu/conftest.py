@@ -3,6 +3,7 @@ imported."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -11,23 +12,32 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-TOO_LATE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
-
-if HAS_TRITON and not TOO_LATE:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Test modules import triton, so without it nothing here can be collected; say so."""
-    if HAS_TRITON or HERE not in collection_path.parents:
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Choose the interpreter before the first test module here is imported, or say why not."""
+    if HERE not in collection_path.parents:
+        return None
+    reason = why_not(config.getoption("markexpr"))
+    if reason is None:
         return None
     if collection_path.name.startswith("test_"):
-        print(f"not collected: {collection_path.name} needs triton (pip install triton==3.7.1)")
+        print(f"not collected: tests/offgpu/{collection_path.name}: {reason}")
     return True
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if TOO_LATE and item.get_closest_marker("offgpu"):
-        pytest.fail("triton was imported before tests/offgpu could choose its interpreter")
+@functools.cache
+def why_not(marks: str) -> str | None:
+    """Why these tests cannot run in this session, or None after choosing the interpreter for all of
+    it."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton (pip install triton==3.7.1)"
+    if torch.cuda.is_available() and "offgpu" not in marks:
+        return "its interpreter would take the place of the GPU; run them alone with -m offgpu"
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before tests/offgpu chose its interpreter")
+    os.environ["TRITON_INTERPRET"] = "1"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -69,3 +70,15 @@ def test_step_of_a_compiled_model(choice: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
     kinds = {line.split(":")[0] for line in gpu.choices if "sparselora" in line}
     assert {"sliced_linear", "sliced_linear_in", "sliced_linear_dgrad"} <= kinds, gpu.choices
+    assert_predictors_are_small(gpu, choices=3)  # queries with keys, values, feed-forward
+
+
+def assert_predictors_are_small(gpu: FakeGPU, choices: int) -> None:
+    """Pooling, norms and top-k: three kernels per choice beside its matmuls, and no sync with the
+    host."""
+    names = ("pool_tokens", "low_rank_norms", "topk_channels")
+    (forward,) = [code for is_backward, code in gpu.codes if not is_backward]
+    launched = re.findall(r"^ +(triton_\w+)\.run\(", forward, re.MULTILINE)
+    predictor = [name for name in launched if any(part in name for part in names)]
+    assert 0 < len(predictor) <= 3 * choices, predictor
+    assert ".item()" not in forward and ".cpu()" not in forward
