@@ -11,11 +11,13 @@ _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contig
 
 
 def canonicalize(rewrite: Rewrite) -> int:
-    """Erase casts to the dtype a tensor already has, and dropout that is off. Returns the nodes erased.
+    """Erase casts to the dtype a tensor already has, and dropout that is off. Returns the nodes
+    erased.
 
     Before:  y: f32 = linear(x, w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0);  v = silu(u)
     After:   y: f32 = linear(x, w);  v = silu(y)
-    Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does dropout that is off).
+    Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
+             dropout that is off).
     """
     erased = 0
     for node in rewrite.graph.nodes:

@@ -6,11 +6,13 @@ from sparselora_fx.regions import Rewrite
 
 
 def clean_up(rewrite: Rewrite) -> int:
-    """Erase nodes that were read before the passes ran and are not any more. Returns the nodes erased.
+    """Erase nodes that were read before the passes ran and are not any more. Returns the nodes
+    erased.
 
     Before:  y = linear(h, w);  z = sliced_linear_in(...)    (y replaced by z)
     After:   z = sliced_linear_in(...)
-    Keeps:   nodes that nobody read from the start: those are there for what they do (grad mode, autocast, random
+    Keeps:   nodes that nobody read from the start: those are there for what they do (grad mode,
+             autocast, random
              draws, prints), which is why `Graph.eliminate_dead_code` is not used.
     """
     erased = 0

@@ -7,14 +7,7 @@ from collections import Counter
 from torch import fx
 
 from sparselora_fx.attention import operand_heads
-from sparselora_fx.channels import (
-    Channels,
-    Value,
-    Values,
-    attention_of,
-    propagate,
-    sources_of,
-)
+from sparselora_fx.channels import propagate
 from sparselora_fx.fx import argument, is_shape_query, op_name, tensor
 from sparselora_fx.layout import ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
@@ -29,6 +22,7 @@ from sparselora_fx.regions import (
     kept_channels,
 )
 from sparselora_fx.scoring import can_score
+from sparselora_fx.values import Channels, Value, Values, attention_of, sources_of
 
 
 class NoRegion(Exception):
@@ -36,11 +30,15 @@ class NoRegion(Exception):
 
 
 def find_regions(rewrite: Rewrite) -> int:
-    """Find, for every site, whether it closes a region. Returns the regions found; the graph is unchanged.
+    """Find, for every site, whether it closes a region. Returns the regions found; the graph is
+    unchanged.
 
-    FFN:        h = f(linear(x, w1), linear(x, w2), ...);  y = linear(h, w3)          f pointwise (norms allowed)
-    Attention:  y = linear(merge(attention(heads(linear(x, wq)), heads(linear(x, wk)), heads(linear(x, wv)))), wo)
-    Skips:      a site whose channels are also read elsewhere, layouts that are no affine map, sites whose plan differs,
+    FFN:        h = f(linear(x, w1), linear(x, w2), ...);  y = linear(h, w3)          f pointwise
+                (norms allowed)
+    Attention:  y = linear(merge(attention(heads(linear(x, wq)), heads(linear(x, wk)),
+                heads(linear(x, wv)))), wo)
+    Skips:      a site whose channels are also read elsewhere, layouts that are no affine map,
+                sites whose plan differs,
                 k that rounds to all channels. Every skip carries its reason.
     """
     values = rewrite.values = propagate(rewrite.graph, rewrite.sites)
@@ -72,7 +70,9 @@ def find_regions(rewrite: Rewrite) -> int:
 def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
     value = values.get(consumer.x)
     if not isinstance(value, Channels) or not value.roots:
-        raise NoRegion("its input is not a function of marked linears' channels alone, and its output feeds no region")
+        raise NoRegion(
+            "its input is not a function of marked linears' channels alone, and its output feeds no region"
+        )
     attention = attention_of(value)
     if attention is not None:
         return _attention_region(consumer, value, attention, values)
@@ -86,14 +86,16 @@ def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
     for port in value.ports:
         mapped = channel_map(port.layout) if port.layout is not None else None
         if mapped is None or not isinstance(port.source, Site):
-            raise NoRegion("its input mixes or reorders channels in a way that is no affine map of weight rows")
+            raise NoRegion(
+                "its input mixes or reorders channels in a way that is no affine map of weight rows"
+            )
         if mapped[0] != consumer.in_features:
             raise NoRegion("its input is not aligned with the channels of its producers")
         picks.setdefault(port.source, []).append(mapped[1])
     for site, maps in picks.items():
         if len({(m.inner, m.outer_stride) for m in maps}) != 1:
             raise NoRegion("the halves of a fused projection are laid out differently")
-        if len(maps) * consumer.in_features != site.out_features:
+        if not _covers(maps, consumer.in_features, site.out_features):
             raise NoRegion("some rows of its producer are used by something else")
     if set(value.roots) != set(picks):
         raise NoRegion("its input also depends on other marked linears")
@@ -104,6 +106,11 @@ def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
     producers = [RowPick(site, tuple(sorted(maps))) for site, maps in picks.items()]
     choice = Choice("ffn", consumer.in_features, 0, producers)
     return Region("ffn", [choice], RowPick(consumer, (ChannelMap(1, 1, 0),)))
+
+
+def _covers(maps: list[ChannelMap], channels: int, rows: int) -> bool:
+    """Whether the maps together select every row exactly once."""
+    return sorted(row for m in maps for row in m.rows(channels)) == list(range(rows))
 
 
 def _attention_region(
@@ -129,18 +136,20 @@ def _attention_region(
         raise NoRegion("its query heads alternate with keys and values, and share them in turns")
     qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [picks["q"], picks["k"]])
     vv = Choice("v", attention.kv_heads * attention.value_dim, 0, [picks["v"]])
-    used = Counter[Site]()
+    used: dict[Site, list[int]] = {}
     for choice in (qk, vv):
         for pick in choice.producers:
-            used[pick.site] += choice.channels * len(pick.maps)
-    if any(rows != site.out_features for site, rows in used.items()):
+            rows = used.setdefault(pick.site, [])
+            rows += [row for m in pick.maps for row in m.rows(choice.channels)]
+    if any(sorted(rows) != list(range(site.out_features)) for site, rows in used.items()):
         raise NoRegion("some rows of a query, key or value projection are used by something else")
     out = _query_rows(consumer, 0, attention.value_dim, attention, attention.value_dim)
     return Region("attention", [qk, vv], out, attention)
 
 
 def _query_rows(site: Site, offset: int, stride: int, attention: Attention, dim: int) -> RowPick:
-    """Rows of every query head that shares a kv head, for a channel of that kv head (`repeat_kv`'s order)."""
+    """Rows of every query head that shares a kv head, for a channel of that kv head (`repeat_kv`'s
+    order)."""
     group = attention.heads // attention.kv_heads
     if attention.group_inner:
         maps = [ChannelMap(dim, group * stride, offset + g * stride) for g in range(group)]

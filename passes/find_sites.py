@@ -8,16 +8,29 @@ from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite, Site, SiteSpec, Skip, is_trainable
 
-_WEIGHT_VIEWS = {"t", "transpose", "permute", "to", "float", "half", "bfloat16", "double", "type_as"}
+_WEIGHT_VIEWS = {
+    "t",
+    "transpose",
+    "permute",
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type_as",
+}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"}
 _MAX_BRANCH = 64  # nodes; a LoRA branch is a handful
 
 
 def find_sites(rewrite: Rewrite) -> int:
-    """Turn every site marker into a `Site`, and take the markers out of the graph. Returns the sites found.
+    """Turn every site marker into a `Site`, and take the markers out of the graph. Returns the
+    sites found.
 
-    Before:  m = site(x, w, a, b, mask, spec);  y = linear(m, w, bias);  l = linear(linear(x, A), B);  z = y + l
-    After:   y = linear(x, w, bias);            l = linear(linear(x, A), B);  z = y + l       and Site(y, x, w, ..., z)
+    Before:  m = site(x, w, a, b, mask, spec);  y = linear(m, w, bias);  l = linear(linear(x, A),
+             B);  z = y + l
+    After:   y = linear(x, w, bias);            l = linear(linear(x, A), B);  z = y + l       and
+             Site(y, x, w, ..., z)
     Keeps:   every value bit for bit.
     Skips:   a weight that is used twice, not as a linear, or that trains.
     """
@@ -54,7 +67,9 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     parts = _linear_parts(node, view)
     shape, out = tensor(weight), tensor(node)
     if parts is None or shape is None or out is None or shape.dim() != 2:
-        return Skip(weight, f"{op_name(node)} with this weight is not a linear over the last dimension")
+        return Skip(
+            weight, f"{op_name(node)} with this weight is not a linear over the last dimension"
+        )
     x, bias, stored_as_kn = parts
     transposed = transposed != stored_as_kn
     n, k = (int(s) for s in (reversed(shape.shape) if transposed else shape.shape))
@@ -66,7 +81,8 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
 
 
 def _linear_uses(weight: fx.Node, *, transposed: bool) -> list[tuple[fx.Node, fx.Node, bool]]:
-    """Nodes that use a weight otherwise than to view or cast it: ``(node, the view it uses, view is transposed)``."""
+    """Nodes that use a weight otherwise than to view or cast it: ``(node, the view it uses, view
+    is transposed)``."""
     uses = []
     for user in weight.users:
         if op_name(user) in _WEIGHT_VIEWS and user.args and user.args[0] is weight:
@@ -84,10 +100,18 @@ def _linear_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node | No
     name = op_name(node)
     bias: fx.Node | None = None
     if name == "linear":
-        x, w, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+        x, w, bias = (
+            argument(node, 0, "input"),
+            argument(node, 1, "weight"),
+            argument(node, 2, "bias"),
+        )
         stored_as_kn = False
     elif name == "addmm" and argument(node, 3, "beta", 1) == argument(node, 4, "alpha", 1) == 1:
-        bias, x, w = argument(node, 0, "input"), argument(node, 1, "mat1"), argument(node, 2, "mat2")
+        bias, x, w = (
+            argument(node, 0, "input"),
+            argument(node, 1, "mat1"),
+            argument(node, 2, "mat2"),
+        )
         stored_as_kn = True
     elif name in ("matmul", "mm", "__matmul__"):
         x, w = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
@@ -140,9 +164,11 @@ def _find_adapter(site: Site) -> None:
 
 
 def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:
-    """The nodes of an expression that is computed from x and small weights alone (a LoRA branch), or None.
+    """The nodes of an expression that is computed from x and small weights alone (a LoRA branch),
+    or None.
 
-    Recognises any spelling (modules, `F.linear`, `@`, einsum, scaling, dropout, casts): the leaves decide, not the shape.
+    Recognises any spelling (modules, `F.linear`, `@`, einsum, scaling, dropout, casts): the leaves
+    decide, not the shape.
     """
     branch: set[fx.Node] = set()
     todo, reads_x, has_weight = [node], False, False
@@ -163,7 +189,8 @@ def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:
 
 
 def _before_views(x: fx.Node) -> set[fx.Node]:
-    """x, and what it was before views and casts (a Conv1D flattens its input; its LoRA branch reads the unflattened one)."""
+    """x, and what it was before views and casts (a Conv1D flattens its input; its LoRA branch
+    reads the unflattened one)."""
     nodes = {x}
     while op_name(x) in (*_CASTS, "view", "reshape", "flatten") and isinstance(x.args[0], fx.Node):
         x = x.args[0]

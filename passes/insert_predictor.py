@@ -7,7 +7,7 @@ from torch import fx
 
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Choice, Region, Rewrite, RowPick, Site, Skip
-from sparselora_fx.scoring import Replay
+from sparselora_fx.scoring import Replay, side_inputs
 
 
 def insert_predictor(rewrite: Rewrite) -> int:
@@ -15,17 +15,22 @@ def insert_predictor(rewrite: Rewrite) -> int:
 
     Before:  g = linear(x, wg);  u = linear(x, wu);  h = silu(g) * u;  y = linear(h, wd)
     After:   p: [B, K] = pool_tokens(x.detach(), mask)
-             h~: [B, N] = silu(p bg^T ag^T) * (p bu^T au^T)                     the region's own f, on factors
+             h~: [B, N] = silu(p bg^T ag^T) * (p bu^T au^T)                     the region's own f,
+             on factors
              s: i64[k] = topk_channels(sum_B h~^2, k)
              g = ...                                                            (unchanged)
-    Keeps:   every existing value; nothing inserted needs a gradient (x is detached, factors are frozen).
-    Skips:   a region whose inputs are computed after its first producer.  Paper: arXiv 2506.16500, section 3.
+    Keeps:   every existing value; nothing inserted needs a gradient (x is detached, factors are
+             frozen).
+    Skips:   a region whose inputs are computed after its first producer.  Paper: arXiv 2506.16500,
+             section 3.
     """
     order = {node: i for i, node in enumerate(rewrite.graph.nodes)}
     inserted = 0
     for region in list(rewrite.regions):
         first = min((site.node for site in _producers(region)), key=order.__getitem__)
-        needs = [node for site in _producers(region) for node in (site.x, *site.factors)]
+        needs = {node for site in _producers(region) for node in (site.x, *site.factors)}
+        if region.kind == "ffn":
+            needs |= side_inputs(region.consumer.site.x, rewrite.values)
         if any(order[node] > order[first] for node in needs):
             rewrite.regions.remove(region)
             reason = "an input of the region is computed after its first producer"
@@ -33,7 +38,11 @@ def insert_predictor(rewrite: Rewrite) -> int:
             continue
         with rewrite.graph.inserting_before(first):
             for choice in region.choices:
-                scores = _ffn_scores(region, rewrite) if region.kind == "ffn" else _head_scores(region, choice, rewrite)
+                scores = (
+                    _ffn_scores(region, rewrite)
+                    if region.kind == "ffn"
+                    else _head_scores(region, choice, rewrite)
+                )
                 choice.selection = rewrite.graph.call_function(
                     OPS.topk_channels.default, (scores, choice.kept)
                 )
@@ -46,7 +55,8 @@ def _producers(region: Region) -> list[Site]:
 
 
 def _ffn_scores(region: Region, rewrite: Rewrite) -> fx.Node:
-    """Squared column norms of the region's function over samples: ``[B, N] -> [N]`` (the root does not change the order)."""
+    """Squared column norms of the region's function over samples: ``[B, N] -> [N]`` (the root does
+    not change the order)."""
     graph = rewrite.graph
     pooled: dict[fx.Node, fx.Node] = {}
     mask = _producers(region)[0].token_weight
@@ -65,7 +75,8 @@ def _ffn_scores(region: Region, rewrite: Rewrite) -> fx.Node:
 
 
 def _head_scores(region: Region, choice: Choice, rewrite: Rewrite) -> fx.Node:
-    """Per kv channel, the product over producers of their column norms, a query's averaged over the heads that share it."""
+    """Per kv channel, the product over producers of their column norms, a query's averaged over
+    the heads that share it."""
     graph = rewrite.graph
     every = graph.call_function(torch.arange, (choice.channels,), {"device": _device(choice)})
     score: fx.Node | None = None

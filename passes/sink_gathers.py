@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparselora_fx.channels import CASTS
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.sinking import Moved, dropout_mask, keeps_last, sink_all, slice_of
+from sparselora_fx.values import CASTS
 
 _GATHER = OPS.gather_channels.default
 _SCATTER = OPS.scatter_channels.default
@@ -23,10 +23,13 @@ def sink_gathers(rewrite: Rewrite) -> int:
     After:   d: [T, k] = silu(c + gather(b, s))              when nothing else reads h
     Rules:   gather(f(a, b))       -> f(gather(a), gather(b))            f pointwise
              gather(scatter(c, s)) -> c, or the part of c that is asked  (the round trip)
-             gather(linear(z, B))  -> sliced_linear(z, B)                (a LoRA branch's up-projection)
-             gather(x[..., a:b:c]) -> gather(x) at the composed rows     (halves of a fused projection)
+             gather(linear(z, B))  -> sliced_linear(z, B)                (a LoRA branch's
+             up-projection)
+             gather(x[..., a:b:c]) -> gather(x) at the composed rows     (halves of a fused
+             projection)
              gather(dropout(a, p)) -> gather(a) * gather(dropout(1, p))  (the same random mask)
-    Keeps:   every value; moves a gather only past a node that nothing but gathers reads, so work never grows.
+    Keeps:   every value; moves a gather only past a node that nothing but gathers reads, so work
+             never grows.
     """
     graph = rewrite.graph
     return sink_all(graph, _GATHER, lambda gather, source: _sink(graph, gather, source))
@@ -59,7 +62,11 @@ def _gathered(graph: fx.Graph, node: fx.Node, idx: fx.Node) -> fx.Node:
 
 def _sized(new: fx.Node, like: fx.Node, idx: fx.Node) -> fx.Node:
     example = tensor(like)
-    return new if example is None else with_stand_in(new, like, rank=example.dim(), channels=_width(idx))
+    return (
+        new
+        if example is None
+        else with_stand_in(new, like, rank=example.dim(), channels=_width(idx))
+    )
 
 
 def _through_pointwise(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved:
@@ -117,7 +124,8 @@ def _through_dropout(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | 
 
 
 def _round_trip(graph: fx.Graph, gather: fx.Node, source: fx.Node, idx: fx.Node) -> Moved | None:
-    """gather(scatter(c, rows), idx): c itself, or one block of it when idx is one offset of rows."""
+    """gather(scatter(c, rows), idx): c itself, or one block of it when idx is one offset of
+    rows."""
     kept, rows = source.args[0], source.args[1]
     assert isinstance(kept, fx.Node) and isinstance(rows, fx.Node)
     if rows is idx:

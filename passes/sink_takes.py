@@ -1,4 +1,5 @@
-"""Move token gathers up to the producers, so that context and output tokens are computed apart, and padding not at all."""
+"""Move token gathers up to the producers, so that context and output tokens are computed apart,
+and padding not at all."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ import operator
 import torch
 from torch import fx
 
-from sparselora_fx.channels import CASTS
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.sinking import Moved, dropout_mask, keeps_last, sink_all, slice_of
+from sparselora_fx.values import CASTS
 
 _TAKE = OPS.take_tokens.default
 _MERGE = OPS.merge_tokens.default
@@ -20,13 +21,15 @@ _MERGE = OPS.merge_tokens.default
 def sink_takes(rewrite: Rewrite) -> int:
     """Push every `take_tokens` towards what it takes from. Returns the moves made.
 
-    Before:  h: [B, L, N] = silu(merge(y, z, c, o) + b);     d: [P, N] = take(h, c);  e: [Q, N] = take(h, o)
+    Before:  h: [B, L, N] = silu(merge(y, z, c, o) + b);     d: [P, N] = take(h, c);  e: [Q, N] =
+             take(h, o)
     After:   d: [P, N] = silu(y + b);  e: [Q, N] = silu(z + b)         when nothing else reads h
     Rules:   take(f(a, b))           -> f(take(a), take(b))            f pointwise
              take(merge(y, z, c, o)) -> y or z                         (the round trip)
              take(view(a))           -> take(a)                        a view of tokens only
              take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
-             take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a LoRA up-projection
+             take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a
+             LoRA up-projection
              take(dropout(a, p))     -> take(a) * take(dropout(1, p))  (the same random mask)
     Keeps:   every value that is read; moves a take only past a node that nothing but takes reads.
     """
@@ -97,7 +100,8 @@ def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved 
 
 
 def _kind(node: fx.Node, out: torch.Tensor) -> str:
-    """How an operand meets the tokens: "tokens" (one value or row a token), "channels", "scalar", or "other"."""
+    """How an operand meets the tokens: "tokens" (one value or row a token), "channels", "scalar",
+    or "other"."""
     example = tensor(node)
     if example is None or example.dim() <= 1:
         return "scalar"

@@ -18,11 +18,14 @@ def slice_sites(rewrite: Rewrite) -> int:
 
     Before:  g: [T, N] = linear(x, wg, bg);                  y: [T, M] = linear(h, wd, bd)
     After:   c: [T, k] = sliced_linear(x, wg, s)             d: [T, k] = gather_channels(h, s)
-             g: [T, N] = scatter_channels(c, s, N) + bg      y: [T, M] = sliced_linear_in(d, wd, s) + bd
+             g: [T, N] = scatter_channels(c, s, N) + bg      y: [T, M] = sliced_linear_in(d, wd, s)
+             + bd
     With a token split (context tokens c, output tokens o), each linear becomes
              merge_tokens(sliced(take_tokens(x, c)), linear(take_tokens(x, o), w), c, o) + bias
-    Keeps:   biases and LoRA branches at full width; with lora_branch="sparse" the branches are cut to the
-             selection too. What each site computes is its definition (masked-dense), whatever reads it.
+    Keeps:   biases and LoRA branches at full width; with lora_branch="sparse" the branches are cut
+             to the
+             selection too. What each site computes is its definition (masked-dense), whatever
+             reads it.
     """
     sliced = 0
     for region in rewrite.regions:
@@ -84,7 +87,8 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
 def _by_token(
     graph: fx.Graph, site: Site, weight: fx.Node, sliced: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
-    """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if there is no split."""
+    """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if
+    there is no split."""
     if site.split is None:
         return sliced(site.x)
     parts = _taken(graph, site.x, site)
@@ -124,14 +128,16 @@ def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> No
         for source in [n for n in reader.all_input_nodes if n not in site.adapter_nodes]:
             if source.op == "placeholder":
                 continue
-            # The branch may come before the base linear, where the columns do not exist yet: take them along.
+            # The branch may come before the base linear, where the columns do not exist yet: take
+            # them along.
             with graph.inserting_before(reader):
                 cols = graph.node_copy(columns) if columns.op == "call_function" else columns
                 reader.replace_input_with(source, _mask(graph, source, site, cols))
 
 
 def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
-    """x with the channels outside idx set to zero, on context tokens only if the tokens are split."""
+    """x with the channels outside idx set to zero, on context tokens only if the tokens are
+    split."""
     n = int(x.meta["example_value"].shape[-1])
 
     def masked(part: fx.Node) -> fx.Node:

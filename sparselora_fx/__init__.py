@@ -1,4 +1,5 @@
-"""SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside torch.compile."""
+"""SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside
+torch.compile."""
 
 from sparselora_fx.api import compile, restore, step
 from sparselora_fx.errors import CompileError, EstimatorError, PlanError, SparseLoraError

@@ -14,7 +14,7 @@ from sparselora_fx.backend import make_backend
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
-from sparselora_fx.plan import SparsityPlan, Sparsity
+from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
@@ -24,12 +24,14 @@ from sparselora_fx.tokens import call_arguments, split_tokens
 assert autograd.OPS is not None  # importing it registers the derivatives
 
 
-# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal one.
+# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
+# one.
 _UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
 
 
 class CompiledForward:
-    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the model's own forward."""
+    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
+    model's own forward."""
 
     def __init__(
         self, model: nn.Module, state: State, compiled: Callable[..., Any], *, compile_eval: bool
@@ -44,7 +46,8 @@ class CompiledForward:
         self.base_forward = base.forward if base is not model else self.original
         self.cacheable = "use_cache" in inspect.signature(self.base_forward).parameters
         config = getattr(base, "config", None)
-        # One token grid would have to serve two stacks of other lengths: every token is sparse then.
+        # One token grid would have to serve two stacks of other lengths: every token is sparse
+        # then.
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         kind = str(getattr(base, "loss_type", None) or type(base).__name__)
         self.shift = not any(word in kind for word in _UNSHIFTED)
@@ -93,19 +96,25 @@ def compile(
     """Make a model's training steps use only the channels that matter; returns the same object.
 
     Args:
-        model: any module with frozen linears, usually a PEFT model. Its class, parameters and state_dict keys stay.
+        model: any module with frozen linears, usually a PEFT model. Its class, parameters and
+        state_dict keys stay.
         estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`).
-        plan: sparsity per layer; also a number, a mapping or a YAML path; None: a conservative structural default.
-        backend: "inductor" (native code), "aot_eager" or "eager" (the same rewrites, run by PyTorch's own kernels).
+        plan: sparsity per layer; also a number, a mapping or a YAML path; None: a conservative
+        structural default.
+        backend: "inductor" (native code), "aot_eager" or "eager" (the same rewrites, run by
+        PyTorch's own kernels).
         dynamic: as in `torch.compile`: None lets the second batch length switch to dynamic sizes.
-        lora_branch: "dense" computes LoRA branches at full width; "sparse" on the kept channels only.
+        lora_branch: "dense" computes LoRA branches at full width; "sparse" on the kept channels
+        only.
         compile_eval: compile the (always dense) evaluation forward too.
 
-    A model that is already compiled is restored first, so the call replaces. In training calls `use_cache` is False
+    A model that is already compiled is restored first, so the call replaces. In training calls
+    `use_cache` is False
     unless the caller passes it: a step needs no KV cache.
 
     Raises:
-        CompileError: no model, no frozen linears, weights on the meta device, an unknown word for an option.
+        CompileError: no model, no frozen linears, weights on the meta device, an unknown word for
+        an option.
         EstimatorError: the estimator belongs to another model.
         PlanError: the plan names unknown layers, or cannot be carried out.
         In every case the model is left exactly as it was.
@@ -131,9 +140,11 @@ def compile(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `compile`: the model computes, saves and looks as it did before. Returns the same object.
+    """Undo `compile`: the model computes, saves and looks as it did before. Returns the same
+    object.
 
-    Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward`` since: the
+    Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward``
+    since: the
     wrapped forward then passes straight through to the original.
 
     Raises:
@@ -153,21 +164,26 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, n: int, total: int | None = None) -> None:
-    """Tell a compiled model which optimizer step comes next, so that its plan's schedule is followed.
+    """Tell a compiled model which optimizer step comes next, so that its plan's schedule is
+    followed.
 
     Args:
         model: compiled with `compile`.
-        n: 0-based optimizer step; call it before the step's first forward, on resume with the resumed step.
+        n: 0-based optimizer step; call it before the step's first forward, on resume with the
+        resumed step.
         total: all optimizer steps of the training; needed where the plan's schedule has fractions.
 
     Raises:
-        CompileError: the model is not compiled. PlanError: a fraction and no total, or a negative step.
+        CompileError: the model is not compiled. PlanError: a fraction and no total, or a negative
+        step.
     """
     state = get_state(model)
     if n < 0 or (total is not None and total < 1):
         raise PlanError(f"step is {n!r} of {total!r}; allowed: n >= 0 and total >= 1")
     plan = state.plan
-    share_at(n, total, plan.start_step, plan.end_step, plan.ramp)  # refuses a fraction without total
+    share_at(
+        n, total, plan.start_step, plan.end_step, plan.ramp
+    )  # refuses a fraction without total
     state.step = (n, total)
 
 
@@ -216,5 +232,3 @@ def _check_multiple(
             f"channel_multiple={plan.channel_multiple} asks to keep more channels than any layer in the plan has "
             f"({max(widths)}); choose at most {max(widths)}, usually 16"
         )
-
-

@@ -1,6 +1,7 @@
 """Recognise attention in any of its spellings, from the channels of its operands.
 
-Fused (`scaled_dot_product_attention`, `flex_attention`) or written out (scores = q k^T, any pointwise function and
+Fused (`scaled_dot_product_attention`, `flex_attention`) or written out (scores = q k^T, any
+pointwise function and
 softmax, then probabilities times v). Nothing here looks at module or class names.
 """
 
@@ -10,10 +11,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from sparselora_fx.channels import Channels, Port, Scores, Value, Values
 from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.layout import Atom, Layout
 from sparselora_fx.regions import Attention, Site
+from sparselora_fx.values import Channels, Port, Scores, Value, Values
 
 _FUSED = {"scaled_dot_product_attention", "flex_attention"}
 _PRODUCTS = {"matmul", "bmm", "__matmul__"}
@@ -43,9 +44,13 @@ def attention_value(node: fx.Node, values: Values) -> Value | None:
             return _mix(node, *held)  # type: ignore[arg-type]
         return None
     if name in _PRODUCTS:
-        left, right = (values.get(argument(node, i, key)) for i, key in enumerate(("input", "mat2")))
+        left, right = (
+            values.get(argument(node, i, key)) for i, key in enumerate(("input", "mat2"))
+        )
     elif name == "baddbmm":
-        left, right = (values.get(argument(node, i, key)) for i, key in ((1, "batch1"), (2, "batch2")))
+        left, right = (
+            values.get(argument(node, i, key)) for i, key in ((1, "batch1"), (2, "batch2"))
+        )
     else:
         return None
     if isinstance(left, Scores) and isinstance(right, Channels):
@@ -58,7 +63,8 @@ def attention_value(node: fx.Node, values: Values) -> Value | None:
 
 
 def _transposed(value: Channels) -> Channels:
-    """Keys as [..., tokens, channels] again, from the [..., channels, tokens] that a matmul takes."""
+    """Keys as [..., tokens, channels] again, from the [..., channels, tokens] that a matmul
+    takes."""
     ports = []
     for port in value.ports:
         layout = port.layout
@@ -81,7 +87,12 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
     heads, kv_heads = q.heads, k.heads
     if q.groups not in (1, kv_heads) or k.groups != 1 or v.groups != 1:
         return Channels((), roots)
-    if kv_heads != v.heads or heads % kv_heads or q.dim != k.dim or q.repeat_inner * q.repeat_outer != 1:
+    if (
+        kv_heads != v.heads
+        or heads % kv_heads
+        or q.dim != k.dim
+        or q.repeat_inner * q.repeat_outer != 1
+    ):
         return Channels((), roots)
     group_inner = k.repeat_outer == 1 and v.repeat_outer == 1
     layout = _output_layout(query, tuple(out.shape), heads, v.dim)
@@ -92,7 +103,8 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
 
 
 def _output_layout(query: Channels, shape: tuple[int, ...], heads: int, dim: int) -> Layout | None:
-    """The layout of the mix: as the query's, with head h at stride ``dim`` and its channels at stride 1."""
+    """The layout of the mix: as the query's, with head h at stride ``dim`` and its channels at
+    stride 1."""
     model = query.ports[0].layout
     if model is None or len(model.dims) != len(shape) or shape[-1] != dim:
         return None
@@ -117,8 +129,11 @@ def _output_layout(query: Channels, shape: tuple[int, ...], heads: int, dim: int
 
 
 def operand_heads(value: Channels) -> Heads | None:
-    """Read heads and head channels off an operand ``[..., tokens, D]`` whose first port has a full layout."""
-    port = next((p for p in value.ports if isinstance(p.source, Site) and p.layout is not None), None)
+    """Read heads and head channels off an operand ``[..., tokens, D]`` whose first port has a full
+    layout."""
+    port = next(
+        (p for p in value.ports if isinstance(p.source, Site) and p.layout is not None), None
+    )
     if port is None or port.layout is None or not isinstance(port.source, Site):
         return None
     if any(other.source is not port.source for other in value.ports):

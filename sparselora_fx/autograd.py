@@ -1,4 +1,5 @@
-"""Derivatives and autocast rules of the ops: exact, and never saving an activation that only a frozen weight would need."""
+"""Derivatives and autocast rules of the ops: exact, and never saving an activation that only a
+frozen weight would need."""
 
 from __future__ import annotations
 
@@ -110,9 +111,12 @@ for _name, _setup, _backward in (
 
 
 def _autocast(name: str, device: str) -> None:
-    """Under autocast a sliced linear computes in the autocast dtype, as F.linear does; w is cast after its gather."""
+    """Under autocast a sliced linear computes in the autocast dtype, as F.linear does; w is cast
+    after its gather."""
     op = getattr(OPS, name).default
-    key = torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
+    key = (
+        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
+    )
 
     def cast(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):

@@ -1,4 +1,5 @@
-"""The torch.compile backend: run the passes on each graph, compile it, and keep what it chose within reach."""
+"""The torch.compile backend: run the passes on each graph, compile it, and keep what it chose
+within reach."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from sparselora_fx.state import State
 
 
 def make_backend(state: State, name: str, options: Options) -> Callable[..., Any]:
-    """A backend for ``torch.compile``. Graphs without a marked site go to the named backend untouched."""
+    """A backend for ``torch.compile``. Graphs without a marked site go to the named backend
+    untouched."""
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         state.graphs += 1
@@ -27,7 +29,8 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
 
 
 class _Rewritten:
-    """A compiled graph whose extra outputs (selections and rows) are taken off before its caller sees them."""
+    """A compiled graph whose extra outputs (selections and rows) are taken off before its caller
+    sees them."""
 
     def __init__(self, compiled: Callable[..., Any], report: GraphReport, state: State) -> None:
         self.compiled = compiled
@@ -40,7 +43,9 @@ class _Rewritten:
     def __call__(self, *args: Any) -> Any:
         outputs = self.compiled(*args)
         if self.key is not None:
-            who = id(args[self.key])  # one graph serves many layers: they differ in the weights they pass
+            who = id(
+                args[self.key]
+            )  # one graph serves many layers: they differ in the weights they pass
             if who not in self.observed:
                 self.observed.add(who)
                 self.state.observe(self.report, args)

@@ -9,20 +9,28 @@ from sparselora_fx.state import State
 
 
 def explain(model: nn.Module) -> str:
-    """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the reason it is dense.
+    """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the
+    reason it is dense.
 
-    Filled by the graphs that ran, so call it after a training step; before one, each line tells the plan.
+    Filled by the graphs that ran, so call it after a training step; before one, each line tells
+    the plan.
     Raises `CompileError` if the model is not compiled.
     """
     state = get_state(model)
     rows = [("frozen linear", "shape", "region", "kept", "status")]
-    rows += [_row(state, weight.name, f"{weight.out_features}x{weight.in_features}") for weight in state.frozen]
+    rows += [
+        _row(state, weight.name, f"{weight.out_features}x{weight.in_features}")
+        for weight in state.frozen
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
     ]
     done = sum(row[4].startswith("rewritten") for row in rows)
-    lines.append(f"{done} of {len(rows) - 1} frozen linears rewritten; {state.graphs} graphs compiled")
+    lines.append(
+        f"{done} of {len(rows) - 1} frozen linears rewritten; {state.graphs} graphs compiled"
+    )
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ _TRANSPARENT = {
 
 
 def op_name(node: fx.Node) -> str:
-    """The name of what a call node does, the same for a function and for a method (``torch.mul``, ``x.mul`` -> ``mul``)."""
+    """The name of what a call node does, the same for a function and for a method (``torch.mul``,
+    ``x.mul`` -> ``mul``)."""
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function":
@@ -29,7 +30,8 @@ def op_name(node: fx.Node) -> str:
 
 
 def value(node: Any) -> Any:
-    """The example value Dynamo left on a node (a fake tensor, a symbolic integer, a tuple, ...), or None."""
+    """The example value Dynamo left on a node (a fake tensor, a symbolic integer, a tuple, ...),
+    or None."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
@@ -40,7 +42,8 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 
 def with_stand_in(node: fx.Node, model: fx.Node, *, rank: int, channels: int) -> fx.Node:
-    """Give a new node an example value that is right in rank, channels and dtype (its token count is not known)."""
+    """Give a new node an example value that is right in rank, channels and dtype (its token count
+    is not known)."""
     dtype = model.meta["example_value"].dtype
     shape = (*[3] * (rank - 1), channels)
     node.meta["example_value"] = torch.empty(shape, dtype=dtype, device="meta")
@@ -58,10 +61,16 @@ def axis_argument(node: fx.Node, position: int, name: str, rank: int, default: i
 
 
 def is_shape_query(node: fx.Node) -> bool:
-    """Whether a node reads only sizes, dtypes or devices: it returns no tensor made from its input's data."""
+    """Whether a node reads only sizes, dtypes or devices: it returns no tensor made from its
+    input's data."""
     if op_name(node) in ("size", "dim", "numel", "stride", "is_floating_point", "sym_size"):
         return True
-    return op_name(node) == "getattr" and argument(node, 1, "") in ("shape", "dtype", "device", "ndim")
+    return op_name(node) == "getattr" and argument(node, 1, "") in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -69,9 +78,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.ops: list[torch._ops.OpOverload] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -79,8 +86,10 @@ class _Recorder(TorchDispatchMode):
 def is_pointwise(node: fx.Node) -> bool:
     """Whether a call computes each output element from the matching input elements alone.
 
-    Asked of the operator library itself: the call is run on tiny meta tensors, and every ATen op it dispatches
-    to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is recognised, without a table.
+    Asked of the operator library itself: the call is run on tiny meta tensors, and every ATen op
+    it dispatches
+    to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is recognised,
+    without a table.
     """
     result = tensor(node)
     if node.op not in ("call_function", "call_method") or result is None:
@@ -124,9 +133,11 @@ def _is_elementwise(op: torch._ops.OpOverload) -> bool:
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, list[Any]]]:
-    """Every higher-order op of a graph: ``(call node, body, operands in the order of the body's placeholders)``.
+    """Every higher-order op of a graph: ``(call node, body, operands in the order of the body's
+    placeholders)``.
 
-    Covers activation checkpointing, `invoke_subgraph` and any op that takes one body and then its operands.
+    Covers activation checkpointing, `invoke_subgraph` and any op that takes one body and then its
+    operands.
     """
     for node in gm.graph.nodes:
         if not isinstance(node.target, torch._ops.HigherOrderOperator):

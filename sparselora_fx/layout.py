@@ -1,9 +1,13 @@
 """Where the channels of a linear's output went: a small algebra of strided layouts.
 
-A tensor that was made from a linear's output by moving data only (view, transpose, slice, chunk, expand, cat, ...)
-holds, at each position, one row of that linear's weight. For every layout that models use, the row is an affine
-function of the position: ``row = offset + sum(stride_i * index_i)``. A dimension is a tuple of atoms, outermost
-first, so that a reshape never loses the structure (a `repeat_kv` is an atom of stride 0). Token dimensions carry
+A tensor that was made from a linear's output by moving data only (view, transpose, slice, chunk,
+expand, cat, ...)
+holds, at each position, one row of that linear's weight. For every layout that models use, the row
+is an affine
+function of the position: ``row = offset + sum(stride_i * index_i)``. A dimension is a tuple of
+atoms, outermost
+first, so that a reshape never loses the structure (a `repeat_kv` is an atom of stride 0). Token
+dimensions carry
 atoms of stride None. This is the layout idea of CuTe, restricted to what tracing channels needs.
 """
 
@@ -16,11 +20,14 @@ from typing import NamedTuple
 import sympy
 import torch
 
-Size = int | sympy.Expr  # a symbolic size is its expression: hashable, and comparing it adds no guard
+Size = (
+    int | sympy.Expr
+)  # a symbolic size is its expression: hashable, and comparing it adds no guard
 
 
 class Atom(NamedTuple):
-    """One factor of a dimension: its size, and how far one step moves in rows (None: a token dimension)."""
+    """One factor of a dimension: its size, and how far one step moves in rows (None: a token
+    dimension)."""
 
     size: Size
     stride: int | None
@@ -30,11 +37,19 @@ Dim = tuple[Atom, ...]
 
 
 class ChannelMap(NamedTuple):
-    """Rows of channel c: ``(c // inner) * outer_stride + c % inner + offset`` (the arguments of `channel_rows`)."""
+    """Rows of channel c: ``(c // inner) * outer_stride + c % inner + offset`` (the arguments of
+    `channel_rows`)."""
 
     inner: int
     outer_stride: int
     offset: int
+
+    def rows(self, channels: int) -> list[int]:
+        """The rows of channels 0 to ``channels - 1``."""
+        return [
+            c // self.inner * self.outer_stride + c % self.inner + self.offset
+            for c in range(channels)
+        ]
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Layout:
         return Layout(0, (*tokens, (Atom(as_size(shape[-1]), 1),)))
 
     def reshape(self, shape: Sequence[int | torch.SymInt]) -> Layout | None:
-        """The layout after a row-major reshape to ``shape``; None if a dimension would mix atoms unevenly."""
+        """The layout after a row-major reshape to ``shape``; None if a dimension would mix atoms
+        unevenly."""
         atoms = [atom for dim in self.dims for atom in dim if not _equal(atom.size, 1)]
         dims: list[Dim] = []
         for size in reversed(shape):
@@ -65,7 +81,9 @@ class Layout:
         """The layout after ``permute(order)``."""
         return replace(self, dims=tuple(self.dims[axis] for axis in order))
 
-    def slice(self, axis: int, start: int, length: int | torch.SymInt | Size, step: int = 1) -> Layout | None:
+    def slice(
+        self, axis: int, start: int, length: int | torch.SymInt | Size, step: int = 1
+    ) -> Layout | None:
         """The layout of ``[start : start + step * length : step]`` along one dimension."""
         dim, length = self.dims[axis], as_size(length)
         if len(dim) == 1:
@@ -105,7 +123,8 @@ class Layout:
         return replace(self, dims=(*self.dims[:axis], dim, *self.dims[axis + 1 :]))
 
     def channel_atoms(self, axis: int) -> list[Atom]:
-        """The atoms of one dimension that move through rows or repeat them; adjacent ones merged."""
+        """The atoms of one dimension that move through rows or repeat them; adjacent ones
+        merged."""
         merged: list[Atom] = []
         for atom in self.dims[axis]:
             if _equal(atom.size, 1):
@@ -122,7 +141,8 @@ class Layout:
 
 
 def concatenate(layouts: Sequence[Layout], axis: int) -> Layout | None:
-    """The layout of ``cat(tensors, axis)`` when the pieces continue each other's rows, else None."""
+    """The layout of ``cat(tensors, axis)`` when the pieces continue each other's rows, else
+    None."""
     first = layouts[0]
     if len(first.dims[axis]) != 1 or first.dims[axis][0].stride is None:
         return None
@@ -144,7 +164,8 @@ def concatenate(layouts: Sequence[Layout], axis: int) -> Layout | None:
 
 
 def stack(layouts: Sequence[Layout], axis: int) -> Layout | None:
-    """The layout of ``stack(tensors, axis)`` when the pieces are equally spaced in rows, else None."""
+    """The layout of ``stack(tensors, axis)`` when the pieces are equally spaced in rows, else
+    None."""
     first = layouts[0]
     steps = {b.offset - a.offset for a, b in zip(layouts, layouts[1:], strict=False)}
     if len(steps) != 1 or any(layout.dims != first.dims for layout in layouts):
@@ -153,7 +174,8 @@ def stack(layouts: Sequence[Layout], axis: int) -> Layout | None:
 
 
 def channel_map(layout: Layout, axis: int = -1) -> tuple[int, ChannelMap] | None:
-    """``(N, map)`` when one dimension alone runs over the rows and the others are tokens, else None."""
+    """``(N, map)`` when one dimension alone runs over the rows and the others are tokens, else
+    None."""
     axis %= len(layout.dims)
     if not all(layout.is_token(i) for i in range(len(layout.dims)) if i != axis):
         return None
@@ -181,7 +203,8 @@ def as_size(size: int | torch.SymInt | Size) -> Size:
 
 
 def same_count(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
-    """Whether two shapes hold the same number of elements, whatever their symbolic sizes turn out to be."""
+    """Whether two shapes hold the same number of elements, whatever their symbolic sizes turn out
+    to be."""
     counts = []
     for shape in (a, b):
         total: Size = 1
@@ -211,7 +234,8 @@ def _mergeable(outer: Atom, inner: Atom) -> bool:
 
 
 def _take(atoms: list[Atom], size: Size) -> Dim | None:
-    """Take atoms from the right of the list until they multiply to ``size``; split the last one if need be."""
+    """Take atoms from the right of the list until they multiply to ``size``; split the last one if
+    need be."""
     taken: list[Atom] = []
     total: Size = 1
     while not _equal(total, size):
@@ -238,8 +262,11 @@ def _take(atoms: list[Atom], size: Size) -> Dim | None:
     return tuple(taken)
 
 
-def _slice_outer(dim: Dim, start: int, length: int | torch.SymInt | Size, step: int) -> tuple[int, Dim] | None:
-    """Slice a dimension of several atoms where the cut falls on whole steps of the outermost atom."""
+def _slice_outer(
+    dim: Dim, start: int, length: int | torch.SymInt | Size, step: int
+) -> tuple[int, Dim] | None:
+    """Slice a dimension of several atoms where the cut falls on whole steps of the outermost
+    atom."""
     inner = _size(dim[1:])
     if not (isinstance(inner, int) and isinstance(length, int)) or step != 1:
         return None

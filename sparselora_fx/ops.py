@@ -1,7 +1,9 @@
 """The intermediate representation: every op that a rewritten graph may contain.
 
-Each op has an eager body, and that body *is* the meaning of the op; lowering may only make it faster.
-Shape letters: T tokens (any leading dims), K input channels, N output channels, S kept channels, R rank, B samples.
+Each op has an eager body, and that body *is* the meaning of the op; lowering may only make it
+faster.
+Shape letters: T tokens (any leading dims), K input channels, N output channels, S kept channels, R
+rank, B samples.
 
 Index arguments (``idx``) are 1-D int64, unique and in range.
 """
@@ -38,7 +40,8 @@ _define(
     "merge_tokens(Tensor y, Tensor z, Tensor y_idx, Tensor y_pos, Tensor z_idx, Tensor z_pos) -> Tensor"
 )
 _define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> Tensor")
-# The marker: an identity on x that carries per-layer data into the graph. Removed before anything runs.
+# The marker: an identity on x that carries per-layer data into the graph. Removed before anything
+# runs.
 _define(
     "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec) -> Tensor(a)"
 )
@@ -46,7 +49,8 @@ _define(
 
 @torch.library.impl(LIBRARY, "sliced_linear", _EAGER)
 def sliced_linear(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
-    """``y[T, S] = x[T, K] @ w[idx, :].T`` for ``w[N, K]``; computed in x's dtype (w is cast after the gather)."""
+    """``y[T, S] = x[T, K] @ w[idx, :].T`` for ``w[N, K]``; computed in x's dtype (w is cast after
+    the gather)."""
     return x @ w.index_select(0, idx).to(x.dtype).t()
 
 
@@ -58,7 +62,8 @@ def sliced_linear_dgrad(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
 
 @torch.library.impl(LIBRARY, "sliced_linear_wgrad", _EAGER)
 def sliced_linear_wgrad(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
-    """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero. Needed when w trains (a LoRA B matrix)."""
+    """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero. Needed when w trains (a LoRA B
+    matrix)."""
     rows = gy.flatten(0, -2).t() @ x.flatten(0, -2)
     return rows.new_zeros(n, x.shape[-1]).index_copy_(0, idx, rows)
 
@@ -92,7 +97,8 @@ def gather_channels(x: Tensor, idx: Tensor) -> Tensor:
 def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
     """``x[T, N]`` with ``x[..., idx] = y[T, S]`` and zeros elsewhere.
 
-    Written as a gather through the inverse index, which is pointwise: a compiler fuses it into its neighbours,
+    Written as a gather through the inverse index, which is pointwise: a compiler fuses it into its
+    neighbours,
     where a scatter would be a kernel of its own.
     """
     where = torch.full((n,), -1, dtype=torch.int64, device=idx.device)
@@ -101,12 +107,12 @@ def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
 
 
 @torch.library.impl(LIBRARY, "channel_rows", _EAGER)
-def channel_rows(
-    channels: Tensor, inner: int, outer_stride: int, offsets: list[int]
-) -> Tensor:
-    """Rows of a weight that hold the given channels: ``(c // inner) * outer_stride + c % inner + o`` for each o.
+def channel_rows(channels: Tensor, inner: int, outer_stride: int, offsets: list[int]) -> Tensor:
+    """Rows of a weight that hold the given channels: ``(c // inner) * outer_stride + c % inner +
+    o`` for each o.
 
-    One formula covers plain, fused, interleaved and grouped-head layouts. Returns ``[len(offsets) * S]``, offset-major.
+    One formula covers plain, fused, interleaved and grouped-head layouts. Returns ``[len(offsets)
+    * S]``, offset-major.
     """
     rows = channels // inner * outer_stride + channels % inner
     start = torch.tensor(offsets, dtype=torch.int64, device=channels.device)
@@ -121,9 +127,11 @@ def topk_channels(scores: Tensor, k: int) -> Tensor:
 
 @torch.library.impl(LIBRARY, "pool_tokens", _EAGER)
 def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
-    """Mean over each sample's counted tokens: ``x[B, L, K]`` or ``[B*L, K]`` with ``token_weight[B, L]`` -> ``[B, K]``.
+    """Mean over each sample's counted tokens: ``x[B, L, K]`` or ``[B*L, K]`` with
+    ``token_weight[B, L]`` -> ``[B, K]``.
 
-    Without weights (or with weights of another token grid) every token counts, and a flat x is one sample.
+    Without weights (or with weights of another token grid) every token counts, and a flat x is one
+    sample.
     """
     if token_weight is None or not _same_tokens(x, token_weight):
         return x.mean(dim=1).flatten(0, -2) if x.dim() > 2 else x.mean(dim=0, keepdim=True)
@@ -136,7 +144,8 @@ def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
 
 @torch.library.impl(LIBRARY, "take_tokens", _EAGER)
 def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 gives a row of zeros.
+    """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 gives a row of
+    zeros.
 
     ``pos[B, L]`` is the inverse of idx (-1: not taken); x may also be flat, ``[B*L, K]``.
     """
@@ -146,7 +155,8 @@ def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
 
 @torch.library.impl(LIBRARY, "place_tokens", _EAGER)
 def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere: the transpose of `take_tokens`."""
+    """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere: the transpose of
+    `take_tokens`."""
     rows = y.index_select(0, pos.flatten().clamp(min=0)).view(*pos.shape, y.shape[1])
     return torch.where((pos >= 0)[..., None], rows, 0)
 
@@ -161,9 +171,11 @@ def merge_tokens(
 
 @torch.library.impl(LIBRARY, "low_rank_norms", _EAGER)
 def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
-    """Column norms of ``x @ b.T @ a.T`` over counted tokens, ``a[N, R]``, ``b[R, K]`` -> ``[N]`` in fp32 or fp64.
+    """Column norms of ``x @ b.T @ a.T`` over counted tokens, ``a[N, R]``, ``b[R, K]`` -> ``[N]``
+    in fp32 or fp64.
 
-    ``||column_n||^2 = a_n G a_n^T`` with the Gram matrix G of ``x @ b.T``: T x N values are never formed.
+    ``||column_n||^2 = a_n G a_n^T`` with the Gram matrix G of ``x @ b.T``: T x N values are never
+    formed.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     projected = (x.flatten(0, -2) @ b.to(x.dtype).t()).to(wide)
@@ -178,9 +190,11 @@ def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None)
 def site(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, tokens: list[Tensor], spec: str
 ) -> Tensor:
-    """Identity on x. Carries a frozen weight's factors, the batch's token lists and the plan's words into the graph.
+    """Identity on x. Carries a frozen weight's factors, the batch's token lists and the plan's
+    words into the graph.
 
-    ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their inverses
+    ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their
+    inverses
     (`sparselora_fx.tokens.Tokens`).
     """
     for grid in tokens[::2]:  # the counted tokens, and each list's inverse
@@ -189,7 +203,8 @@ def site(
 
 
 def _agree(x: Tensor, grid: Tensor) -> bool:
-    """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that sizes are equal."""
+    """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that
+    sizes are equal."""
     if x.dim() == 3:
         return bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
     return _same_tokens(x, grid)
@@ -256,9 +271,7 @@ def _(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("sparselora::merge_tokens", lib=LIBRARY)
-def _(
-    y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor
-) -> Tensor:
+def _(y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor) -> Tensor:
     return y.new_empty(*y_pos.shape, y.shape[1])
 
 

@@ -1,4 +1,5 @@
-"""Run the passes over a graph and its bodies, and lift what they chose to the graph's outputs. Knows no pass by name."""
+"""Run the passes over a graph and its bodies, and lift what they chose to the graph's outputs.
+Knows no pass by name."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Pass = Callable[[Rewrite], int]
 class SiteReport:
     """What became of one frozen weight. ``weight`` is the index of the graph input that holds it.
 
-    ``role`` is "out" (rows kept), "in" (columns kept) or "dense"; ``rows`` is the index among the graph's extra outputs.
+    ``role`` is "out" (rows kept), "in" (columns kept) or "dense"; ``rows`` is the index among the
+    graph's extra outputs.
     """
 
     weight: int
@@ -34,7 +36,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class RegionReport:
-    """What became of one region: its kind, its sites, and per choice ``name -> (extra output, k, N)``."""
+    """What became of one region: its kind, its sites, and per choice ``name -> (extra output, k,
+    N)``."""
 
     kind: str
     sites: list[SiteReport]
@@ -53,14 +56,18 @@ class GraphReport:
 
 @dataclass
 class _Lifted:
-    """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to return."""
+    """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to
+    return."""
 
-    regions: list[tuple[Region, dict[Any, fx.Node], dict[Any, fx.Node]]] = field(default_factory=list)
+    regions: list[tuple[Region, dict[Any, fx.Node], dict[Any, fx.Node]]] = field(
+        default_factory=list
+    )
     skips: list[tuple[fx.Node, str]] = field(default_factory=list)
 
 
 def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphReport | None:
-    """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site is marked in it."""
+    """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
+    is marked in it."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
     _rewrite_all(gm, options, passes, rewrites)
     if not rewrites:
@@ -101,7 +108,8 @@ def _lift(
     rewrites: dict[fx.GraphModule, Rewrite],
     done: dict[fx.GraphModule, _Lifted],
 ) -> _Lifted:
-    """Return a graph's selections and rows from its bodies, so that they are nodes of this graph."""
+    """Return a graph's selections and rows from its bodies, so that they are nodes of this
+    graph."""
     lifted = done[gm] = _Lifted()
     own = rewrites.get(gm)
     if own is not None:

@@ -16,11 +16,14 @@ from sparselora_fx.state import ATTRIBUTE, State, common_module
 
 @dataclass
 class Recording:
-    """Channel choices of the training calls made inside `record`; a later call replaces an earlier one's entries.
+    """Channel choices of the training calls made inside `record`; a later call replaces an earlier
+    one's entries.
 
     Attributes:
-        selections: region's module name -> ``{"ffn": int64[k]}`` or ``{"qk": int64[k], "v": int64[k]}`` (kv channels).
-        sites: frozen linear's module name -> ``("out", rows used)`` or ``("in", columns used)``, both int64, on CPU.
+        selections: region's module name -> ``{"ffn": int64[k]}`` or ``{"qk": int64[k], "v":
+        int64[k]}`` (kv channels).
+        sites: frozen linear's module name -> ``("out", rows used)`` or ``("in", columns used)``,
+        both int64, on CPU.
     """
 
     selections: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -43,7 +46,8 @@ class Recording:
 def record(model: nn.Module) -> Iterator[Recording]:
     """Record the channel choices of every training call made in the block.
 
-    Costs nothing but the copies: compiled graphs always return their selections. Raises `CompileError` if the model
+    Costs nothing but the copies: compiled graphs always return their selections. Raises
+    `CompileError` if the model
     was not compiled with `sparselora_fx.compile`.
     """
     state = get_state(model)

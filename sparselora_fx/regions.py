@@ -1,4 +1,5 @@
-"""The vocabulary that passes share: sites, regions, skips, and the state of one graph being rewritten."""
+"""The vocabulary that passes share: sites, regions, skips, and the state of one graph being
+rewritten."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import fx
 from sparselora_fx.layout import ChannelMap
 
 if TYPE_CHECKING:
-    from sparselora_fx.channels import Values
+    from sparselora_fx.values import Values
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Options:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """The plan's words for one site, carried through the graph as a string (strings are guarded, never traced)."""
+    """The plan's words for one site, carried through the graph as a string (strings are guarded,
+    never traced)."""
 
     ffn: float
     attention: float
@@ -51,13 +53,16 @@ class Site:
     transposed: bool  # stored [K, N]
     bias: fx.Node | None
     factors: tuple[fx.Node, fx.Node]
-    tokens: tuple[fx.Node, ...]  # counted tokens, or those and (idx, pos) of context and output tokens
+    tokens: tuple[
+        fx.Node, ...
+    ]  # counted tokens, or those and (idx, pos) of context and output tokens
     spec: SiteSpec
     out_features: int
     in_features: int
-    adapter_adds: dict[fx.Node, fx.Node] = field(default_factory=dict)  # addition -> the LoRA branch it adds
+    adapter_adds: dict[fx.Node, fx.Node] = field(
+        default_factory=dict
+    )  # addition -> the LoRA branch it adds
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
-
 
     @property
     def token_weight(self) -> fx.Node | None:
@@ -66,13 +71,15 @@ class Site:
 
     @property
     def split(self) -> tuple[list[fx.Node], list[fx.Node]] | None:
-        """``([idx, pos] of context tokens, [idx, pos] of output tokens)``, or None: every token is sparse."""
+        """``([idx, pos] of context tokens, [idx, pos] of output tokens)``, or None: every token is
+        sparse."""
         return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) == 5 else None
 
 
 @dataclass(eq=False)
 class Attention:
-    """The product of one attention: heads of queries, keys and values, and the node that returns the mix."""
+    """The product of one attention: heads of queries, keys and values, and the node that returns
+    the mix."""
 
     node: fx.Node
     heads: int
@@ -88,7 +95,8 @@ Source = Site | Attention
 
 @dataclass(frozen=True)
 class RowPick:
-    """Rows of one producer (or columns of the consumer) that a channel selects: one `ChannelMap` per offset."""
+    """Rows of one producer (or columns of the consumer) that a channel selects: one `ChannelMap`
+    per offset."""
 
     site: Site
     maps: tuple[ChannelMap, ...]
@@ -100,7 +108,8 @@ class RowPick:
 
 @dataclass(eq=False)
 class Choice:
-    """One channel choice of a region: how many channels there are, how many are kept, and the rows it selects."""
+    """One channel choice of a region: how many channels there are, how many are kept, and the rows
+    it selects."""
 
     name: str  # "ffn", "qk" or "v"
     channels: int
@@ -111,7 +120,8 @@ class Choice:
 
 @dataclass(eq=False)
 class Region:
-    """Sites that share channel choices: an FFN (one choice) or an attention (choices "qk" and "v")."""
+    """Sites that share channel choices: an FFN (one choice) or an attention (choices "qk" and
+    "v")."""
 
     kind: str  # "ffn" or "attention"
     choices: list[Choice]
@@ -155,7 +165,8 @@ class Rewrite:
 
 
 def kept_channels(channels: int, sparsity: float, multiple: int) -> int:
-    """``k = max(1, floor(N * (1 - s)))`` rounded up to ``multiple``, never more than N (paper section 3; DESIGN: multiples
+    """``k = max(1, floor(N * (1 - s)))`` rounded up to ``multiple``, never more than N (paper
+    section 3; DESIGN: multiples
     of 16 keep a gathered row aligned)."""
     exact = max(1, int(channels * (1 - sparsity) + 1e-9))
     return min(channels, -(-exact // multiple) * multiple)

@@ -1,4 +1,5 @@
-"""When training is sparse, and how much of the plan's sparsity is on: a pure function of the step."""
+"""When training is sparse, and how much of the plan's sparsity is on: a pure function of the
+step."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ When = int | float  # an int counts optimizer steps, a float is a fraction of al
 
 
 def check_when(what: str, value: Any, *, top: bool = False) -> When:
-    """A step count or a fraction of training in [0, 1) (1.0 too if ``top``); `PlanError` otherwise."""
+    """A step count or a fraction of training in [0, 1) (1.0 too if ``top``); `PlanError`
+    otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, float) and (0.0 <= value < 1.0 or (top and value == 1.0)):
@@ -33,7 +35,8 @@ def check_schedule(start: Any, end: Any) -> tuple[When, When | None]:
 
 
 def check_ramp(ramp: Any) -> tuple[tuple[When, float], ...]:
-    """Validated stages ``(from when, share of the plan's sparsity in [0, 1])``, in rising order of one unit."""
+    """Validated stages ``(from when, share of the plan's sparsity in [0, 1])``, in rising order of
+    one unit."""
     if ramp is None:
         return ()
     if not isinstance(ramp, Sequence) or isinstance(ramp, str):
@@ -53,9 +56,14 @@ def check_ramp(ramp: Any) -> tuple[tuple[When, float], ...]:
 
 
 def share_at(
-    step: int, total: int | None, start: When, end: When | None, ramp: tuple[tuple[When, float], ...]
+    step: int,
+    total: int | None,
+    start: When,
+    end: When | None,
+    ramp: tuple[tuple[When, float], ...],
 ) -> float:
-    """The share of the plan's sparsity that is on at optimizer step ``step`` (0-based) of ``total``: 0 is dense.
+    """The share of the plan's sparsity that is on at optimizer step ``step`` (0-based) of
+    ``total``: 0 is dense.
 
     Raises `PlanError` if a fraction has to be turned into a step and ``total`` is not known.
     """

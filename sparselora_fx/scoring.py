@@ -1,6 +1,7 @@
 """Replay a region's own function on low-rank approximations, to score its channels.
 
-The score of a channel is its column norm over pooled tokens (paper section 3; shapes: B samples, N channels):
+The score of a channel is its column norm over pooled tokens (paper section 3; shapes: B samples, N
+channels):
 FFN ``||f(W~1 x, W~2 x, ...)||``, queries and keys ``||W~q x|| * ||W~k x||``, values ``||W~v x||``.
 """
 
@@ -8,16 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
-from sparselora_fx.channels import CASTS, NORMS, RESHAPES, Channels, Values, adds_adapter
 from sparselora_fx.fx import is_pointwise, op_name, tensor
 from sparselora_fx.layout import channel_map
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Site
+from sparselora_fx.values import CASTS, NORMS, RESHAPES, Channels, Values, adds_adapter
 
 _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
 _REPLAYED = NORMS | {"mean", "sum", "var", "normalize"}
@@ -37,19 +37,36 @@ def can_score(node: fx.Node, values: Values) -> bool:
     if not (name in _SEEN_THROUGH or name in _REPLAYED or is_pointwise(node)):
         return False
     others = [source for source in node.all_input_nodes if source not in values]
-    return all(can_score(source, values) for source in held) and not any(map(_is_full_width, others))
+    return all(can_score(source, values) for source in held) and not any(
+        map(_is_full_width, others)
+    )
 
 
 def _is_full_width(node: fx.Node) -> bool:
-    """Whether a side input has a value for every token and every channel: not a function of the producers."""
+    """Whether a side input has a value for every token and every channel: not a function of the
+    producers."""
     example = tensor(node)
     if example is None or example.dim() < 2:
         return False
     return example.shape[-1] != 1 and any(size != 1 for size in example.shape[:-1])
 
 
+def side_inputs(node: fx.Node, values: Values) -> set[fx.Node]:
+    """Nodes that a replay reads besides the producers: scales, biases, norm weights."""
+    value = values[node]
+    assert isinstance(value, Channels)
+    if value.moved:
+        return set()
+    held = [source for source in node.all_input_nodes if source in values]
+    if adds_adapter(node, value):
+        return side_inputs(held[0], values)
+    own = {source for source in node.all_input_nodes if source not in values}
+    return own.union(*(side_inputs(source, values) for source in held))
+
+
 class Replay:
-    """Builds the score subgraph of one region: the region's function applied to ``[B, N]`` approximations."""
+    """Builds the score subgraph of one region: the region's function applied to ``[B, N]``
+    approximations."""
 
     def __init__(
         self,
@@ -110,7 +127,4 @@ class Replay:
         leading = example.shape[:-1]
         if all(isinstance(size, int) and size == 1 for size in leading):
             return self.graph.call_method("reshape", (detached, (example.shape[-1],)))
-        return self.graph.call_function(
-            OPS.pool_tokens.default, (detached, self.token_weight)
-        )
-
+        return self.graph.call_function(OPS.pool_tokens.default, (detached, self.token_weight))

@@ -23,7 +23,8 @@ def sink_all(
     target: torch._ops.OpOverload,
     rule: Callable[[fx.Node, fx.Node], Moved | None],
 ) -> int:
-    """Apply ``rule(gather, source)`` until none applies, past nodes that nothing but such gathers reads."""
+    """Apply ``rule(gather, source)`` until none applies, past nodes that nothing but such gathers
+    reads."""
     moves = 0
     todo = [node for node in graph.nodes if node.target is target]
     while todo:
@@ -43,7 +44,8 @@ def sink_all(
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads any more, so that its inputs are seen to have gathers as their only readers."""
+    """Erase a node that nothing reads any more, so that its inputs are seen to have gathers as
+    their only readers."""
     if node.users or node.op == "placeholder":
         return
     inputs = node.all_input_nodes
@@ -64,7 +66,8 @@ def keeps_last(node: fx.Node) -> bool:
 
 
 def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """``(parent, start, step)`` when a node is ``parent[..., start::step]`` or one piece of a last-dimension split."""
+    """``(parent, start, step)`` when a node is ``parent[..., start::step]`` or one piece of a
+    last-dimension split."""
     parent = node.args[0] if node.args else None
     if op_name(node) != "getitem" or not isinstance(parent, fx.Node):
         return None
@@ -96,7 +99,8 @@ def _piece_of(split: fx.Node, key: int) -> tuple[fx.Node, int, int] | None:
 
 
 def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
-    """The random mask (with its scale) of a dropout, drawn once, where and as the dropout itself would draw it."""
+    """The random mask (with its scale) of a dropout, drawn once, where and as the dropout itself
+    would draw it."""
     if argument(source, 3, "inplace", False) is not False:
         return None
     known = source.meta.get("sparselora_mask")

@@ -1,4 +1,5 @@
-"""What one compiled model carries: its marks on modules, its phase, and what its graphs reported."""
+"""What one compiled model carries: its marks on modules, its phase, and what its graphs
+reported."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.ops import OPS
 from sparselora_fx.pipeline import GraphReport, SiteReport
-from sparselora_fx.plan import SparsityPlan, Sparsity
+from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
 from sparselora_fx.schedule import share_at
 from sparselora_fx.weights import GatherLayout
@@ -27,14 +28,16 @@ Mark = tuple[
 ]  # parameter, its two factor buffers, the spec of each level
 
 
-# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of whatever it reaches
+# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes
+# of whatever it reaches
 # through a module for fixed, and token lists change size with every batch.
 _PHASES: dict[int, Phase] = {}
 _keys = itertools.count()
 
 
 class Phase:
-    """Python values that hooks read while a graph is traced. Dynamo guards them, so each phase gets its own graph."""
+    """Python values that hooks read while a graph is traced. Dynamo guards them, so each phase
+    gets its own graph."""
 
     def __init__(self) -> None:
         self.sparse = False
@@ -98,7 +101,8 @@ class State:
         return 1.0
 
     def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put factors and a hook on every module that owns a frozen weight with a sparsity above 0."""
+        """Put factors and a hook on every module that owns a frozen weight with a sparsity above
+        0."""
         owners: dict[nn.Module, list[Mark]] = {}
         for weight in self.frozen:
             sparsity = self.sparsity[weight.name]
@@ -137,7 +141,8 @@ class State:
         self.layout.restore()
 
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
-        """Note what a graph did to the weights it was called with (one graph serves many layers)."""
+        """Note what a graph did to the weights it was called with (one graph serves many
+        layers)."""
         for region in report.regions:
             names = [self.name_of(args[site.weight]) for site in region.sites]
             where = common_module([name for name in names if name is not None])
@@ -152,7 +157,8 @@ class State:
 
 
 def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
-    """A forward pre-hook that passes a module's input through one `site` marker per weight, while being traced."""
+    """A forward pre-hook that passes a module's input through one `site` marker per weight, while
+    being traced."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
@@ -178,7 +184,8 @@ def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...])
 
 
 def common_module(names: list[str]) -> str:
-    """The deepest module that holds all the named modules (a single module's own name, if there is one)."""
+    """The deepest module that holds all the named modules (a single module's own name, if there is
+    one)."""
     if len(names) == 1:
         return names[0]
     parts = [name.split(".") for name in names]

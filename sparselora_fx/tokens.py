@@ -1,7 +1,9 @@
 """Which tokens of a batch are sparse: counted eagerly, once a step, outside the compiled region.
 
-The dense tokens are those whose *prediction* carries loss. A causal model predicts label t+1 from token t (transformers
-shifts the labels inside the loss), so token t is dense when ``labels[t + 1] != -100``; the last answer token predicts
+The dense tokens are those whose *prediction* carries loss. A causal model predicts label t+1 from
+token t (transformers
+shifts the labels inside the loss), so token t is dense when ``labels[t + 1] != -100``; the last
+answer token predicts
 nothing and is context. A masked model predicts label t at token t.
 """
 
@@ -25,17 +27,21 @@ _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay ali
 
 @dataclass(frozen=True)
 class Tokens:
-    """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. ``split``: treat them apart."""
+    """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. ``split``:
+    treat them apart."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
 
     def tensors(self) -> list[Tensor]:
-        """What a site marker carries: the counted tokens, then (if split) each list with its inverse.
+        """What a site marker carries: the counted tokens, then (if split) each list with its
+        inverse.
 
-        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B, L]``. Lists are as long
-        as no other size of the batch, lest the compiler take two sizes for one because they agree this once.
+        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B,
+        L]``. Lists are as long
+        as no other size of the batch, lest the compiler take two sizes for one because they agree
+        this once.
         """
         return [self.sparse, *(self._lists() if self.split else [])]
 
@@ -74,8 +80,10 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
 
     Args:
         plan: its ``tokens``, ``sink_tokens`` and ``sparse_outputs``.
-        arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid, ``attention_mask[B, L]``
-            the padding (either side), ``labels[B, L]`` the output tokens, ``position_ids`` the sample starts.
+        arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid,
+        ``attention_mask[B, L]``
+            the padding (either side), ``labels[B, L]`` the output tokens, ``position_ids`` the
+            sample starts.
         shift: labels are predicted one token earlier (causal models).
     """
     grid = _grid(arguments)
@@ -130,7 +138,9 @@ def _user_mask(
 ) -> Tensor:
     mask = policy(dict(arguments))
     if not isinstance(mask, Tensor) or mask.shape != real.shape or mask.dtype != torch.bool:
-        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        got = (
+            f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        )
         raise PlanError(
             f"the plan's tokens function returned {got}; it must return a bool tensor of shape "
             f"{tuple(real.shape)}, true where a token may be sparse"

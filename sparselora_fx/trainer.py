@@ -13,10 +13,13 @@ from sparselora_fx.state import ATTRIBUTE
 
 
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
-    """``Trainer(model=model, callbacks=[SparsityCallback()])``: tells the model each optimizer step before it begins.
+    """``Trainer(model=model, callbacks=[SparsityCallback()])``: tells the model each optimizer
+    step before it begins.
 
-    Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and resuming from a checkpoint
-    need nothing more. Raises `CompileError` at the start of training if no module of the model is compiled.
+    Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
+    resuming from a checkpoint
+    need nothing more. Raises `CompileError` at the start of training if no module of the model is
+    compiled.
     """
 
     def on_train_begin(

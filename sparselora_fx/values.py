@@ -1,0 +1,79 @@
+"""What a node of a graph holds of the sites' channels: the vocabulary of `propagate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparselora_fx.layout import Layout
+from sparselora_fx.regions import Attention, Site, Source
+
+
+@dataclass(frozen=True)
+class Port:
+    """Channels of one source, in one layout (None: mixed beyond what a layout can say)."""
+
+    source: Source
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A tensor made from sites' outputs. ``moved`` means by data movement only, so it has one
+    port."""
+
+    ports: tuple[Port, ...]
+    roots: frozenset[Source]
+    moved: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention scores or probabilities: made from queries and keys."""
+
+    query: Channels
+    key: Channels
+    roots: frozenset[Source]
+
+
+Value = Channels | Scores | tuple[Channels, ...]
+Values = dict[fx.Node, Value]
+
+CASTS = {
+    "to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach", "type",
+}  # fmt: skip
+RESHAPES = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "unsqueeze",
+    "squeeze",
+    "reshape_as",
+}
+PERMUTES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "moveaxis"}
+SPLITS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes"}
+NORMS = {"layer_norm", "rms_norm"}
+REDUCTIONS = {"mean", "sum", "var", "norm", "amax", "linalg_vector_norm", "vector_norm"}
+
+
+def adds_adapter(node: fx.Node, value: Value) -> bool:
+    """Whether a node adds a site's LoRA branch: the channels stay where they are."""
+    return any(isinstance(root, Site) and node in root.adapter_adds for root in sources_of(value))
+
+
+def sources_of(value: Value | None) -> frozenset[Source]:
+    """Every source whose channels a value was made from."""
+    if value is None:
+        return frozenset()
+    if isinstance(value, tuple):
+        return frozenset().union(*(part.roots for part in value))
+    return value.roots
+
+
+def attention_of(value: Channels) -> Attention | None:
+    """The one attention among a value's ports, if there is exactly one."""
+    found = {port.source for port in value.ports if isinstance(port.source, Attention)}
+    return found.pop() if len(found) == 1 else None  # type: ignore[return-value]
