@@ -62,8 +62,8 @@ def find_regions(rewrite: Rewrite) -> int:
     taken = {site for region in rewrite.regions for site in region.sites}
     for site in rewrite.sites:
         if site not in taken:
-            reason = reasons.get(site, "its output feeds no region")
-            rewrite.skips.append(Skip(site.weight, reason))
+            text = reasons.get(site, "its output feeds no region")
+            rewrite.skips.append(Skip(site.weight, text))
     return len(rewrite.regions)
 
 
@@ -71,7 +71,8 @@ def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
     value = values.get(consumer.x)
     if not isinstance(value, Channels) or not value.roots:
         raise NoRegion(
-            "its input is not a function of marked linears' channels alone, and its output feeds no region"
+            "its input is not a function of marked linears' channels alone, "
+            "and its output feeds no region"
         )
     attention = attention_of(value)
     if attention is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
@@ -44,7 +46,7 @@ def find_sites(rewrite: Rewrite) -> int:
         rewrite.graph.erase_node(mark)
     for weight, args in carried.items():
         if weight.op != "placeholder":
-            continue  # computed in the graph (a parametrization): it is not the frozen weight any more
+            continue  # computed in the graph (a parametrization): no frozen weight any more
         found = _site(weight, args, len(by_weight[weight]))
         if isinstance(found, Skip):
             rewrite.skips.append(found)
@@ -152,7 +154,7 @@ def _find_adapter(site: Site) -> None:
         user = next(iter(node.users))
         name = op_name(user)
         if name in ("add", "__add__", "__radd__") and len(user.args) == 2 and not user.kwargs:
-            other = user.args[1] if user.args[0] is node else user.args[0]
+            other: Any = user.args[1] if user.args[0] is node else user.args[0]
             branch = adapter_branch(other, site.x) if isinstance(other, fx.Node) else None
             if branch is None:
                 break

@@ -4,6 +4,7 @@ and padding not at all."""
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from sparselora_fx.values import CASTS
 
 _TAKE = OPS.take_tokens.default
 _MERGE = OPS.merge_tokens.default
+Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
 
 
 def sink_takes(rewrite: Rewrite) -> int:
@@ -38,7 +40,7 @@ def sink_takes(rewrite: Rewrite) -> int:
 
 
 def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
-    lists = take.args[1:]
+    lists: Lists = take.args[1:]
     if source.target is _MERGE:
         part = source.args[0] if source.args[2] is lists[0] else source.args[1]
         assert isinstance(part, fx.Node)
@@ -47,7 +49,8 @@ def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
         return None
     with graph.inserting_before(take):
         if keeps_last(source):
-            new = _taken(graph, source.args[0], lists)
+            inner: Any = source.args[0]
+            new = _taken(graph, inner, lists)
             return Moved(new, [new])
         if op_name(source) == "getitem":
             return _through_slice(graph, source, lists)
@@ -60,7 +63,7 @@ def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
     return None
 
 
-def _taken(graph: fx.Graph, node: fx.Node, lists: tuple[fx.Node, ...]) -> fx.Node:  # type: ignore[type-arg]
+def _taken(graph: fx.Graph, node: fx.Node, lists: Lists) -> fx.Node:
     new = graph.call_function(_TAKE, (node, *lists))
     return _sized(new, node)
 
@@ -71,7 +74,7 @@ def _sized(new: fx.Node, like: fx.Node) -> fx.Node:
     return with_stand_in(new, like, rank=2, channels=int(example.shape[-1]))
 
 
-def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     out = tensor(source)
     assert out is not None
     if any(_kind(node, out) == "other" for node in source.all_input_nodes):
@@ -111,18 +114,18 @@ def _kind(node: fx.Node, out: torch.Tensor) -> str:
     return "tokens" if example.dim() == out.dim() and lead == out.shape[:-1] else "other"
 
 
-def _through_slice(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     found, example = slice_of(source), tensor(source)
     if found is None or example is None:
         return None
     parent, start, step = found
     take = _taken(graph, parent, lists)
-    key = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
+    key: Any = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
     new = graph.call_function(operator.getitem, (take, key))
     return Moved(_sized(new, source), [take])
 
 
-def _through_linear(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     x, weight, bias = (argument(source, i, n) for i, n in enumerate(("input", "weight", "bias")))
     example = tensor(weight)
     if example is None or example.shape[0] <= example.shape[1]:
@@ -132,7 +135,7 @@ def _through_linear(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | N
     return Moved(_sized(new, source), [take])
 
 
-def _through_dropout(graph: fx.Graph, source: fx.Node, lists: tuple) -> Moved | None:  # type: ignore[type-arg]
+def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     mask = dropout_mask(graph, source)
     if mask is None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sparselora_fx import _torch, autograd
+from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
 from sparselora_fx.backend import make_backend
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
@@ -20,9 +20,6 @@ from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State
 from sparselora_fx.tokens import call_arguments, split_tokens
-
-assert autograd.OPS is not None  # importing it registers the derivatives
-
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
 # one.
@@ -42,7 +39,7 @@ class CompiledForward:
         self.compile_eval = compile_eval
         self.original: Callable[..., Any] = model.forward
         self.replaced = model.__dict__.get("forward")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
         self.cacheable = "use_cache" in inspect.signature(self.base_forward).parameters
         config = getattr(base, "config", None)
@@ -59,9 +56,9 @@ class CompiledForward:
             return self.original(*args, **kwargs)
         arguments = call_arguments(self.base_forward, args, kwargs)
         self._set_phase(arguments)
-        if self.cacheable and self.model.training and arguments.get("use_cache") is None:
-            if arguments.get("past_key_values") is None:
-                kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
+        unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
+        if self.cacheable and self.model.training and unset:
+            kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
         return self.compiled(*args, **kwargs)
 
     def _set_phase(self, arguments: Mapping[str, Any]) -> None:
@@ -96,25 +93,19 @@ def compile(
     """Make a model's training steps use only the channels that matter; returns the same object.
 
     Args:
-        model: any module with frozen linears, usually a PEFT model. Its class, parameters and
-        state_dict keys stay.
+        model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
         estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`).
-        plan: sparsity per layer; also a number, a mapping or a YAML path; None: a conservative
-        structural default.
-        backend: "inductor" (native code), "aot_eager" or "eager" (the same rewrites, run by
-        PyTorch's own kernels).
-        dynamic: as in `torch.compile`: None lets the second batch length switch to dynamic sizes.
-        lora_branch: "dense" computes LoRA branches at full width; "sparse" on the kept channels
-        only.
+        plan: also a number, a mapping or a YAML path; None: a conservative structural default.
+        backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
+        dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
+        lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
 
     A model that is already compiled is restored first, so the call replaces. In training calls
-    `use_cache` is False
-    unless the caller passes it: a step needs no KV cache.
+    `use_cache` is False unless the caller passes it: a step needs no KV cache.
 
     Raises:
-        CompileError: no model, no frozen linears, weights on the meta device, an unknown word for
-        an option.
+        CompileError: no module, nothing frozen, meta weights, or an unknown word for an option.
         EstimatorError: the estimator belongs to another model.
         PlanError: the plan names unknown layers, or cannot be carried out.
         In every case the model is left exactly as it was.
@@ -130,7 +121,7 @@ def compile(
     if ATTRIBUTE in model.__dict__:
         restore(model)
     state = State(model, plan, sparsity, frozen)
-    options = Options(plan.channel_multiple, lora_branch, plan.track_adapter)
+    options = Options(plan.channel_multiple, lora_branch)
     run = _torch.compile_callable(model.forward, make_backend(state, backend, options), dynamic)
     forward = CompiledForward(model, state, run, compile_eval=compile_eval)
     state.mark(estimator.factors)
@@ -140,12 +131,10 @@ def compile(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `compile`: the model computes, saves and looks as it did before. Returns the same
-    object.
+    """Undo `compile`: the model computes, saves and looks as before. Returns the same object.
 
     Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward``
-    since: the
-    wrapped forward then passes straight through to the original.
+    since: the wrapped forward then passes straight through to the original.
 
     Raises:
         CompileError: the model is not compiled.
@@ -164,13 +153,12 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, n: int, total: int | None = None) -> None:
-    """Tell a compiled model which optimizer step comes next, so that its plan's schedule is
-    followed.
+    """Tell a compiled model which optimizer step comes next: its plan's schedule is followed.
 
     Args:
         model: compiled with `compile`.
         n: 0-based optimizer step; call it before the step's first forward, on resume with the
-        resumed step.
+            resumed step.
         total: all optimizer steps of the training; needed where the plan's schedule has fractions.
 
     Raises:
@@ -204,8 +192,7 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
 
 def _as_plan(plan: Any) -> SparsityPlan:
     plan = SparsityPlan.default() if plan is None else plan
-    plan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
-    return plan
+    return plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
 
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
@@ -218,7 +205,8 @@ def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
     meta = [weight.name for weight in frozen if weight.weight.is_meta]
     if meta:
         raise CompileError(
-            f"{len(meta)} frozen weights are on the meta device (first: {meta[0]}); load real weights first"
+            f"{len(meta)} frozen weights are on the meta device (first: {meta[0]}); "
+            "load real weights first"
         )
     return frozen
 
@@ -229,6 +217,6 @@ def _check_multiple(
     widths = [w.out_features for w in frozen if max(sparsity[w.name]) > 0]
     if widths and plan.channel_multiple > max(widths):
         raise PlanError(
-            f"channel_multiple={plan.channel_multiple} asks to keep more channels than any layer in the plan has "
-            f"({max(widths)}); choose at most {max(widths)}, usually 16"
+            f"channel_multiple={plan.channel_multiple} asks to keep more channels than any layer "
+            f"in the plan has ({max(widths)}); choose at most {max(widths)}, usually 16"
         )

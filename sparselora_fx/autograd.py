@@ -121,7 +121,8 @@ def _autocast(name: str, device: str) -> None:
     def cast(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-            return op(x, w, idx)
+            result: Tensor = op(x, w, idx)
+            return result
 
     torch.library.impl(LIBRARY, name, f"Autocast{device.upper()}")(cast)
 

@@ -75,7 +75,7 @@ def is_shape_query(node: fx.Node) -> bool:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[torch._ops.OpOverload] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +115,7 @@ def _dispatched(node: fx.Node) -> list[torch._ops.OpOverload]:
     shapes = [leaf.shape for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     if not isinstance(out, torch.Tensor) or out.shape != torch.broadcast_shapes(*shapes):
         return []
-    return recorder.ops
+    return list(recorder.ops)
 
 
 def _tiny(leaf: Any) -> Any:

@@ -13,16 +13,16 @@ atoms of stride None. This is the layout idea of CuTe, restricted to what tracin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 
-Size = (
-    int | sympy.Expr
-)  # a symbolic size is its expression: hashable, and comparing it adds no guard
+# An int, or the sympy expression of a symbolic size: hashable, and compared without a guard.
+Size = Any
 
 
 class Atom(NamedTuple):
@@ -167,7 +167,7 @@ def stack(layouts: Sequence[Layout], axis: int) -> Layout | None:
     """The layout of ``stack(tensors, axis)`` when the pieces are equally spaced in rows, else
     None."""
     first = layouts[0]
-    steps = {b.offset - a.offset for a, b in zip(layouts, layouts[1:], strict=False)}
+    steps = {b.offset - a.offset for a, b in itertools.pairwise(layouts)}
     if len(steps) != 1 or any(layout.dims != first.dims for layout in layouts):
         return None
     return first.insert(axis, (Atom(len(layouts), steps.pop()),))
@@ -199,7 +199,7 @@ def as_size(size: int | torch.SymInt | Size) -> Size:
     """A dimension's size as an integer, or the expression of a symbolic one."""
     if isinstance(size, torch.SymInt):
         size = size.node.expr
-    return int(size) if isinstance(size, sympy.Integer) else size  # type: ignore[return-value]
+    return int(size) if isinstance(size, sympy.Integer) else size
 
 
 def same_count(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
@@ -217,7 +217,7 @@ def same_count(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt])
 def _equal(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(a == b) or sympy.expand(a - b) == 0
+    return bool(a == b or sympy.expand(a - b) == 0)
 
 
 def _size(dim: Dim) -> Size:
@@ -230,7 +230,7 @@ def _size(dim: Dim) -> Size:
 def _mergeable(outer: Atom, inner: Atom) -> bool:
     if outer.stride is None or inner.stride is None:
         return False
-    return _equal(outer.stride, inner.stride * inner.size) and not (outer.stride == 0)
+    return _equal(outer.stride, inner.stride * inner.size) and outer.stride != 0
 
 
 def _take(atoms: list[Atom], size: Size) -> Dim | None:

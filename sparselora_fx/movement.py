@@ -72,7 +72,7 @@ def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels | 
 def _order(node: fx.Node, name: str, rank: int) -> list[int] | None:
     order = list(range(rank))
     if name == "permute":
-        dims = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
+        dims: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
         return [int(d) % rank for d in dims]
     if name in ("movedim", "moveaxis"):
         source, target = argument(node, 1, "source"), argument(node, 2, "destination")

@@ -37,7 +37,8 @@ _define("pool_tokens(Tensor x, Tensor? token_weight) -> Tensor")
 _define("take_tokens(Tensor x, Tensor idx, Tensor pos) -> Tensor")
 _define("place_tokens(Tensor y, Tensor idx, Tensor pos) -> Tensor")
 _define(
-    "merge_tokens(Tensor y, Tensor z, Tensor y_idx, Tensor y_pos, Tensor z_idx, Tensor z_pos) -> Tensor"
+    "merge_tokens(Tensor y, Tensor z, Tensor y_idx, Tensor y_pos, Tensor z_idx, Tensor z_pos)"
+    " -> Tensor"
 )
 _define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> Tensor")
 # The marker: an identity on x that carries per-layer data into the graph. Removed before anything

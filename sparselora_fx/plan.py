@@ -21,7 +21,7 @@ TOKENS = ("all", "context")
 _DEFAULT = "default"
 _DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
-    "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "track_adapter": False,
+    "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0,
 }  # fmt: skip
 _OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
@@ -57,7 +57,6 @@ class SparsityPlan:
         rank: rank of the estimator that the plan was written for, where the file says so.
         sink_tokens: this many first tokens of each sample are dense.
         sparse_outputs: this fraction of the output tokens is sparse after all, evenly spread.
-        track_adapter: score with the LoRA update added to the frozen weights' factors.
     """
 
     sparsity: float | dict[str, float] | str
@@ -69,7 +68,6 @@ class SparsityPlan:
     ramp: tuple[tuple[When, float], ...]
     sink_tokens: int
     sparse_outputs: float
-    track_adapter: bool
 
     def __init__(
         self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
@@ -104,7 +102,6 @@ class SparsityPlan:
             "rank": lambda v: None if v is None else _check_positive("rank", v),
             "sink_tokens": lambda v: 0 if v == 0 else _check_positive("sink_tokens", v),
             "sparse_outputs": lambda v: _check_fraction("sparse_outputs", v),
-            "track_adapter": bool,
         }
         for key in _OWN_KEYS:
             value = checks.get(key, lambda v: v)(values[key])

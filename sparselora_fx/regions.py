@@ -21,7 +21,6 @@ class Options:
 
     channel_multiple: int = 16
     lora_branch: str = "dense"
-    track_adapter: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ def check_when(what: str, value: Any, *, top: bool = False) -> When:
     if isinstance(value, float) and (0.0 <= value < 1.0 or (top and value == 1.0)):
         return value
     raise PlanError(
-        f"{what} is {value!r}; allowed: a step count (int >= 0), or a fraction of training in [0, 1)"
+        f"{what} is {value!r}; allowed: a step count (int >= 0), or a fraction of training "
+        "in [0, 1)"
     )
 
 
@@ -81,7 +82,7 @@ def _steps(when: When, total: int | None) -> float:
         return when
     if total is None:
         raise PlanError(
-            f"the plan's schedule has the fraction {when!r}, so the total number of steps is needed: "
-            "call sparselora_fx.step(model, n, total)"
+            f"the plan's schedule has the fraction {when!r}, so the total number of steps "
+            "is needed: call sparselora_fx.step(model, n, total)"
         )
     return when * total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -104,16 +105,17 @@ class Replay:
         assert mapped is not None
         channels, (inner, outer_stride, offset) = mapped
         approximation = self.approximate(port.source)
-        if channels == port.source.out_features:
+        if channels == port.source.out_features and mapped[1] == (1, 1, 0):
             return approximation
         if inner == 1:
-            key = slice(offset, offset + outer_stride * (channels - 1) + 1, outer_stride)
-            return self.graph.call_function(operator.getitem, (approximation, (Ellipsis, key)))
+            rows = slice(offset, offset + outer_stride * (channels - 1) + 1, outer_stride)
+            key: Any = (Ellipsis, rows)
+            return self.graph.call_function(operator.getitem, (approximation, key))
         every = self.graph.call_function(torch.arange, (channels,))
-        rows = self.graph.call_function(
+        index = self.graph.call_function(
             OPS.channel_rows.default, (every, inner, outer_stride, [offset])
         )
-        return self.graph.call_function(OPS.gather_channels.default, (approximation, rows))
+        return self.graph.call_function(OPS.gather_channels.default, (approximation, index))
 
     def _operand(self, node: fx.Node) -> fx.Node:
         if node in self.values:

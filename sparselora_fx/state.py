@@ -93,9 +93,9 @@ class State:
         if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
             self.warned = True
             warnings.warn(
-                "nothing drives the plan's schedule, so training is sparse from the first call: add "
-                "sparselora_fx.SparsityCallback() to the Trainer, call sparselora_fx.step(model, n, total) before "
-                "each step, or pass start_step=0",
+                "nothing drives the plan's schedule, so training is sparse from the first call: "
+                "add sparselora_fx.SparsityCallback() to the Trainer, call "
+                "sparselora_fx.step(model, n, total) before each step, or pass start_step=0",
                 stacklevel=4,
             )
         return 1.0

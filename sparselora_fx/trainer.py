@@ -38,5 +38,6 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
                 step(module, state.global_step, state.max_steps)
                 return
         raise CompileError(
-            "SparsityCallback found no compiled model; call sparselora_fx.compile(model, estimator) before the Trainer"
+            "SparsityCallback found no compiled model; "
+            "call sparselora_fx.compile(model, estimator) before the Trainer"
         )

@@ -76,4 +76,4 @@ def sources_of(value: Value | None) -> frozenset[Source]:
 def attention_of(value: Channels) -> Attention | None:
     """The one attention among a value's ports, if there is exactly one."""
     found = {port.source for port in value.ports if isinstance(port.source, Attention)}
-    return found.pop() if len(found) == 1 else None  # type: ignore[return-value]
+    return found.pop() if len(found) == 1 else None

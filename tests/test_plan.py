@@ -170,7 +170,7 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
 def test_defaults_and_immutability() -> None:
     table = {"mlp": 0.5}
     plan = SparsityPlan(table)
-    assert (plan.tokens, plan.start_step, plan.end_step) == ("all", 0, None)
+    assert (plan.tokens, plan.start_step, plan.end_step) == ("context", 0.05, None)
     assert (plan.channel_multiple, plan.rank) == (16, None)
     table["mlp"] = 0.9
     assert plan.sparsity == {"mlp": 0.5}
