@@ -52,6 +52,7 @@ class FakeGPU:
             "benchmark_epilogue_fusion": False,
             "fx_graph_cache": False,
             "compile_threads": 1,
+            "comprehensive_padding": False,  # the backward is not told of padded strides here
             "triton.use_tensor_descriptor": False,
         }
         with config.patch(patches), functorch_config.patch(enable_autograd_cache=False):

@@ -41,6 +41,12 @@ class _LibDevice:
     """Functions of CUDA's libdevice, which the interpreter lacks, as those of `tl` while it has
     patched them."""
 
+    def isnan(self, x: Any) -> Any:
+        return x != x
+
+    def isinf(self, x: Any) -> Any:
+        return tl.abs(x) == float("inf")
+
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name)
 
