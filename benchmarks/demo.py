@@ -44,7 +44,7 @@ SPARSITY = {
     "layers.3.mlp": 0.9,
     "layers.4.mlp": 0.75,
 }
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 Problem = dict[str, str]
 Batch = dict[str, Tensor]
 
@@ -71,10 +71,10 @@ def phase(title: str) -> Iterator[None]:
 
 
 def load_model(seed: int) -> PeftModel:
-    """The shipped model in fp32 with fresh LoRA adapters (rank 8) on every linear of its blocks."""
+    """The shipped model in fp32 with fresh LoRA adapters (rank 16) on its attention linears."""
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
 
