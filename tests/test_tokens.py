@@ -1,0 +1,203 @@
+"""Token policies: context tokens are sparse, output tokens dense, padding costs nothing and
+changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparselora_fx as slx
+from sparselora_fx.recording import get_state
+from sparselora_fx.tokens import split_tokens
+
+IGNORED = -100
+
+
+def ragged(
+    samples: int = 3, length: int = 17, *, seed: int = 1, left: bool = False
+) -> dict[str, Any]:
+    """Prompts of different lengths, answers, and padding on one side."""
+    data = oracle.batch(samples, length, padding=0, seed=seed)
+    for row, (prompt, padding) in enumerate([(9, 0), (5, 5), (0, 2)][:samples]):
+        data["labels"][row, :prompt] = IGNORED
+        if padding:
+            part = slice(0, padding) if left else slice(length - padding, None)
+            data["attention_mask"][row, part] = 0
+            data["labels"][row, part] = IGNORED
+    return data
+
+
+def predicting(data: dict[str, Any]) -> Tensor:
+    """Tokens whose prediction carries loss, written independently of the library: label t+1
+    counts."""
+    labels, dense = data["labels"], torch.zeros_like(data["labels"], dtype=torch.bool)
+    for row in range(labels.shape[0]):
+        for place in range(labels.shape[1] - 1):
+            dense[row, place] = bool(labels[row, place + 1] != IGNORED)
+    return dense & data["attention_mask"].bool()
+
+
+def by_token(model: nn.Module, record: slx.Recording, dense: Tensor, lora_branch: str) -> None:
+    """Patch an eager model: masked on context tokens, dense on the others."""
+
+    def patch(module: nn.Module, role: str, chosen: Tensor) -> None:
+        weight = module.weight
+        mask = torch.zeros(weight.shape[0 if role == "out" else 1], dtype=weight.dtype)
+        mask[chosen] = 1
+
+        def forward(x: Tensor) -> Tensor:
+            here = dense[..., None]
+            full = F.linear(x, weight)
+            cut = full * mask if role == "out" else F.linear(x * mask, weight)
+            out = torch.where(here, full, cut)
+            return out if module.bias is None else out + module.bias
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    for name, (role, chosen) in record.sites.items():
+        patch(model.get_submodule(name), role, chosen)
+        if lora_branch == "sparse":
+            owner = model.get_submodule(name.rpartition(".")[0])
+            part = getattr(owner, "lora_B" if role == "out" else "lora_A", None)
+            for adapter in part.values() if part is not None else ():
+                patch(adapter, role, chosen)
+
+
+def check(
+    data: dict[str, Any],
+    dense: Tensor,
+    *,
+    targets: Any = "all-linear",
+    lora_branch: str = "dense",
+    dropout: float = 0.0,
+    bias: bool = True,
+    **plan: Any,
+) -> None:
+    model = oracle.llama(layers=2, targets=targets, dropout=dropout, dtype=torch.float64, bias=bias)
+    plan = {"start_step": 0, "channel_multiple": 1, **plan}
+    sparsity = slx.SparsityPlan(oracle.mixed(model), **plan)
+    got = oracle.run_compiled(model, data, sparsity, lora_branch=lora_branch)
+    assert len(got.record.sites) == 14
+    by_token(model, got.record, dense, lora_branch)
+    expected = oracle.step(model, {**data, "use_cache": False})
+    assert abs(float(got.loss - expected.loss)) <= 1e-9
+    for name, gradient in expected.gradients.items():
+        assert oracle.difference(got.gradients[name], gradient) <= 1e-9, name
+
+
+@pytest.mark.parametrize("lora_branch", ["dense", "sparse"])
+@pytest.mark.parametrize("targets", ["all-linear", oracle.ATTENTION_TARGETS])
+def test_context_tokens_are_sparse_and_output_tokens_dense(targets: Any, lora_branch: str) -> None:
+    data = ragged()
+    check(data, predicting(data), targets=targets, lora_branch=lora_branch)
+
+
+def test_dropout_draws_the_same_masks() -> None:
+    data = ragged()
+    check(data, predicting(data), dropout=0.1)
+
+
+def test_without_output_tokens_and_with_a_row_of_padding() -> None:
+    data = ragged()
+    data["labels"][:] = IGNORED
+    data["labels"][0, 3] = 5
+    data["attention_mask"][2, 1:] = 0
+    check(data, predicting(data))
+
+
+def test_one_sample_of_output_tokens_only() -> None:
+    data = oracle.batch(1, 9, padding=0)
+    check(data, predicting(data))
+
+
+def test_sink_tokens_are_dense() -> None:
+    data = ragged()
+    dense = predicting(data)
+    dense[:, :2] |= data["attention_mask"].bool()[:, :2]
+    check(data, dense, sink_tokens=2)
+
+
+def test_a_users_mask_decides() -> None:
+    data = ragged()
+    sparse = torch.rand(data["input_ids"].shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    dense = data["attention_mask"].bool() & ~sparse
+    check(data, dense, tokens=lambda arguments: sparse)
+
+
+def test_a_users_mask_of_another_shape_is_refused() -> None:
+    model = oracle.llama(layers=1)
+    plan = slx.SparsityPlan(0.5, start_step=0, tokens=lambda arguments: torch.ones(3).bool())
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    with pytest.raises(slx.PlanError, match="bool tensor of shape"):
+        model(**oracle.batch())
+
+
+def test_zero_context_tokens_runs_dense() -> None:
+    model = oracle.llama(layers=1, dtype=torch.float64)
+    data = oracle.batch(2, 8, padding=0)
+    expected = oracle.step(model, {**data, "use_cache": False})
+    plan = slx.SparsityPlan(0.5, start_step=0, tokens=lambda arguments: torch.zeros(2, 8).bool())
+    got = oracle.run_compiled(model, data, plan)
+    assert got.record.sites == {}
+    assert abs(float(got.loss - expected.loss)) <= 1e-12
+
+
+def test_padding_content_changes_nothing() -> None:
+    model = oracle.llama(layers=2, dtype=torch.float64)
+    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+    data = ragged()
+    other = {**data, "input_ids": data["input_ids"].clone()}
+    noise = torch.randint(1, oracle.VOCABULARY, other["input_ids"].shape)
+    hidden = other["attention_mask"] == 0
+    other["input_ids"][hidden] = noise[hidden]
+    first, second = (oracle.run_compiled(model, d, plan) for d in (data, other))
+    assert float((first.loss - second.loss).abs()) <= 1e-12
+    for name, (_, chosen) in first.record.sites.items():
+        assert torch.equal(chosen, second.record.sites[name][1])
+
+
+def test_many_lengths_compile_at_most_three_times() -> None:
+    model = oracle.llama(layers=1)
+    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(200):
+        samples, length = draw(1, 4), draw(8, 40)
+        data = oracle.batch(samples, length, padding=0, seed=draw(0, 999))
+        for row in range(samples):
+            data["labels"][row, : draw(0, length)] = IGNORED
+            padding = draw(0, length // 3)
+            data["attention_mask"][row, length - padding :] = 0
+        data["labels"][data["attention_mask"] == 0] = IGNORED
+        model(**data)
+    assert get_state(model).graphs <= 3
+    assert "14 of" not in slx.explain(model) and "7 of 7" in slx.explain(model)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_share_of_output_tokens_is_sparse(share: float) -> None:
+    data = oracle.batch(2, 41, padding=0)
+    plan = slx.SparsityPlan(0.5, sparse_outputs=share)
+    tokens = split_tokens(plan, data, shift=True)
+    assert tokens is not None and tokens.split
+    assert int(tokens.dense.sum()) == pytest.approx(2 * 40 * (1 - share), abs=2)
+    assert not bool((tokens.dense & tokens.sparse).any())
+    assert bool((tokens.dense | tokens.sparse).all())
+
+
+def test_packed_samples_have_sinks_of_their_own() -> None:
+    data = oracle.batch(1, 10, padding=0)
+    data["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    data["labels"][:] = IGNORED
+    tokens = split_tokens(slx.SparsityPlan(0.5, sink_tokens=1), data, shift=True)
+    assert tokens is not None
+    assert tokens.dense.nonzero()[:, 1].tolist() == [0, 4]
