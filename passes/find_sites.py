@@ -148,21 +148,30 @@ def _einsum_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, None, bool] 
 
 
 def _find_adapter(site: Site) -> None:
-    """Follow a site's output through views and casts to the additions of its LoRA branches."""
+    """Follow a site's output through views and casts to the additions of bias and LoRA branches."""
     node = site.node
     while len(node.users) == 1:
         user = next(iter(node.users))
         name = op_name(user)
         if name in ("add", "__add__", "__radd__") and len(user.args) == 2 and not user.kwargs:
             other: Any = user.args[1] if user.args[0] is node else user.args[0]
-            branch = adapter_branch(other, site.x) if isinstance(other, fx.Node) else None
-            if branch is None:
-                break
-            site.adapter_adds[user] = other
-            site.adapter_nodes |= branch
+            if _is_bias(other, site):
+                site.bias_adds.add(user)
+            else:
+                branch = adapter_branch(other, site.x) if isinstance(other, fx.Node) else None
+                if branch is None:
+                    break
+                site.adapter_adds[user] = other
+                site.adapter_nodes |= branch
         elif name not in _CASTS and name not in ("view", "reshape"):
             break
         node = user
+
+
+def _is_bias(node: Any, site: Site) -> bool:
+    example = tensor(node)
+    held = isinstance(node, fx.Node) and node.op == "placeholder"
+    return held and example is not None and example.shape == (site.out_features,)
 
 
 def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:

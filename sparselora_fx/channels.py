@@ -28,7 +28,7 @@ from sparselora_fx.values import (
     Scores,
     Value,
     Values,
-    adds_adapter,
+    completes_site,
 )
 
 
@@ -91,7 +91,7 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
     inputs = [values[n] for n in node.all_input_nodes if n in values]
     if not is_pointwise(node):
         return None
-    if len(inputs) == 1 and adds_adapter(node, inputs[0]):
+    if len(inputs) == 1 and completes_site(node, inputs[0]):
         return inputs[0]
     scores = [value for value in inputs if isinstance(value, Scores)]
     if scores:

@@ -61,6 +61,7 @@ class Site:
     adapter_adds: dict[fx.Node, fx.Node] = field(
         default_factory=dict
     )  # addition -> the LoRA branch it adds
+    bias_adds: set[fx.Node] = field(default_factory=set)  # additions of a bias outside the linear
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
 
     @property

@@ -18,7 +18,7 @@ from sparselora_fx.fx import is_pointwise, op_name, tensor
 from sparselora_fx.layout import channel_map
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Site
-from sparselora_fx.values import CASTS, NORMS, RESHAPES, Channels, Values, adds_adapter
+from sparselora_fx.values import CASTS, NORMS, RESHAPES, Channels, Values, completes_site
 
 _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
 _REPLAYED = NORMS | {"mean", "sum", "var", "normalize"}
@@ -32,7 +32,7 @@ def can_score(node: fx.Node, values: Values) -> bool:
     if value.moved:
         return value.ports[0].layout is not None and channel_map(value.ports[0].layout) is not None
     held = [source for source in node.all_input_nodes if source in values]
-    if adds_adapter(node, value):
+    if completes_site(node, value):
         return can_score(held[0], values)
     name = op_name(node)
     if not (name in _SEEN_THROUGH or name in _REPLAYED or is_pointwise(node)):
@@ -59,7 +59,7 @@ def side_inputs(node: fx.Node, values: Values) -> set[fx.Node]:
     if value.moved:
         return set()
     held = [source for source in node.all_input_nodes if source in values]
-    if adds_adapter(node, value):
+    if completes_site(node, value):
         return side_inputs(held[0], values)
     own = {source for source in node.all_input_nodes if source not in values}
     return own.union(*(side_inputs(source, values) for source in held))
@@ -93,7 +93,7 @@ class Replay:
         assert isinstance(value, Channels)
         if value.moved:
             return self._port(value)
-        if op_name(node) in _SEEN_THROUGH or adds_adapter(node, value):
+        if op_name(node) in _SEEN_THROUGH or completes_site(node, value):
             return self.build(next(n for n in node.all_input_nodes if n in self.values))
         operands = {source: self._operand(source) for source in node.all_input_nodes}
         return self.graph.node_copy(node, lambda source: operands[source])

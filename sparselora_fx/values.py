@@ -59,9 +59,10 @@ NORMS = {"layer_norm", "rms_norm"}
 REDUCTIONS = {"mean", "sum", "var", "norm", "amax", "linalg_vector_norm", "vector_norm"}
 
 
-def adds_adapter(node: fx.Node, value: Value) -> bool:
-    """Whether a node adds a site's LoRA branch: the channels stay where they are."""
-    return any(isinstance(root, Site) and node in root.adapter_adds for root in sources_of(value))
+def completes_site(node: fx.Node, value: Value) -> bool:
+    """Whether a node adds a site's bias or LoRA branch: the channels stay where they are."""
+    sites = [root for root in sources_of(value) if isinstance(root, Site)]
+    return any(node in site.adapter_adds or node in site.bias_adds for site in sites)
 
 
 def sources_of(value: Value | None) -> frozenset[Source]:
