@@ -101,8 +101,6 @@ def _through_view(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | Non
 def _width(idx: fx.Node) -> int:
     """How many channels an index node selects."""
     if idx.target is torch.cat:  # the rows of a fused projection, part by part
-        idx.target is torch.cat
-    ):  # the rows of a fused projection, one part for each of its heads' sets
         parts: Any = idx.args[0]
         return sum(_width(part) for part in parts)
     base, _, _, offsets = _as_rows(idx)
