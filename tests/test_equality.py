@@ -19,7 +19,10 @@ def check(model: Any, data: Any = None, *, lora_branch: str = "dense", **options
     got = oracle.run_compiled(model, data, given, lora_branch=lora_branch, **options)
     expected = oracle.reference_step(model, data, got.record, lora_branch=lora_branch)
     oracle.assert_rewrote(got.record, model, plan)
-    oracle.assert_close(got, expected, BOUND[expected.loss.dtype])
+    bound = BOUND[expected.loss.dtype]
+    if options.get("backend") == "inductor":  # the loss is fp32; see test_layers.check
+        bound = max(bound, 5e-6)
+    oracle.assert_close(got, expected, bound)
 
 
 @pytest.mark.parametrize("lora_branch", ["dense", "sparse"])

@@ -121,7 +121,9 @@ def check(model: nn.Module, plan: dict[str, float], backend: str = "aot_eager") 
     data = oracle.batch()
     got = oracle.run_compiled(model, data, oracle.plan_of(plan), backend)
     expected = oracle.reference_step(model, data, got.record)
-    oracle.assert_close(got, expected, 1e-9)
+    # transformers computes the loss in fp32: plain torch.compile(backend="inductor") of this very
+    # model differs from eager by 5e-7, with no linear rewritten. Ten times that is the budget.
+    oracle.assert_close(got, expected, 5e-6 if backend == "inductor" else 1e-9)
     regions = 0
     for region, choice, recorded, alone, margin in recompute(model, data, got.record):
         assert margin > 1e-9, f"{region} {choice}: a tie proves nothing; change the seed"
