@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from .calibration import Settings, calibrate
 from .errors import EstimatorError
+from .estimator_file import Contents, read, write
 from .frozen import FrozenWeight, fingerprint_of, frozen_weights, shown
+from .moments import DAMPING, Statistics
 from .spft import read_spft
 from .svd import Factors, compute_device, factor_group, groups_of, ranks_of
-
-_FORMAT = "sparselora_fx.svd"
-_VERSION = 1
 
 
 @dataclass
 class SVDEstimator:
-    """Truncated SVD of every frozen weight.
+    """Low-rank factors of every frozen weight, and what calibration added to them.
 
-    The training-free predictor of the SparseLoRA paper (arXiv 2506.16500). Keys are canonical names
-    (``FrozenWeight.canonical``), equal with and without PEFT.
+    Without calibration the training-free predictor of the SparseLoRA paper (arXiv 2506.16500): a
+    truncated SVD of each weight. Keys are canonical names (``FrozenWeight.canonical``), equal with
+    and without PEFT.
 
     Attributes:
         factors: per weight ``Factors`` on the CPU, in the dtype of the weight it was built from.
         fingerprint: per weight its shape and a cheap content hash, see ``fingerprint_of``.
         seed: seed of the randomised SVD; the same seed gives the same factors.
         complete: the factors cover every frozen weight of the model they were built from.
+        statistics: per weight that calibration reached its ``Statistics``; empty without one.
     """
 
     factors: dict[str, Factors]
     fingerprint: dict[str, str]
     seed: int = 0
     complete: bool = True
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data went into it."""
+        return bool(self.statistics)
 
     @classmethod
     def build(
@@ -50,11 +54,17 @@ class SVDEstimator:
         model: nn.Module,
         rank: int | Mapping[str, int] = 8,
         *,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
+        damping: float = DAMPING,
+        layers_per_pass: int | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
         seed: int = 0,
     ) -> SVDEstimator:
         """Factor every frozen weight of ``model``, which is only read.
+
+        With ``calibration`` the factors are those that approximate the *outputs* on such inputs
+        best (`moments.aware_factors`), and the statistics that better scores need are kept.
 
         Args:
             model: with LoRA attached or base weights frozen; any floating dtype and device but
@@ -62,28 +72,33 @@ class SVDEstimator:
             rank: one rank, or a mapping of dotted suffix (of a module or of anything around it; the
                 deepest match wins, then the longer key) to rank; weights that no key names get 8. A
                 weight smaller than its rank gets ``min(N, K)``.
-            device: where to compute; None: CUDA if there is one, else where the weights are. On
-                CUDA weights of equal shape are factored in batches.
+            calibration: batches of the model's inputs (dicts of tensors): a list, a DataLoader, any
+                iterable. Tokens with attention_mask 0 do not count. A few dozen texts suffice.
+            damping: see `moments.aware_factors`.
+            layers_per_pass: inputs whose second moments are held at once (each K * K values for K
+                input channels); the batches are read once per pass. None: as many as fit in 1 GiB.
+            device: where to compute plain SVDs; None: CUDA if there is one, else where the weights
+                are. On CUDA weights of equal shape are factored in batches.
             progress: show a progress bar.
             seed: seed of the randomised SVD.
 
         Raises:
             EstimatorError: no frozen weight, a weight on the meta device, a weight with inf or NaN,
                 a rank that is no positive int or exceeds every weight that it applies to, a key
-                that matches nothing.
+                that matches nothing, calibration without tokens or with inf or NaN.
         """
         weights = _checked_weights(model)
         ranks = ranks_of(weights, rank)
-        place = compute_device(device)
-        factors: dict[str, Factors] = {}
-        with tqdm(total=len(weights), desc="estimator", unit="weight", disable=not progress) as bar:
-            for group in groups_of(weights, ranks, place):
-                pairs = factor_group(group, ranks[group[0].canonical], place, seed)
-                factors.update(zip((w.canonical for w in group), pairs, strict=True))
-                bar.update(len(group))
-        names = [w.canonical for w in weights]
+        settings = Settings(damping, layers_per_pass, seed, progress)
+        found = (
+            () if calibration is None else calibrate(model, weights, ranks, calibration, settings)
+        )
+        statistics = {w.canonical: known for w, _, known in found}
+        factors = {w.canonical: pair for w, pair, _ in found if pair is not None}
+        plain = [w for w in weights if w.canonical not in factors]
+        factors |= _plain_factors(plain, ranks, compute_device(device), seed, progress=progress)
         prints = {w.canonical: fingerprint_of(w.logical()) for w in weights}
-        return cls({name: factors[name] for name in names}, prints, seed)
+        return cls({name: factors[name] for name in prints}, prints, seed, statistics=statistics)
 
     @classmethod
     def from_spft(
@@ -119,33 +134,16 @@ class SVDEstimator:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, replacing ``path`` atomically.
 
-        It holds ``<name>.a`` and ``<name>.b`` for each weight and JSON metadata.
+        It holds ``<name>.a`` and ``<name>.b`` for each weight, ``<name>.<field>`` for its
+        statistics, and JSON metadata.
 
         Raises:
             EstimatorError: the file cannot be written.
         """
-        tensors = {
-            f"{n}.{part}": t.detach().cpu().contiguous().clone()
-            for n, pair in self.factors.items()
-            for part, t in zip("ab", pair, strict=True)
-        }
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "seed": self.seed,
-            "complete": self.complete,
-            "ranks": {name: pair.b.shape[0] for name, pair in self.factors.items()},
-            "fingerprint": self.fingerprint,
-        }
-        header["checksum"] = _checksum(header, tensors)
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, partial, metadata={"sparselora_fx": json.dumps(header)})
-            os.replace(partial, target)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise EstimatorError(f"cannot write the estimator to {str(path)!r}: {error}") from error
+        write(
+            path,
+            Contents(self.factors, self.fingerprint, self.seed, self.complete, self.statistics),
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SVDEstimator:
@@ -154,21 +152,7 @@ class SVDEstimator:
         Raises:
             EstimatorError: no such file, a damaged file, another format or version, missing keys.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            header = json.loads(metadata.get("sparselora_fx", "null"))
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise EstimatorError(
-                f"cannot read the estimator {str(path)!r}: {error}; build and save it again"
-            ) from error
-        try:
-            return _from_file(header, tensors)
-        except EstimatorError as error:
-            raise EstimatorError(
-                f"{str(path)!r} {error}; build the estimator again and save it"
-            ) from None
+        return cls(*read(path))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model other than the one the estimator was built from; the model is only read.
@@ -243,38 +227,19 @@ def _checked_weights(model: nn.Module) -> list[FrozenWeight]:
     return weights
 
 
-def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    rest = {key: value for key, value in header.items() if key != "checksum"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for key in sorted(tensors):
-        t = tensors[key]
-        digest.update(f"{key}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _from_file(header: Any, tensors: dict[str, torch.Tensor]) -> SVDEstimator:
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise EstimatorError("is no estimator file (its metadata does not say so)")
-    if header.get("version") != _VERSION:
-        raise EstimatorError(
-            f"has format version {header.get('version')!r}, this release reads {_VERSION}"
-        )
-    prints, ranks = header.get("fingerprint"), header.get("ranks")
-    if not isinstance(prints, dict) or not isinstance(ranks, dict) or prints.keys() != ranks.keys():
-        raise EstimatorError("lacks its fingerprints or ranks")
-    missing = [
-        f"{name}.{part}" for name in prints for part in "ab" if f"{name}.{part}" not in tensors
-    ]
-    if missing or len(tensors) != 2 * len(prints):
-        raise EstimatorError(
-            f"lacks the tensors {shown(missing)}"
-            if missing
-            else "has tensors without a fingerprint"
-        )
-    if header.get("checksum") != _checksum(header, tensors):
-        raise EstimatorError("is damaged (its checksum differs)")
-    factors = {name: Factors(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in prints}
-    return SVDEstimator(
-        factors, prints, int(header.get("seed", 0)), bool(header.get("complete", True))
-    )
+def _plain_factors(
+    weights: list[FrozenWeight],
+    ranks: Mapping[str, int],
+    place: torch.device | None,
+    seed: int,
+    *,
+    progress: bool,
+) -> dict[str, Factors]:
+    """Truncated SVDs of the weights themselves, by canonical name."""
+    factors: dict[str, Factors] = {}
+    with tqdm(total=len(weights), desc="estimator", unit="weight", disable=not progress) as bar:
+        for group in groups_of(weights, ranks, place):
+            pairs = factor_group(group, ranks[group[0].canonical], place, seed)
+            factors.update(zip((w.canonical for w in group), pairs, strict=True))
+            bar.update(len(group))
+    return factors

@@ -151,7 +151,7 @@ def ranks_of(weights: list[FrozenWeight], rank: int | Mapping[str, int]) -> dict
 
 
 def groups_of(
-    weights: list[FrozenWeight], ranks: dict[str, int], place: torch.device | None
+    weights: list[FrozenWeight], ranks: Mapping[str, int], place: torch.device | None
 ) -> Iterator[tuple[FrozenWeight, ...]]:
     """Weights to factor together: one by one on the CPU, by equal shape up to a limit elsewhere."""
     if place is None or place.type == "cpu":
