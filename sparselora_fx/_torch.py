@@ -216,7 +216,7 @@ def lowering_key() -> str:
     from sparselora_fx import lowering
 
     package = Path(__file__).parent
-    files = [package / "_torch.py", package / "ops.py", package / "autograd.py"]
+    files = [package / f"{name}.py" for name in ("_torch", "ops", "fakes", "autograd")]
     files += sorted((package / "lowering").rglob("*.py"))
     files += sorted((package / "lowering").rglob("*.jinja"))
     digest = hashlib.sha256(lowering.settings().encode())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselora_fx import fakes  # noqa: F401 - importing fakes registers shapes
 from sparselora_fx.ops import LIBRARY, OPS
 
 Ctx = Any  # torch.autograd.function.FunctionCtx has no typed attributes

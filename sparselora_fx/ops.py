@@ -1,7 +1,8 @@
 """The intermediate representation: every op that a rewritten graph may contain.
 
-Each op has an eager body, and that body *is* the meaning of the op; lowering may only make it
-faster.
+Each op has an eager body, and that body *is* the meaning of the op; lowering may only make
+it faster. Shapes without values are in `fakes`, derivatives in `autograd`.
+
 Shape letters: T tokens (any leading dims), K input channels, N output channels, S kept channels, R
 rank, B samples.
 
@@ -10,17 +11,38 @@ Index arguments (``idx``) are 1-D int64, unique and in range.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from sparselora_fx import checks
 
 LIBRARY = torch.library.Library("sparselora", "DEF")
 OPS = torch.ops.sparselora
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_EAGER = "CompositeExplicitAutograd"
+Body = Callable[..., Tensor]
 
 
 def _define(schema: str) -> None:
     LIBRARY.define(schema, tags=_TAGS)
+
+
+def _eager(name: str, check: Callable[..., None] | None = None) -> Callable[[Body], Body]:
+    """Registers an op's body behind its check. The body alone stays in this module, for lowerings
+    that see through the op: what is traced has no values to check."""
+
+    def register(body: Body) -> Body:
+        def checked(*args: Any) -> Tensor:
+            if check is not None:
+                check(*args)
+            return body(*args)
+
+        torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(checked)
+        return body
+
+    return register
 
 
 _define("sliced_linear(Tensor x, Tensor w, Tensor idx) -> Tensor")
@@ -48,20 +70,20 @@ _define(
 )
 
 
-@torch.library.impl(LIBRARY, "sliced_linear", _EAGER)
+@_eager("sliced_linear", checks.out_sliced)
 def sliced_linear(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
     """``y[T, S] = x[T, K] @ w[idx, :].T`` for ``w[N, K]``; computed in x's dtype (w is cast after
     the gather)."""
     return x @ w.index_select(0, idx).to(x.dtype).t()
 
 
-@torch.library.impl(LIBRARY, "sliced_linear_dgrad", _EAGER)
+@_eager("sliced_linear_dgrad", checks.out_sliced_dgrad)
 def sliced_linear_dgrad(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
     """``gx[T, K] = gy[T, S] @ w[idx, :]``."""
     return gy @ w.index_select(0, idx).to(gy.dtype)
 
 
-@torch.library.impl(LIBRARY, "sliced_linear_wgrad", _EAGER)
+@_eager("sliced_linear_wgrad", checks.wgrad)
 def sliced_linear_wgrad(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
     """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero. Needed when w trains (a LoRA B
     matrix)."""
@@ -69,32 +91,32 @@ def sliced_linear_wgrad(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
     return rows.new_zeros(n, x.shape[-1]).index_copy_(0, idx, rows)
 
 
-@torch.library.impl(LIBRARY, "sliced_linear_in", _EAGER)
+@_eager("sliced_linear_in", checks.in_sliced)
 def sliced_linear_in(h: Tensor, w: Tensor, idx: Tensor) -> Tensor:
     """``y[T, N] = h[T, S] @ w[:, idx].T`` for ``w[N, K]``; computed in h's dtype."""
     return h @ w.t().index_select(0, idx).to(h.dtype)
 
 
-@torch.library.impl(LIBRARY, "sliced_linear_in_dgrad", _EAGER)
+@_eager("sliced_linear_in_dgrad", checks.in_sliced_dgrad)
 def sliced_linear_in_dgrad(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
     """``gh[T, S] = gy[T, N] @ w[:, idx]``."""
     return gy @ w.t().index_select(0, idx).to(gy.dtype).t()
 
 
-@torch.library.impl(LIBRARY, "sliced_linear_in_wgrad", _EAGER)
+@_eager("sliced_linear_in_wgrad", checks.wgrad)
 def sliced_linear_in_wgrad(gy: Tensor, h: Tensor, idx: Tensor, n: int) -> Tensor:
     """``gw[N, K=n]``: columns idx hold ``gy.T @ h``, the others zero."""
     columns = gy.flatten(0, -2).t() @ h.flatten(0, -2)
     return columns.new_zeros(gy.shape[-1], n).index_copy_(1, idx, columns)
 
 
-@torch.library.impl(LIBRARY, "gather_channels", _EAGER)
+@_eager("gather_channels", checks.gather)
 def gather_channels(x: Tensor, idx: Tensor) -> Tensor:
     """``y[T, S] = x[T, N][..., idx]``."""
     return x.index_select(-1, idx)
 
 
-@torch.library.impl(LIBRARY, "scatter_channels", _EAGER)
+@_eager("scatter_channels", checks.scatter)
 def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
     """``x[T, N]`` with ``x[..., idx] = y[T, S]`` and zeros elsewhere.
 
@@ -107,7 +129,7 @@ def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
     return torch.where(where >= 0, y.index_select(-1, where.clamp(min=0)), 0)
 
 
-@torch.library.impl(LIBRARY, "channel_rows", _EAGER)
+@_eager("channel_rows")
 def channel_rows(channels: Tensor, inner: int, outer_stride: int, offsets: list[int]) -> Tensor:
     """Rows of a weight that hold the given channels: ``(c // inner) * outer_stride + c % inner +
     o`` for each o.
@@ -120,13 +142,13 @@ def channel_rows(channels: Tensor, inner: int, outer_stride: int, offsets: list[
     return (start[:, None] + rows).reshape(-1)
 
 
-@torch.library.impl(LIBRARY, "topk_channels", _EAGER)
+@_eager("topk_channels", checks.top)
 def topk_channels(scores: Tensor, k: int) -> Tensor:
     """The k channels of largest score, ascending: ``[N] -> int64[k]``."""
     return torch.sort(torch.topk(scores, k, sorted=False).indices).values
 
 
-@torch.library.impl(LIBRARY, "pool_tokens", _EAGER)
+@_eager("pool_tokens")
 def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
     """Mean over each sample's counted tokens: ``x[B, L, K]`` or ``[B*L, K]`` with
     ``token_weight[B, L]`` -> ``[B, K]``.
@@ -143,7 +165,7 @@ def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
     return (tokens * weight[..., None]).sum(dim=1) / total
 
 
-@torch.library.impl(LIBRARY, "take_tokens", _EAGER)
+@_eager("take_tokens")
 def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 gives a row of
     zeros.
@@ -154,7 +176,7 @@ def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     return torch.where((idx >= 0)[:, None], rows, 0)
 
 
-@torch.library.impl(LIBRARY, "place_tokens", _EAGER)
+@_eager("place_tokens")
 def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere: the transpose of
     `take_tokens`."""
@@ -162,7 +184,7 @@ def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     return torch.where((pos >= 0)[..., None], rows, 0)
 
 
-@torch.library.impl(LIBRARY, "merge_tokens", _EAGER)
+@_eager("merge_tokens")
 def merge_tokens(
     y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor
 ) -> Tensor:
@@ -170,7 +192,7 @@ def merge_tokens(
     return place_tokens(y, y_idx, y_pos) + place_tokens(z, z_idx, z_pos)
 
 
-@torch.library.impl(LIBRARY, "low_rank_norms", _EAGER)
+@_eager("low_rank_norms")
 def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
     """Column norms of ``x @ b.T @ a.T`` over counted tokens, ``a[N, R]``, ``b[R, K]`` -> ``[N]``
     in fp32 or fp64.
@@ -214,83 +236,3 @@ def _agree(x: Tensor, grid: Tensor) -> bool:
 def _same_tokens(x: Tensor, token_weight: Tensor) -> bool:
     tokens = x.numel() // x.shape[-1]  # not Size.numel(), which fixes symbolic sizes
     return bool(tokens == token_weight.numel())
-
-
-@torch.library.register_fake("sparselora::sliced_linear", lib=LIBRARY)
-def _(x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
-    torch._check(x.shape[-1] == w.shape[1])
-    return x.new_empty(*x.shape[:-1], idx.shape[0])
-
-
-@torch.library.register_fake("sparselora::sliced_linear_dgrad", lib=LIBRARY)
-def _(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
-    torch._check(gy.shape[-1] == idx.shape[0])
-    return gy.new_empty(*gy.shape[:-1], w.shape[1])
-
-
-@torch.library.register_fake("sparselora::sliced_linear_wgrad", lib=LIBRARY)
-def _(gy: Tensor, x: Tensor, idx: Tensor, n: int) -> Tensor:
-    return x.new_empty(n, x.shape[-1])
-
-
-@torch.library.register_fake("sparselora::sliced_linear_in", lib=LIBRARY)
-def _(h: Tensor, w: Tensor, idx: Tensor) -> Tensor:
-    torch._check(h.shape[-1] == idx.shape[0])
-    return h.new_empty(*h.shape[:-1], w.shape[0])
-
-
-@torch.library.register_fake("sparselora::sliced_linear_in_dgrad", lib=LIBRARY)
-def _(gy: Tensor, w: Tensor, idx: Tensor) -> Tensor:
-    torch._check(gy.shape[-1] == w.shape[0])
-    return gy.new_empty(*gy.shape[:-1], idx.shape[0])
-
-
-@torch.library.register_fake("sparselora::sliced_linear_in_wgrad", lib=LIBRARY)
-def _(gy: Tensor, h: Tensor, idx: Tensor, n: int) -> Tensor:
-    return h.new_empty(gy.shape[-1], n)
-
-
-@torch.library.register_fake("sparselora::gather_channels", lib=LIBRARY)
-def _(x: Tensor, idx: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], idx.shape[0])
-
-
-@torch.library.register_fake("sparselora::scatter_channels", lib=LIBRARY)
-def _(y: Tensor, idx: Tensor, n: int) -> Tensor:
-    torch._check(y.shape[-1] == idx.shape[0])
-    return y.new_empty(*y.shape[:-1], n)
-
-
-@torch.library.register_fake("sparselora::take_tokens", lib=LIBRARY)
-def _(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    return x.new_empty(idx.shape[0], x.shape[-1])
-
-
-@torch.library.register_fake("sparselora::place_tokens", lib=LIBRARY)
-def _(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    return y.new_empty(*pos.shape, y.shape[1])
-
-
-@torch.library.register_fake("sparselora::merge_tokens", lib=LIBRARY)
-def _(y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor) -> Tensor:
-    return y.new_empty(*y_pos.shape, y.shape[1])
-
-
-@torch.library.register_fake("sparselora::channel_rows", lib=LIBRARY)
-def _(channels: Tensor, inner: int, outer_stride: int, offsets: list[int]) -> Tensor:
-    return channels.new_empty(channels.shape[0] * len(offsets))
-
-
-@torch.library.register_fake("sparselora::topk_channels", lib=LIBRARY)
-def _(scores: Tensor, k: int) -> Tensor:
-    return scores.new_empty(k, dtype=torch.int64)
-
-
-@torch.library.register_fake("sparselora::pool_tokens", lib=LIBRARY)
-def _(x: Tensor, token_weight: Tensor | None) -> Tensor:
-    return pool_tokens(x, token_weight)
-
-
-@torch.library.register_fake("sparselora::low_rank_norms", lib=LIBRARY)
-def _(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
-    return low_rank_norms(x, a, b, token_weight)

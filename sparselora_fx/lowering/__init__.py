@@ -5,6 +5,6 @@
 """
 
 from sparselora_fx.lowering.install import install
-from sparselora_fx.lowering.settings import settings
+from sparselora_fx.settings import settings
 
 __all__ = ["install", "settings"]

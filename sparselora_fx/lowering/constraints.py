@@ -1,7 +1,7 @@
 """When a template may be used, and when it is worth trying unbenchmarked. Every rule has a name and
 a sentence.
 
-Preconditions that no rule can check while compiling (eager checks the first three):
+Preconditions that no rule can check while compiling (eager ops check them):
 ``idx`` is int64, in range and on the device of its weight; it holds no duplicate.
 ``SPARSELORA_DEBUG_BOUNDS=1`` makes the kernels assert the range.
 """

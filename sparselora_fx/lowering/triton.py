@@ -23,8 +23,8 @@ import torch
 from sparselora_fx import _torch
 from sparselora_fx.lowering import configs, cpu
 from sparselora_fx.lowering.constraints import Problem
-from sparselora_fx.lowering.settings import check_bounds
 from sparselora_fx.ops import OPS
+from sparselora_fx.settings import check_bounds
 
 TEMPLATES = Path(__file__).parent / "templates"
 _GROUP_M = 8  # programs that share columns run next to each other, so that w stays in the L2 cache

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparselora_fx.lowering.settings import DEBUG_BOUNDS
 from sparselora_fx.ops import OPS
+from sparselora_fx.settings import DEBUG_BOUNDS
 from tests.offgpu import regions
 from tests.offgpu.backend import FakeGPU
 
