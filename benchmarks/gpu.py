@@ -1,14 +1,15 @@
 """Time the sliced matmuls on an NVIDIA GPU: template, fallback (index_select + cuBLAS) and dense.
 
-    python -m benchmarks.gpu                 everything, under 8 minutes; writes
-    benchmarks/results/gpu.{json,md} python -m benchmarks.gpu --minutes 2     stops early; what was
-    not reached stays "not measured"
+    python -m benchmarks.gpu                 everything, under 8 minutes
+    python -m benchmarks.gpu --minutes 2     stops early; what was not reached stays "not measured"
+
+It writes ``benchmarks/results/gpu.json`` and ``gpu.md``.
 
 Two tables. Kernels: one op alone, over tokens, model shapes and sparsities. Regions: forward and
-backward of a feed-forward region, compiled as training compiles it. The share of the roofline is
-``floor / time``, where ``floor`` is the larger of FLOPs / (best rate seen) and bytes / (best
-bandwidth seen); both ceilings are measured first, on the same GPU, with a square bf16 matmul and a
-copy.
+backward of a feed-forward or attention region, compiled as training compiles it. The share of the
+roofline is ``floor / time``, where ``floor`` is the larger of FLOPs / (best rate seen) and bytes /
+(best bandwidth seen); both ceilings are measured first, on the same GPU, with a square bf16 matmul
+and a copy.
 
 Without a GPU the tables are written with "not measured" in every cell.
 """
@@ -26,18 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from sparselora_fx import _torch, autograd
+from benchmarks.gpu_regions import MODELS, build, kept
+from sparselora_fx import _torch
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import kept_channels
 
-assert autograd.LIBRARY is not None  # importing it registers the derivatives
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-MODELS = {"Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336), "Llama-2-13B": (5120, 13824)}
 SPARSITIES = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
 KINDS = ("template", "fallback", "dense")
 DTYPE = torch.bfloat16
@@ -49,26 +47,26 @@ def kernel_cases() -> Iterator[dict[str, Any]]:
         for model in MODELS:
             for sparsity in SPARSITIES:
                 for op in ("sliced_linear", "sliced_linear_in"):
-                    yield _row(op, model, tokens, sparsity)
+                    yield _row(op, "ffn", model, tokens, sparsity)
 
 
 def region_cases() -> Iterator[dict[str, Any]]:
     """Every row of the region table."""
     for tokens in (512, 4096, 16384):
         for model in MODELS:
-            for sparsity in (0.5, 0.9, 0.97):
-                yield _row("ffn forward+backward", model, tokens, sparsity)
+            for kind, levels in (("ffn", (0.5, 0.9, 0.97)), ("attention", (0.5, 0.75))):
+                for sparsity in levels:
+                    yield _row(f"{kind} forward+backward", kind, model, tokens, sparsity)
 
 
-def _row(what: str, model: str, tokens: int, sparsity: float) -> dict[str, Any]:
-    kept = kept_channels(MODELS[model][1], sparsity, 64)
+def _row(what: str, kind: str, model: str, tokens: int, sparsity: float) -> dict[str, Any]:
     times = {f"{kind}_ms": NOT_MEASURED for kind in KINDS}
     return {
         "what": what,
         "model": model,
         "tokens": tokens,
         "sparsity": sparsity,
-        "kept": kept,
+        "kept": kept(kind, MODELS[model], sparsity),
         **times,
     }
 
@@ -112,9 +110,9 @@ def roofline(row: dict[str, Any], ceiling: dict[str, float]) -> float:
 
     FLOPs: ``2 T D k``. Bytes: x, the kept rows of w and y, each once, in bf16.
     """
-    d, (tokens, kept) = MODELS[row["model"]][0], (row["tokens"], row["kept"])
-    compute = 2 * tokens * d * kept / ceiling["tflops"] / 1e9
-    memory = 2 * (tokens * d + d * kept + tokens * kept) / ceiling["gigabytes_per_second"] / 1e6
+    d, tokens, rows = MODELS[row["model"]].hidden, row["tokens"], row["kept"]
+    compute = 2 * tokens * d * rows / ceiling["tflops"] / 1e9
+    memory = 2 * (tokens * d + d * rows + tokens * rows) / ceiling["gigabytes_per_second"] / 1e6
     return max(compute, memory)
 
 
@@ -135,7 +133,7 @@ def compiled(fn: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
 def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
     """Fill in the times of one op, and the share of the roofline of its faster form."""
-    d, i = MODELS[row["model"]]
+    d, i = MODELS[row["model"]].hidden, MODELS[row["model"]].ffn
     into = row["what"] == "sliced_linear_in"
     x = torch.randn(row["tokens"], row["kept"] if into else d, device="cuda", dtype=DTYPE)
     w = torch.randn(i, d, device="cuda", dtype=DTYPE)
@@ -152,31 +150,20 @@ def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
     row["roofline_share"] = round(roofline(row, ceiling) / best, 3)
 
 
-def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
-    """A sliced feed-forward region with frozen weights: gate, up ``[I, D]``, down ``[D, I]``."""
-    hidden = F.silu(OPS.sliced_linear(x, gate, idx)) * OPS.sliced_linear(x, up, idx)
-    return OPS.sliced_linear_in(hidden, down, idx)
-
-
-def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, idx: Tensor) -> Tensor:
-    """The same region at full width."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-
 def measure_region(row: dict[str, Any], ceiling: dict[str, float]) -> None:
     """Fill in the times of forward + backward to x."""
-    d, i = MODELS[row["model"]]
-    x = torch.randn(row["tokens"], d, device="cuda", dtype=DTYPE, requires_grad=True)
-    gate, up, down = (torch.randn(i, d, device="cuda", dtype=DTYPE) / d**0.5 for _ in range(3))
-    idx = torch.randperm(i, device="cuda")[: row["kept"]].sort().values
-    cotangent = torch.randn(row["tokens"], d, device="cuda", dtype=DTYPE)
-    for kind in KINDS:
-        call = compiled(dense_ffn if kind == "dense" else ffn, kind)
+    kind, shape = row["what"].partition(" ")[0], MODELS[row["model"]]
+    region = build(kind, shape, row["sparsity"], "cuda", DTYPE)
+    lead = (row["tokens"],) if kind == "ffn" else (row["tokens"] // shape.length, shape.length)
+    x = torch.randn(*lead, shape.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    for choice in KINDS:
+        call = compiled(region.dense if choice == "dense" else region.sliced, choice)
 
         def step(call: Callable[..., Any] = call) -> None:
-            torch.autograd.grad(call(x, gate, up, down.t(), idx), x, cotangent)
+            torch.autograd.grad(call(x), x, cotangent)
 
-        row[f"{kind}_ms"] = round(milliseconds(step), 4)
+        row[f"{choice}_ms"] = round(milliseconds(step), 4)
 
 
 # ---------------------------------------------------------------- writing
