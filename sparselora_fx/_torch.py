@@ -55,6 +55,11 @@ def compile_callable(
     return limited
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread. Run on 2.13."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def mark_dynamic(tensor: torch.Tensor) -> None:
     """Let the first dimension vary without a recompile, where the compiler can."""
     import torch._dynamo

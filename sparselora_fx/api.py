@@ -16,6 +16,7 @@ from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
+from sparselora_fx.regional import compile_blocks, repeated_blocks, restore_blocks
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State
@@ -59,7 +60,11 @@ class CompiledForward:
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         if self.cacheable and self.model.training and unset:
             kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
-        return self.compiled(*args, **kwargs)
+        state.inside = True
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            state.inside = False
 
     def _set_phase(self, arguments: Mapping[str, Any]) -> None:
         """Decide what this call is: dense, or sparse at some level on some tokens."""
@@ -69,9 +74,9 @@ class CompiledForward:
         if share and not self.encoder_decoder:
             tokens = split_tokens(state.plan, arguments, shift=self.shift)
         empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
-        phase.sparse = bool(share) and not empty
-        phase.level = state.levels.index(share) if phase.sparse else 0
-        phase.tokens = tokens.tensors() if phase.sparse and tokens is not None else []
+        sparse = bool(share) and not empty
+        state.set_share(share if sparse else 0.0)
+        phase.tokens = tokens.tensors() if sparse and tokens is not None else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(
@@ -89,6 +94,7 @@ def compile(
     dynamic: bool | None = None,
     lora_branch: str = "dense",
     compile_eval: bool = False,
+    regional: bool = False,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -100,30 +106,31 @@ def compile(
         dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
+        regional: compile each repeated block ("layers.0", "layers.1", ...) on its own; alike
+            blocks share graphs, so compile time does not grow with depth. The rest runs eagerly.
 
-    A model that is already compiled is restored first, so the call replaces. In training calls
-    `use_cache` is False unless the caller passes it: a step needs no KV cache.
+    A compiled model is restored first. Training calls get `use_cache=False` unless told otherwise.
 
     Raises:
-        CompileError: no module, nothing frozen, meta weights, or an unknown word for an option.
+        CompileError: no module, nothing frozen, meta weights, an unknown word for an option, or no
+            blocks for regional.
         EstimatorError: the estimator belongs to another model.
         PlanError: the plan names unknown layers, or cannot be carried out.
         In every case the model is left exactly as it was.
     """
     _check_words(model, estimator, backend, lora_branch)
     assert estimator is not None
-    plan = _as_plan(plan)
-    frozen = _frozen_on_device(model)
-    estimator.check(model)
-    names = [name for name, _ in model.named_modules()]
-    sparsity = plan.resolve(frozen, names)
-    _check_multiple(plan, frozen, sparsity)
+    plan, frozen, sparsity = _checked(model, estimator, plan)
+    blocks = repeated_blocks(frozen) if regional else []
     if ATTRIBUTE in model.__dict__:
         restore(model)
     state = State(model, plan, sparsity, frozen)
-    options = Options(plan.channel_multiple, lora_branch)
-    run = _torch.compile_callable(model.forward, make_backend(state, backend, options), dynamic)
+    runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
+    run: Callable[..., Any] = model.forward
+    if not regional:
+        run = _torch.compile_callable(run, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval=compile_eval)
+    compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors)
     model.__dict__[ATTRIBUTE] = state
     model.__dict__["forward"] = forward
@@ -141,6 +148,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     state = get_state(model)
     state.active = False
+    restore_blocks(state)
     state.unmark()
     forward = model.__dict__.get("forward")
     if isinstance(forward, CompiledForward):
@@ -190,9 +198,17 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
 
 
-def _as_plan(plan: Any) -> SparsityPlan:
+def _checked(
+    model: nn.Module, estimator: SVDEstimator, plan: Any
+) -> tuple[SparsityPlan, list[FrozenWeight], dict[str, Sparsity]]:
+    """The plan, the model's frozen weights and the sparsity of each, if all fit together."""
     plan = SparsityPlan.default() if plan is None else plan
-    return plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
+    plan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
+    frozen = _frozen_on_device(model)
+    estimator.check(model)
+    sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
+    _check_multiple(plan, frozen, sparsity)
+    return plan, frozen, sparsity
 
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:

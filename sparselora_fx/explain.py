@@ -39,6 +39,8 @@ def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
     seen = state.seen.get(name)
     if sparsity.ffn == 0 and sparsity.attention == 0:
         return name, shape, "-", "-", "dense: the plan keeps it dense (sparsity 0)"
+    if seen is None and state.blocks and not any(name.startswith(f"{b}.") for b in state.blocks):
+        return name, shape, "-", "-", "dense: outside the blocks that regional=True compiles"
     if seen is None:
         words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
         return name, shape, "-", "-", f"not traced yet (plan: {words}); run a training step"

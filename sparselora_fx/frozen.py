@@ -188,10 +188,26 @@ def shown(items: list[str], *, quote: bool = True, limit: int = 3) -> str:
 def block_positions(weights: list[FrozenWeight]) -> dict[str, tuple[int, int]]:
     """Position of each weight's block and the number of blocks, by ``FrozenWeight.name``.
 
-    A block is a member of a numbered list of modules ("layers.3"). Of several nested lists the
-    longest counts. A list that holds most of the model's weights goes before the others, so that a
-    list inside one block (experts) is not taken for the stack of blocks. Weights outside any such
-    list are left out.
+    Weights outside the repeated blocks (see `block_names`) are left out.
+    """
+    blocks = {name: block.rpartition(".") for name, block in block_names(weights).items()}
+    members: dict[str, set[int]] = defaultdict(set)
+    for prefix, _, number in blocks.values():
+        members[prefix].add(int(number))
+    return {
+        name: (sorted(members[prefix]).index(int(number)), len(members[prefix]))
+        for name, (prefix, _, number) in blocks.items()
+    }
+
+
+def block_names(weights: list[FrozenWeight]) -> dict[str, str]:
+    """Name of the repeated block that holds each weight ("model.layers.3"), by
+    ``FrozenWeight.name``.
+
+    A block is a member of a numbered list of modules. Of several nested lists the longest counts.
+    A list that holds most of the model's weights goes before the others, so that a list inside one
+    block (experts) is not taken for the stack of blocks. Weights outside any such list are left
+    out.
     """
     members: dict[str, set[int]] = defaultdict(set)
     counts: dict[str, int] = defaultdict(int)
@@ -206,7 +222,7 @@ def block_positions(weights: list[FrozenWeight]) -> dict[str, tuple[int, int]]:
         usable = [prefix for prefix in found if not main or prefix in main]
         if usable:
             best = max(usable, key=lambda prefix: len(members[prefix]))
-            result[name] = (sorted(members[best]).index(found[best]), len(members[best]))
+            result[name] = f"{best}.{found[best]}".lstrip(".")
     return result
 
 

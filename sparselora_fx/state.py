@@ -23,10 +23,10 @@ from sparselora_fx.weights import GatherLayout
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 
 
-Mark = tuple[
-    str, str, str, tuple[str, ...]
-]  # parameter, its two factor buffers, the spec of each level
+Mark = tuple[str, str, str, str]  # names on a module: parameter, its two factor buffers, its spec
 
+
+_DENSE = SiteSpec(0.0, 0.0).encode()
 
 # Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes
 # of whatever it reaches
@@ -36,12 +36,9 @@ _keys = itertools.count()
 
 
 class Phase:
-    """Python values that hooks read while a graph is traced. Dynamo guards them, so each phase
-    gets its own graph."""
+    """What hooks read while a graph is traced: the token lists of the present call."""
 
     def __init__(self) -> None:
-        self.sparse = False
-        self.level = 0  # index into State.levels: which share of the plan's sparsity is on
         self.tokens: list[Tensor] = []
         self.key = next(_keys)
         _PHASES[self.key] = self
@@ -66,10 +63,13 @@ class State:
     frozen: list[FrozenWeight]
     phase: Phase = field(default_factory=Phase)
     active: bool = True
+    inside: bool = False  # a compiled call of the model is under way
+    blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorder: Any = None
     graphs: int = 0
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
+    share_set: float | None = None  # the share of the plan's sparsity that the sites' specs say
     warned: bool = False
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -118,23 +118,42 @@ class State:
                 placed = factor.to(device=like.device, dtype=like.dtype)
                 weight.module.register_buffer(name, placed, persistent=False)
                 self.buffers.append((weight.module, name))
-            specs = tuple(
-                SiteSpec(sparsity.ffn * share, sparsity.attention * share).encode()
-                for share in self.levels
-            )
-            owners.setdefault(weight.module, []).append((weight.param, *names, specs))
+            owners.setdefault(weight.module, []).append((weight.param, *names, spec_name(weight)))
         for module, marks in owners.items():
             hook = _site_hook(self.phase.key, tuple(marks))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
+    def set_share(self, share: float) -> None:
+        """Tell every site how sparse it is: ``share`` times the plan's sparsity."""
+        if share != self.share_set:
+            self.set_sparsity(
+                {name: Sparsity(s.ffn * share, s.attention * share)
+                 for name, s in self.sparsity.items()}
+            )  # fmt: skip
+            self.share_set = share
+
+    def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
+        """Tell marked sites how sparse they are, by `FrozenWeight.name`; those left out are dense.
+
+        The words stand on each module, where Dynamo guards them: a graph depends on its own
+        sites' sparsity only, so blocks that are compiled one by one share what they have in common.
+        """
+        self.share_set = None
+        for weight in self.frozen:
+            if max(self.sparsity[weight.name]) > 0:
+                own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
+                weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
+
     def unmark(self) -> None:
-        """Take hooks and factors off again."""
+        """Take hooks, factors and specs off again."""
         for handle in self.handles:
             handle.remove()
         for module, name in self.buffers:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
+        for weight in self.frozen:
+            weight.module.__dict__.pop(spec_name(weight), None)
         _PHASES.pop(self.phase.key, None)
         self.handles.clear()
         self.buffers.clear()
@@ -164,8 +183,6 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
         if not torch.compiler.is_compiling():
             return None
         phase = _PHASES[key]
-        if not phase.sparse:
-            return None
         if args and isinstance(args[0], Tensor):
             return (_marked(module, args[0], phase, marks), *args[1:]), kwargs
         for name, value in kwargs.items():
@@ -177,10 +194,17 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
-    for param, a, b, specs in marks:
+    for param, a, b, spec in marks:
         weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
-        x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, specs[phase.level])
+        words = getattr(module, spec)
+        if words != _DENSE:
+            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words)
     return x
+
+
+def spec_name(weight: FrozenWeight) -> str:
+    """The attribute of a module that says how sparse a frozen weight of it is now."""
+    return f"_sparselora_spec_{weight.param}"
 
 
 def common_module(names: list[str]) -> str:

@@ -142,10 +142,12 @@ def run_compiled(
     lora_branch: str = "dense",
     seed: int = 5,
     restore: bool = True,
+    **options: Any,
 ) -> Step:
     """Compile, take one recorded step and (unless told otherwise) restore the model."""
     plan = plan_of(mixed(model)) if plan is None else plan
-    slx.compile(model, estimator_of(model), plan=plan, backend=backend, lora_branch=lora_branch)
+    options |= {"backend": backend, "lora_branch": lora_branch}
+    slx.compile(model, estimator_of(model), plan=plan, **options)
     with slx.record(model) as record:
         done = step(model, data, seed=seed)
     done.record = record

@@ -116,10 +116,12 @@ def v_score(x: Tensor, mask: Tensor, factors: Any) -> Tensor:
 SCORES = {"ffn": ffn_score, "qk": qk_score, "v": v_score}
 
 
-def check(model: nn.Module, plan: dict[str, float], backend: str = "aot_eager") -> slx.Recording:
+def check(
+    model: nn.Module, plan: dict[str, float], backend: str = "aot_eager", **options: bool
+) -> slx.Recording:
     """Gradients equal the oracle's and each layer's choice equals its own."""
     data = oracle.batch()
-    got = oracle.run_compiled(model, data, oracle.plan_of(plan), backend)
+    got = oracle.run_compiled(model, data, oracle.plan_of(plan), backend, **options)
     expected = oracle.reference_step(model, data, got.record)
     # transformers normalises and computes the loss in fp32: plain torch.compile(backend="inductor")
     # of this very model differs from eager by 5e-7, with no linear rewritten. Ten times that is the
