@@ -1,10 +1,9 @@
 """Which tokens of a batch are sparse: counted eagerly, once a step, outside the compiled region.
 
 The dense tokens are those whose *prediction* carries loss. A causal model predicts label t+1 from
-token t (transformers
-shifts the labels inside the loss), so token t is dense when ``labels[t + 1] != -100``; the last
-answer token predicts
-nothing and is context. A masked model predicts label t at token t.
+token t (transformers shifts the labels inside the loss), so token t is dense when
+``labels[t + 1] != -100``; the last answer token predicts nothing and is context. A masked model
+predicts label t at token t.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay ali
 
 @dataclass(frozen=True)
 class Tokens:
-    """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. ``split``:
-    treat them apart."""
+    """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
+    ``split`` they are treated apart."""
 
     sparse: Tensor
     dense: Tensor
@@ -38,10 +37,9 @@ class Tokens:
         """What a site marker carries: the counted tokens, then (if split) each list with its
         inverse.
 
-        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B,
-        L]``. Lists are as long
-        as no other size of the batch, lest the compiler take two sizes for one because they agree
-        this once.
+        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is
+        ``int64[B, L]``. Lists are as long as no other size of the batch, lest the compiler take two
+        sizes for one because they agree this once.
         """
         return [self.sparse, *(self._lists() if self.split else [])]
 
@@ -81,9 +79,8 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
     Args:
         plan: its ``tokens``, ``sink_tokens`` and ``sparse_outputs``.
         arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid,
-        ``attention_mask[B, L]``
-            the padding (either side), ``labels[B, L]`` the output tokens, ``position_ids`` the
-            sample starts.
+            ``attention_mask[B, L]`` the padding (either side), ``labels[B, L]`` the output tokens,
+            ``position_ids[B, L]`` or ``cu_seq_lens[S + 1]`` the starts of packed samples.
         shift: labels are predicted one token earlier (causal models).
     """
     grid = _grid(arguments)
@@ -99,7 +96,9 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
         dense = real & ~_user_mask(plan.tokens, arguments, real)
     labels = arguments.get("labels")
     if plan.tokens == "context" and isinstance(labels, Tensor) and labels.shape == grid.shape:
-        dense = real & _predicting(labels.to(grid.device), shift=shift)
+        # Also where the mask hides the token: behind padding on the left the first label is
+        # predicted by a padding token, and the loss reads that prediction.
+        dense = _predicting(labels.to(grid.device), shift=shift)
         split = True
     if plan.sparse_outputs:
         count = dense.cumsum(dim=1) * plan.sparse_outputs
@@ -126,10 +125,16 @@ def _predicting(labels: Tensor, *, shift: bool) -> Tensor:
 
 
 def _places(real: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Place of each token in its sample; position_ids that restart mark packed samples."""
+    """Place of each token in its sample. Packed samples begin where ``position_ids`` restart or, in
+    a batch of one row, where ``cu_seq_lens`` (``cu_seq_lens_q``) says."""
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor) and positions.shape == real.shape:
         return positions.to(real.device)
+    starts = arguments.get("cu_seq_lens_q", arguments.get("cu_seq_lens"))
+    if isinstance(starts, Tensor) and real.shape[0] == 1:
+        starts = starts.to(real.device, torch.int64)
+        tokens = torch.arange(real.shape[1], device=real.device)
+        return (tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1])[None]
     return real.cumsum(dim=1) - 1
 
 

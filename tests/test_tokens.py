@@ -39,7 +39,7 @@ def predicting(data: dict[str, Any]) -> Tensor:
     for row in range(labels.shape[0]):
         for place in range(labels.shape[1] - 1):
             dense[row, place] = bool(labels[row, place + 1] != IGNORED)
-    return dense & data["attention_mask"].bool()
+    return dense
 
 
 def by_token(model: nn.Module, record: slx.Recording, dense: Tensor, lora_branch: str) -> None:
@@ -147,10 +147,23 @@ def test_zero_context_tokens_runs_dense() -> None:
     assert abs(float(got.loss - expected.loss)) <= 1e-12
 
 
-def test_padding_content_changes_nothing() -> None:
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no-prompt"])
+def test_padding_on_the_left(prompt: bool) -> None:
+    """Without a prompt, the first label of the padded row is predicted by a padding token."""
+    data = ragged(left=True)
+    if prompt:
+        data["labels"][1:, :8] = IGNORED
+    dense = predicting(data)
+    assert bool(dense[data["attention_mask"] == 0].any()) is not prompt
+    check(data, dense)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_content_changes_nothing(left: bool) -> None:
     model = oracle.llama(layers=2, dtype=torch.float64)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
-    data = ragged()
+    data = ragged(left=left)
+    data["labels"][1:, :8] = IGNORED
     other = {**data, "input_ids": data["input_ids"].clone()}
     noise = torch.randint(1, oracle.VOCABULARY, other["input_ids"].shape)
     hidden = other["attention_mask"] == 0
@@ -194,10 +207,27 @@ def test_a_share_of_output_tokens_is_sparse(share: float) -> None:
     assert bool((tokens.dense | tokens.sparse).all())
 
 
-def test_packed_samples_have_sinks_of_their_own() -> None:
-    data = oracle.batch(1, 10, padding=0)
-    data["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+STARTS = {
+    "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]),
+    "cu_seq_lens_q": torch.tensor([0, 4, 10], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_packed_samples_have_sinks_of_their_own(name: str) -> None:
+    data = oracle.batch(1, 10, padding=0) | {name: STARTS[name]}
     data["labels"][:] = IGNORED
     tokens = split_tokens(slx.SparsityPlan(0.5, sink_tokens=1), data, shift=True)
     assert tokens is not None
     assert tokens.dense.nonzero()[:, 1].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_packed_samples_are_sliced_right(name: str) -> None:
+    """The separator of two samples carries no label; no attention mask, as collators pack them."""
+    data = oracle.batch(1, 10, padding=0) | {name: STARTS[name]}
+    data["labels"][0, [0, 1, 4, 5, 6]] = IGNORED
+    dense = predicting(data)
+    del data["attention_mask"]
+    dense[0, [0, 4]] = True
+    check(data, dense, sink_tokens=1)
