@@ -2,11 +2,19 @@
 torch.compile."""
 
 from sparselora_fx.api import compile, restore, step
-from sparselora_fx.errors import CompileError, EstimatorError, PlanError, SparseLoraError
+from sparselora_fx.errors import (
+    CompileError,
+    EstimatorError,
+    PlanError,
+    SensitivityError,
+    SparseLoraError,
+)
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.explain import explain
 from sparselora_fx.plan import SparsityPlan
 from sparselora_fx.recording import Recording, record
+from sparselora_fx.sensitivity import sensitivity
+from sparselora_fx.sensitivity_table import SensitivityTable
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +23,8 @@ __all__ = [
     "PlanError",
     "Recording",
     "SVDEstimator",
+    "SensitivityError",
+    "SensitivityTable",
     "SparseLoraError",
     "SparsityCallback",
     "SparsityPlan",
@@ -22,6 +32,7 @@ __all__ = [
     "explain",
     "record",
     "restore",
+    "sensitivity",
     "step",
 ]
 

@@ -53,12 +53,13 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
-        if not state.active or not (self.model.training or self.compile_eval):
+        measured = state.measured is not None
+        if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
         arguments = call_arguments(self.base_forward, args, kwargs)
         self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
-        if self.cacheable and self.model.training and unset:
+        if self.cacheable and (self.model.training or measured) and unset:
             kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
         state.inside = True
         try:
@@ -70,12 +71,16 @@ class CompiledForward:
         """Decide what this call is: dense, or sparse at some level on some tokens."""
         state, phase = self.state, self.state.phase
         share = state.share() if self.model.training else 0.0
+        share = 1.0 if state.measured else share
         tokens = None
         if share and not self.encoder_decoder:
             tokens = split_tokens(state.plan, arguments, shift=self.shift)
         empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
         sparse = bool(share) and not empty
-        state.set_share(share if sparse else 0.0)
+        if state.measured and sparse:
+            state.set_sparsity(state.measured)
+        else:
+            state.set_share(share if sparse else 0.0)
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -15,3 +15,7 @@ class EstimatorError(SparseLoraError):
 
 class CompileError(SparseLoraError):
     """The model cannot be compiled as asked."""
+
+
+class SensitivityError(SparseLoraError):
+    """A sensitivity table cannot be measured, read, written or drawn."""

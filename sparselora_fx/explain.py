@@ -47,4 +47,4 @@ def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
     if seen.report.role == "dense":
         return name, shape, "-", "-", f"dense: {seen.report.reason}"
     which = "rows" if seen.report.role == "out" else "columns"
-    return name, shape, seen.region, seen.kept, f"rewritten ({which})"
+    return name, shape, f"{seen.region} [{seen.kind}]", seen.kept, f"rewritten ({which})"

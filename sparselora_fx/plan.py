@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
 import os
 import re
@@ -13,9 +12,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from .budget import choose
 from .errors import PlanError
-from .frozen import FrozenWeight, block_positions, canonical_path, suffix_distance
+from .frozen import FrozenWeight, block_positions, suffix_distance
+from .hints import nearest, unknown_layer
 from .schedule import When, check_ramp, check_schedule
+from .sensitivity_table import SensitivityTable
 
 TOKENS = ("all", "context")
 _DEFAULT = "default"
@@ -82,7 +84,7 @@ class SparsityPlan:
         """
         for key in options:
             if key not in _DEFAULTS:
-                raise PlanError(f"unknown option {key!r}; {_nearest(key, _DEFAULTS)}")
+                raise PlanError(f"unknown option {key!r}; {nearest(key, _DEFAULTS)}")
         values: dict[str, Any] = dict(_DEFAULTS)
         if isinstance(sparsity, os.PathLike) or (
             isinstance(sparsity, str) and sparsity != _DEFAULT
@@ -131,6 +133,32 @@ class SparsityPlan:
         """
         return cls(_DEFAULT)
 
+    @classmethod
+    def from_sensitivity(
+        cls,
+        table: SensitivityTable,
+        *,
+        flops: float | None = None,
+        max_loss: float | None = None,
+        **options: Any,
+    ) -> SparsityPlan:
+        """The best plan under one budget that a table of `sensitivity` allows; see ``budget``.
+
+        Args:
+            table: its token policy and ``channel_multiple`` are taken over.
+            flops: keep at most this share of the base FLOPs of a sparse token, at the least loss.
+            max_loss: the regions' loss changes sum to at most this, at the least FLOPs.
+            options: further attributes of the plan, such as ``start_step``.
+
+        Raises:
+            PlanError: not exactly one budget, or one that no choice of levels meets.
+        """
+        found = choose(table, flops=flops, max_loss=max_loss)
+        if table.tokens is None and "tokens" not in options:
+            raise PlanError("the table was measured with a function as token policy: pass tokens=")
+        same = {"tokens": table.tokens, "channel_multiple": table.channel_multiple}
+        return cls(found.sparsity(), **(same | options))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; ``SparsityPlan(**plan.to_dict()) == plan``."""
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, dict) else self.sparsity
@@ -175,7 +203,7 @@ class SparsityPlan:
                     rank = (min(hits), -len(key.split(".")), value)
                     best[w.name] = min(best.get(w.name, rank), rank, key=lambda r: r[:2])
             if not covered:
-                raise _unknown_layer(key, frozen, module_names)
+                raise unknown_layer(key, frozen, module_names)
         values = {w.name: best[w.name][2] if w.name in best else 0.0 for w in frozen}
         return {name: Sparsity(value, value) for name, value in values.items()}
 
@@ -189,7 +217,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     for key in data if isinstance(data, dict) else ():
         if key not in _OWN_KEYS + _REFERENCE_KEYS:
-            hint = _nearest(str(key), _OWN_KEYS + _REFERENCE_KEYS)
+            hint = nearest(str(key), _OWN_KEYS + _REFERENCE_KEYS)
             raise PlanError(f"{str(path)!r} has the unknown key {key!r}; {hint}")
     if not isinstance(data, dict) or "sparsity" not in data:
         raise PlanError(
@@ -241,36 +269,7 @@ def _check_positive(what: str, value: Any) -> int:
 def _check_tokens(value: Any) -> Any:
     if callable(value) or (isinstance(value, str) and value in TOKENS):
         return value
-    raise PlanError(f"tokens is {value!r}; {_nearest(str(value), TOKENS)}")
-
-
-def _nearest(word: str, allowed: Iterable[str]) -> str:
-    """Ask whether a close match was meant, or else list what is allowed (shortened)."""
-    options = list(dict.fromkeys(allowed))
-    close = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
-    if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    shown = ", ".join(repr(o) for o in options[:8]) + (", ..." if len(options) > 8 else "")
-    return f"allowed: {shown or 'nothing'}"
-
-
-def _unknown_layer(key: str, frozen: list[FrozenWeight], module_names: Iterable[str]) -> PlanError:
-    exists = any(suffix_distance(key, name) == 0 for name in module_names)
-    why = (
-        "matches a module that holds no frozen weight"
-        if exists
-        else "matches no module of this model"
-    )
-    valid: dict[str, None] = {}
-    for w in frozen:
-        parts = canonical_path(w.name).split(".")
-        for end in range(len(parts), 0, -1):
-            valid.setdefault(".".join(parts[max(0, end - len(key.split("."))) : end]))
-    if not frozen:
-        return PlanError(
-            f"the plan's key {key!r} {why}: the model has no frozen weight; attach LoRA first"
-        )
-    return PlanError(f"the plan's key {key!r} {why}; {_nearest(key, valid)}")
+    raise PlanError(f"tokens is {value!r}; {nearest(str(value), TOKENS)}")
 
 
 def _structural_default(frozen: list[FrozenWeight]) -> dict[str, Sparsity]:

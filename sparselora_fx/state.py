@@ -49,7 +49,8 @@ class Seen:
     """What a graph that ran said of one frozen weight."""
 
     report: SiteReport
-    region: str = ""
+    region: str = ""  # its module's name
+    kind: str = ""  # "ffn" or "attention"
     kept: str = ""
 
 
@@ -69,6 +70,7 @@ class State:
     recorder: Any = None
     graphs: int = 0
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
+    measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     share_set: float | None = None  # the share of the plan's sparsity that the sites' specs say
     warned: bool = False
     handles: list[Any] = field(default_factory=list)
@@ -168,7 +170,7 @@ class State:
             kept = ", ".join(f"{k} of {n}" for _, k, n in region.choices.values())
             for name, site in zip(names, region.sites, strict=True):
                 if name is not None:
-                    self.seen[name] = Seen(site, f"{where} [{region.kind}]", kept)
+                    self.seen[name] = Seen(site, where, region.kind, kept)
         for site in report.dense:
             name = self.name_of(args[site.weight])
             if name is not None:
