@@ -50,21 +50,20 @@ def sensitivity(
     """The loss change of every region at every level, when it alone is sparse.
 
     The loss is the compiled model's, in evaluation mode (no dropout), without gradients, each
-    batch under the same seed and each batch weighted by the labels that count. Dense and sparse
-    run on the same batches through the same compiler. Nothing is trained: the table tells how much
-    a region's output suffers now, not how well training adapts to it.
+    batch under the same seed and weighted by its labels that count. Dense and sparse run on the
+    same batches through the same compiler. Nothing is trained: the table tells what a region's
+    sparsity costs now, not how well training adapts to it.
 
-    Repeated blocks are compiled one by one and share graphs, so ``1 + kinds * levels`` graphs are
-    compiled whatever the depth (times the kinds of blocks, if blocks differ). A model without
-    numbered blocks is compiled whole: ``1 + regions * levels`` graphs.
+    Repeated blocks are compiled one by one and share graphs: ``1 + kinds * levels`` of them at
+    any depth (for each kind of block). A model without numbered blocks is compiled whole:
+    ``1 + regions * levels``.
 
     Args:
         model: not compiled; left as it was, also if a batch raises.
         estimator: of this model.
         batches: keyword arguments of the model, which must return a loss; read once, kept.
         levels: fractions of channels to skip, in (0, 1).
-        tokens, channel_multiple: as in `SparsityPlan`. lora_branch, backend: as in `compile`;
-            "aot_eager" compiles faster and runs slower.
+        tokens, channel_multiple: as in `SparsityPlan`. lora_branch, backend: as in `compile`.
         progress: show a progress bar.
 
     Raises:
