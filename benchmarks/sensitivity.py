@@ -33,7 +33,7 @@ from sparselora_fx.frozen import frozen_weights
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.95)
 # The dense first quarter and last block of the structural default, with these in between.
 STRUCTURES = {"default": (0.75, 0.25), "strong": (0.95, 0.5)}
-POLICY = {"tokens": "all", "start_step": 0.05, "channel_multiple": 16}
+POLICY = {"tokens": "context", "start_step": 0.05, "channel_multiple": 16}
 
 
 def structural(model: nn.Module, ffn: float, attention: float) -> dict[str, float]:
@@ -70,10 +70,7 @@ def train(plan: slx.SparsityPlan | None, estimator: Any, data: Any, args: Any, s
     plan = slx.SparsityPlan(0.0, **POLICY) if plan is None else plan
     slx.compile(model, estimator, plan=plan, backend=args.backend, regional=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.rate)
-    warm = max(1, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.rate, total_steps=args.steps, pct_start=warm / args.steps
-    )
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
     for n in range(args.steps):
         slx.step(model, n, args.steps)
@@ -92,7 +89,7 @@ def plans_of(model: Any, estimator: Any, table: Any, batch: Any) -> dict[str, di
     for name, sparsities in STRUCTURES.items():
         by_structure = slx.SparsityPlan(structural(model, *sparsities), **POLICY)
         share = share_kept(model, estimator, by_structure, batch)
-        measured = slx.SparsityPlan.from_sensitivity(table, flops=share, **POLICY)
+        measured = slx.SparsityPlan.from_sensitivity(table, flops=share, start_step=0.05)
         found[name] = {
             "structural": (by_structure, share),
             "sensitivity": (measured, share_kept(model, estimator, measured, batch)),
@@ -116,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     training, tests = batches("train", args.steps, 0), batches("test", args.tests, 0)
     begun = time.perf_counter()
     table = slx.sensitivity(model, estimator, batches("train", args.measure, 1), LEVELS,
-                            tokens="all", backend=args.backend)  # fmt: skip
+                            tokens=POLICY["tokens"], backend=args.backend)  # fmt: skip
     seconds = time.perf_counter() - begun
     print(table)
     table.plot(Path(args.json).with_suffix(".png"))
@@ -141,7 +138,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         {"region": r.region, "level": r.level, "loss_change": r.loss_change,
          "saved": table.share_saved(r)} for r in table.rows
     ]  # fmt: skip
-    results["measuring"] = {"seconds": seconds, "graphs": table.graphs, "rows": len(table.rows)}
+    results["measuring"] = {
+        "seconds": seconds,
+        "graphs": table.graphs,
+        "rows": len(table.rows),
+        "sparse_tokens": table.sparse_tokens,
+    }
     return results | about(args, time.perf_counter() - start)
 
 

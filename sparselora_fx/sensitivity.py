@@ -64,7 +64,6 @@ def sensitivity(
         batches: keyword arguments of the model, which must return a loss; read once, kept.
         levels: fractions of channels to skip, in (0, 1).
         tokens, channel_multiple: as in `SparsityPlan`. lora_branch, backend: as in `compile`.
-        progress: show a progress bar.
 
     Raises:
         SensitivityError: no batch, no loss, a level out of range, or no region to measure.

@@ -103,14 +103,18 @@ class State:
         return 1.0
 
     def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put factors and a hook on every module that owns a frozen weight with a sparsity above
-        0."""
+        """Put a hook on every module that owns a frozen weight, and factors on those that the plan
+        makes sparse.
+
+        Dense ones need the hook too: Dynamo does not guard whether a module has hooks, but it does
+        guard what they read, and without that a sparse block would run a dense block's graph.
+        """
         owners: dict[nn.Module, list[Mark]] = {}
         for weight in self.frozen:
-            sparsity = self.sparsity[weight.name]
-            if sparsity.ffn == 0 and sparsity.attention == 0:
-                continue
             names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
+            owners.setdefault(weight.module, []).append((weight.param, *names, spec_name(weight)))
+            if max(self.sparsity[weight.name]) == 0:
+                continue
             like = weight.weight
             none = like.new_empty(
                 0, 0
@@ -120,7 +124,6 @@ class State:
                 placed = factor.to(device=like.device, dtype=like.dtype)
                 weight.module.register_buffer(name, placed, persistent=False)
                 self.buffers.append((weight.module, name))
-            owners.setdefault(weight.module, []).append((weight.param, *names, spec_name(weight)))
         for module, marks in owners.items():
             hook = _site_hook(self.phase.key, tuple(marks))
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -136,16 +139,15 @@ class State:
             self.share_set = share
 
     def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
-        """Tell marked sites how sparse they are, by `FrozenWeight.name`; those left out are dense.
+        """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense.
 
         The words stand on each module, where Dynamo guards them: a graph depends on its own
         sites' sparsity only, so blocks that are compiled one by one share what they have in common.
         """
         self.share_set = None
         for weight in self.frozen:
-            if max(self.sparsity[weight.name]) > 0:
-                own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
-                weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
+            own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
+            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
 
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
@@ -197,9 +199,10 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
     for param, a, b, spec in marks:
-        weight, factor_a, factor_b = getattr(module, param), getattr(module, a), getattr(module, b)
         words = getattr(module, spec)
         if words != _DENSE:
+            weight = getattr(module, param)
+            factor_a, factor_b = getattr(module, a), getattr(module, b)
             x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words)
     return x
 

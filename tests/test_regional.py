@@ -49,6 +49,19 @@ def test_dense_and_sparse_blocks_have_their_own_graphs() -> None:
     assert graphs(5, plan) == 3
 
 
+@pytest.mark.parametrize("regional", [True, False], ids=["regional", "broken"])
+def test_a_sparse_block_does_not_run_a_dense_blocks_graph(regional: bool) -> None:
+    """Dynamo guards no hooks: blocks 1 and 2 differ only in what their hooks read."""
+    model = test_layers.model_of(cut=not regional)
+    key = "layers.2.mlp" if regional else "layers.2.layer.mlp"
+    compiled(model, oracle.plan_of({key: 0.5}), backend="eager", regional=regional)
+    with slx.record(model) as record:
+        oracle.step(model, oracle.batch())
+    assert {name.split(".mlp.")[0] for name in record.sites} == {
+        "base_model.model.model." + key.removesuffix(".mlp")
+    }
+
+
 def test_restore_leaves_no_trace() -> None:
     model = oracle.llama(layers=2)
     before, weights = oracle.marks(model), oracle.copy_of_weights(model)
