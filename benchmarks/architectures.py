@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="model types; default: all")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds per model")
+    parser.add_argument("--backend", default="aot_eager", choices=("aot_eager", "eager"))
+    parser.add_argument("--quick", action="store_true", help="one compilation a model, not three")
     parser.add_argument("--fresh", action="store_true", help="compute finished rows again")
     parser.add_argument("--keep", action="store_true", help="keep rows of older code too")
     parser.add_argument("--failed", action="store_true", help="only rows with an error or a miss")
@@ -51,7 +53,7 @@ def sweep(args: argparse.Namespace) -> None:
     """Run every model that has no row yet, with progress on standard output."""
     from benchmarks import tiny_models
 
-    _warm_up()
+    _warm_up(args.backend)
     code = code_key()
     rows = read_rows()
     todo = [
@@ -63,7 +65,7 @@ def sweep(args: argparse.Namespace) -> None:
     ]
     print(f"{len(todo)} models to run, {len(rows)} rows known, code {code}", flush=True)
     start = time.perf_counter()
-    for done, row in enumerate(_run_all(todo, args.jobs, args.timeout), start=1):
+    for done, row in enumerate(_run_all(todo, args), start=1):
         row["code"] = code
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -75,7 +77,7 @@ def _is_stale(row: dict[str, Any] | None, code: str, args: argparse.Namespace) -
     if row is None:
         return True
     if args.failed:
-        return bool(row.get("error")) or row.get("right") is False or not _all_done(row)
+        return bool(row.get("error") or row.get("sparse")) or row.get("right") is False or not _all_done(row)
     return not args.keep and row["code"] != code
 
 
@@ -94,7 +96,8 @@ def read_rows() -> dict[tuple[str, str], dict[str, Any]]:
 def line_of(row: dict[str, Any]) -> str:
     """A row in one line, for progress."""
     counts = " ".join(f"{k} {a}/{b}" for k, (a, b) in sorted(row.get("linears", {}).items()))
-    state = row.get("error") or (row.get("plain") if row.get("plain") != "trains" else "") or ""
+    plain = "" if row.get("plain") in ("trains", None) else f"plain: {row['plain']}"
+    state = "; ".join(filter(None, (row.get("error"), row.get("sparse"), plain)))
     right = {True: "right", False: f"WRONG {row.get('difference')}"}.get(row.get("right"), "-")
     zero = "" if row.get("zero") in (True, None) else " ZERO DIFFERS"
     return f"{row['task']}/{row['model']} {row['seconds']:.0f}s {right}{zero} {counts} {state}"
@@ -109,39 +112,36 @@ def code_key() -> str:
     return digest.hexdigest()[:12]
 
 
-def _warm_up() -> None:
+def _warm_up(backend: str) -> None:
     """Import and compile something here, so that the children need not."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     import transformers
 
-    from benchmarks import check_model  # noqa: F401
+    from benchmarks.check_model import check
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    x = torch.ones(2, requires_grad=True)
-    torch.compile(lambda t: t * 2, backend="aot_eager")(x).sum().backward()
+    check("causal-lm", "llama", backend=backend, quick=True)
     torch.compiler.reset()
 
 
-def _run_all(
-    todo: list[tuple[str, str]], jobs: int, timeout: float
-) -> Iterator[dict[str, Any]]:
+def _run_all(todo: list[tuple[str, str]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows as they finish; at most ``jobs`` children at a time."""
     fork = multiprocessing.get_context("fork")
     waiting, running = list(reversed(todo)), []
     while waiting or running:
-        while waiting and len(running) < jobs:
+        while waiting and len(running) < args.jobs:
             key = waiting.pop()
             ours, theirs = fork.Pipe(duplex=False)
-            child = fork.Process(target=_child, args=(*key, theirs))
+            child = fork.Process(target=_child, args=(*key, args, theirs))
             child.start()
             theirs.close()
             running.append((key, child, ours, time.perf_counter()))
         time.sleep(0.05)
         for entry in list(running):
-            row = _finished(*entry, timeout=timeout)
+            row = _finished(*entry, timeout=args.timeout)
             if row is not None:
                 running.remove(entry)
                 yield row
@@ -167,12 +167,12 @@ def _finished(
     return {"task": key[0], "model": key[1], "seconds": round(seconds, 1)} | row
 
 
-def _child(task: str, model: str, pipe: Any) -> None:
+def _child(task: str, model: str, args: argparse.Namespace, pipe: Any) -> None:
     from benchmarks.check_model import check
 
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-        pipe.send(check(task, model))
+        pipe.send(check(task, model, backend=args.backend, quick=args.quick))
 
 
 def write_json() -> None:

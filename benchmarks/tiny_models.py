@@ -125,20 +125,28 @@ def build(task: str, model_type: str) -> nn.Module:
 
 def tiny_config(model_type: str, task: str = "causal-lm") -> Any:
     """The default configuration, shrunk."""
-    overrides = {**OVERRIDES.get(model_type, {}), **OVERRIDES.get(f"{task}/{model_type}", {})}
-    return _shrunk(CONFIG_MAPPING[model_type], overrides)
+    fields = {k: v for k, v in overrides(task, model_type).items() if not k.startswith("_")}
+    return _shrunk(CONFIG_MAPPING[model_type], fields)
 
 
-def _shrunk(cls: Any, overrides: dict[str, Any]) -> Any:
+def overrides(task: str, model_type: str) -> dict[str, Any]:
+    """What is known of this model beyond the rules."""
+    return {**OVERRIDES.get(model_type, {}), **OVERRIDES.get(f"{task}/{model_type}", {})}
+
+
+def dtype_of(task: str, model_type: str) -> torch.dtype:
+    """fp64, where the model can run in it."""
+    return getattr(torch, overrides(task, model_type).get("_dtype", "float64"))
+
+
+def _shrunk(cls: Any, given: dict[str, Any]) -> Any:
     default = cls()
     fields: dict[str, Any] = {}
     held = {k: v for k, v in vars(default).items() if not k.startswith("_")}
     held |= {k: getattr(default, k, None) for k in getattr(default, "attribute_map", {})}
     for name, value in held.items():
         if hasattr(value, "to_dict"):
-            fields[name] = _shrunk(type(value), overrides.get(name, {}))
-        elif isinstance(getattr(cls, name, None), property):
-            continue
+            fields[name] = _shrunk(type(value), given.get(name, {}))
         elif name in _SIZES and (value is not None or name in _NEVER_NONE):
             fields[name] = _like(value, _SIZES[name])
         elif "drop" in name and isinstance(value, float):
@@ -151,10 +159,15 @@ def _shrunk(cls: Any, overrides: dict[str, Any]) -> Any:
     if held.get("kv_lora_rank"):  # low-rank keys and values: one kv head per head
         fields |= {"num_key_value_heads": HEADS, "head_dim": _SIZES["qk_rope_head_dim"]}
         fields = {k: v for k, v in fields.items() if k in held}
-    fields |= {k: v for k, v in overrides.items() if not _is_nested(held.get(k))}
+    fields |= {k: v for k, v in given.items() if not _is_nested(held.get(k))}
     mapped = getattr(default, "attribute_map", {})
+    fields = {k: v for k, v in fields.items() if not _is_property(cls, mapped.get(k, k))}
     fields = {k: v for k, v in fields.items() if mapped.get(k, k) == k or mapped[k] not in fields}
     return cls(**fields)
+
+
+def _is_property(cls: Any, name: str) -> bool:
+    return isinstance(getattr(cls, name, None), property)
 
 
 def _is_nested(value: Any) -> bool:
@@ -195,23 +208,33 @@ def _names(values: Any) -> bool:
     return len(set(map(repr, values))) < 8
 
 
-def batch(task: str, model: nn.Module) -> dict[str, Any]:
+def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
     """Inputs and labels of a training step: two samples, the second with padding at its end."""
-    config: Any = model.config
+    given = overrides(task, model_type)
     generator = torch.Generator().manual_seed(1)
+    extra = dict(given.get("_extra", {}))
+    data: dict[str, Any] = {"labels": torch.tensor([0, 1])}
     if task == "image-classification":
-        size = getattr(config, "image_size", None) or 32
-        size = size if isinstance(size, int) else size[0]
-        channels = getattr(config, "num_channels", 3) or 3
-        pixels = torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64)
-        return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
-    length = OVERRIDES.get(f"{task}/{config.model_type}", {}).get("_length", 12)
-    ids = torch.randint(3, VOCABULARY // 2, (2, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, -3:] = 0
-    ids = ids.masked_fill(mask == 0, 0)
-    labels = torch.tensor([0, 1]) if "classification" in task else ids.masked_fill(mask == 0, -100)
-    data = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        extra |= {"pixel_values": _image_shape(model.config)}
+    else:
+        padding = given.get("_padding", 3)
+        ids = torch.randint(3, VOCABULARY // 2, (2, given.get("_length", 12)), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, ids.shape[1] - padding :] = 0
+        ids = ids.masked_fill(mask == 0, 0)
+        if "classification" not in task:
+            data["labels"] = ids.masked_fill(mask == 0, -100)
+        data |= {"input_ids": ids, "attention_mask": mask}
+    for name, shape in extra.items():
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        data[name] = values.to(dtype_of(task, model_type))
     known = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     return {k: v for k, v in data.items() if k in known or open_ended}
+
+
+def _image_shape(config: Any) -> tuple[int, int, int, int]:
+    held = getattr(config, "vision_config", config)
+    size = getattr(held, "image_size", None) or 32
+    size = size if isinstance(size, int) else size[0]
+    return 2, getattr(held, "num_channels", 3) or 3, size, size

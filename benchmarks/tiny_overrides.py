@@ -1,8 +1,67 @@
-"""What the general rules of `tiny_models` cannot know: fields of single configurations."""
+"""What the general rules of `tiny_models` cannot know: fields of single configurations.
+
+Names with a leading underscore are about the batch: ``_length`` tokens, ``_padding`` of them in the
+last sample, ``_dtype`` where fp64 cannot run, ``_extra`` further random inputs with their shapes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QSA = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+
 # model type, or "task/model type" -> fields; a nested configuration is a nested dict.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"n_embd": 64, "n_head": 8, "n_inner": 80},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32},
+    "dots3_note": {"audio_config": {"adapter_in_dim": 48, "adapter_input_size": 48}},
+    "falcon_h1": {"mamba_d_ssm": 96},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [80] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    "git": {"_extra": {"pixel_values": (2, 3, 32, 32)}, "vision_config": {"patch_size": 16}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "inkling2_text": {"_dtype": "float32"},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "mamba2": {"num_heads": 12, "head_dim": 8},
+    "mimo_v2_flash": {"num_attention_heads": 12},
+    "prophetnet": {"_padding": 0},
+    "qwen4_exp": {"text_config": _QSA},
+    "qwen4_exp_text": _QSA,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "attn_layers": ["local", "lsh"], "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 32),
+        "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4, "_length": 16,
+    },
+    "causal-lm/reformer": {"is_decoder": True},
+    "xglm": {"_dtype": "float32"},
+    "xlstm": {"chunk_size": 16, "_length": 16, "mode": "train"},
+    "xmod": {"languages": ("en_XX", "de_DE"), "default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 96, "attention_head_dim": 16,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 96, "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
