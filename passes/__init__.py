@@ -14,6 +14,7 @@ from sparselora_fx.passes.clean_up import clean_up
 from sparselora_fx.passes.find_regions import find_regions
 from sparselora_fx.passes.find_sites import find_sites
 from sparselora_fx.passes.insert_predictor import insert_predictor
+from sparselora_fx.passes.order_producers import order_producers
 from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
 from sparselora_fx.passes.slice_sites import slice_sites
@@ -22,6 +23,7 @@ PIPELINE = (
     canonicalize,  # one form for what later passes look for
     find_sites,  # markers -> sites (frozen linear + LoRA branch)
     find_regions,  # sites -> FFN and attention regions, or the reason why not
+    order_producers,  # all that a predictor reads comes before the first producer
     insert_predictor,  # each region's channel choice, from the factors
     slice_sites,  # each site by its masked-dense definition, on the choice only
     sink_takes,  # context and output tokens apart, padding not at all
