@@ -1,7 +1,7 @@
 """Sweep every architecture of transformers' auto-mappings: ``python -m benchmarks.architectures``.
 
-Each model runs in a process of its own, so that a crash or a hang is a row with its reason. Finished
-rows are kept in ``out/architectures.jsonl`` and are not computed again unless the library has changed
+Each model runs in a process of its own, so that a crash or a hang is a row with its reason. Rows
+are kept in ``out/architectures.jsonl`` and are not computed again unless the library has changed
 (or ``--fresh`` asks for it). ``--json`` writes the result file, ``--page`` the page made from it.
 """
 
@@ -77,13 +77,19 @@ def _is_stale(row: dict[str, Any] | None, code: str, args: argparse.Namespace) -
     if row is None:
         return True
     if args.failed:
-        return bool(row.get("error") or row.get("sparse")) or row.get("right") is False or not _all_done(row)
+        return (
+            bool(row.get("error") or row.get("sparse"))
+            or row.get("right") is False
+            or not _all_done(row)
+        )
     return not args.keep and row["code"] != code
 
 
 def _all_done(row: dict[str, Any]) -> bool:
     counts = row.get("linears", {})
-    return all(done == total for done, total in (counts.get(k, (0, 0)) for k in ("ffn", "attention")))
+    return all(
+        done == total for done, total in (counts.get(k, (0, 0)) for k in ("ffn", "attention"))
+    )
 
 
 def read_rows() -> dict[tuple[str, str], dict[str, Any]]:

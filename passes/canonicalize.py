@@ -1,7 +1,10 @@
-"""Remove nodes that return their input unchanged, so that later passes see one form."""
+"""Bring equal spellings to one form, which later passes know."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
@@ -11,11 +14,13 @@ _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contig
 
 
 def canonicalize(rewrite: Rewrite) -> int:
-    """Erase casts to the dtype a tensor already has, and dropout that is off. Returns the nodes
-    erased.
+    """Erase casts to the dtype a tensor already has and dropout that is off; write a buffer that is
+    filled slice by slice as a concatenation. Returns the changes.
 
     Before:  y: f32 = linear(x, w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0);  v = silu(u)
+             k = new_empty(..., m + n);  k[..., :m].copy_(a);  k[..., m:].copy_(b)
     After:   y: f32 = linear(x, w);  v = silu(y)
+             k = cat((a, b), -1)
     Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
              dropout that is off).
     """
@@ -25,7 +30,71 @@ def canonicalize(rewrite: Rewrite) -> int:
             node.replace_all_uses_with(node.args[0])
             rewrite.graph.erase_node(node)
             erased += 1
+    for node in list(rewrite.graph.nodes):
+        if op_name(node) in ("new_empty", "empty", "empty_like"):
+            erased += _filled_to_cat(rewrite.graph, node)
     return erased
+
+
+def _filled_to_cat(graph: fx.Graph, buffer: fx.Node) -> bool:
+    """Replace a buffer whose last dimension is written once, piece by piece, before it is read."""
+    whole, users = tensor(buffer), list(buffer.users)
+    if whole is None or whole.dim() == 0:
+        return False
+    pieces: list[tuple[int, int, fx.Node]] = []
+    writes: list[fx.Node] = []
+    for user in users:
+        found = _write(user, whole)
+        if found is None:
+            break
+        start, stop, source, nodes = found
+        pieces.append((start, stop, source))
+        writes += nodes
+    pieces.sort(key=lambda piece: piece[0])
+    ends = [0, *(stop for _, stop, _ in pieces)]
+    starts = [*(start for start, _, _ in pieces), whole.shape[-1]]
+    readers = [user for user in users if user not in writes]
+    if ends != starts or not pieces or not readers or not _in_order(graph, writes, readers):
+        return False
+    with graph.inserting_after(max(writes, key=list(graph.nodes).index)):
+        cat = graph.call_function(torch.cat, (tuple(p[2] for p in pieces),), {"dim": -1})
+    cat.meta = dict(buffer.meta)
+    buffer.replace_all_uses_with(cat, delete_user_cb=lambda user: user in readers)
+    for node in reversed(writes):
+        graph.erase_node(node)
+    graph.erase_node(buffer)
+    return True
+
+
+def _write(user: fx.Node, whole: torch.Tensor) -> tuple[int, int, fx.Node, list[fx.Node]] | None:
+    """``(start, stop, source, nodes)`` of ``buffer[..., start:stop] = source``."""
+    nodes: list[fx.Node] = [user]
+    source: Any = None
+    if op_name(user) == "setitem":
+        source = user.args[2]
+    elif op_name(user) == "getitem" and len(user.users) == 1:
+        copy = next(iter(user.users))
+        nodes.append(copy)
+        if op_name(copy) == "copy_" and copy.args[0] is user and len(copy.args) == 2:
+            source = copy.args[1]
+    key: Any = user.args[1] if len(user.args) > 1 else None
+    values = tensor(source) if isinstance(source, fx.Node) else None
+    if values is None or nodes[-1].users or not isinstance(key, tuple) or len(key) != 2:
+        return None
+    width, last = whole.shape[-1], key[1]
+    if key[0] is not Ellipsis or not isinstance(last, slice) or last.step not in (None, 1):
+        return None
+    if not all(isinstance(n, int | None) for n in (width, last.start, last.stop)):
+        return None
+    start, stop, _ = last.indices(width)
+    same = values.dtype == whole.dtype and values.shape == (*whole.shape[:-1], stop - start)
+    return (start, stop, source, nodes) if same else None
+
+
+def _in_order(graph: fx.Graph, writes: list[fx.Node], readers: list[fx.Node]) -> bool:
+    """Whether every read comes after the last write."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return max(order[node] for node in writes) < min(order[node] for node in readers)
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -6,9 +6,8 @@ from collections import Counter
 
 from torch import fx
 
-from sparselora_fx.attention import operand_heads
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import argument, is_shape_query, op_name, tensor
+from sparselora_fx.fx import is_shape_query, op_name, tensor
 from sparselora_fx.layout import ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
@@ -22,7 +21,7 @@ from sparselora_fx.regions import (
     kept_channels,
 )
 from sparselora_fx.scoring import can_score
-from sparselora_fx.values import Channels, Value, Values, attention_of, sources_of
+from sparselora_fx.values import Channels, Port, Value, Values, attention_of, sources_of
 
 
 class NoRegion(Exception):
@@ -76,7 +75,7 @@ def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
         )
     attention = attention_of(value)
     if attention is not None:
-        return _attention_region(consumer, value, attention, values)
+        return _attention_region(consumer, value, attention)
     if any(isinstance(source, Attention) for source in value.roots) or not value.ports:
         raise NoRegion("its input comes from an attention whose head layout is not understood")
     return _ffn_region(consumer, value, values)
@@ -114,17 +113,13 @@ def _covers(maps: list[ChannelMap], channels: int, rows: int) -> bool:
     return sorted(row for m in maps for row in m.rows(channels)) == list(range(rows))
 
 
-def _attention_region(
-    consumer: Site, value: Channels, attention: Attention, values: Values
-) -> Region:
+def _attention_region(consumer: Site, value: Channels, attention: Attention) -> Region:
     port = next(p for p in value.ports if p.source is attention)
     mapped = channel_map(port.layout) if port.layout is not None else None
     columns = attention.heads * attention.value_dim
     if mapped not in {(columns, ChannelMap(1, 1, 0))} or consumer.in_features != columns:
         raise NoRegion("the attention's output reaches it in another order than head by head")
-    query, key, mixed = _operands(attention, values)
-    q, k, v = (operand_heads(operand) for operand in (query, key, mixed))
-    assert q is not None and k is not None and v is not None
+    q, k, v = attention.query, attention.key, attention.value
     picks = {
         "q": _query_rows(q.site, q.offset, q.head_stride, attention, attention.head_dim),
         "k": RowPick(k.site, (ChannelMap(attention.head_dim, k.head_stride, k.offset),)),
@@ -135,17 +130,55 @@ def _attention_region(
         picks["q"] = RowPick(q.site, tuple(inner))
     elif q.groups > 1:
         raise NoRegion("its query heads alternate with keys and values, and share them in turns")
+    out = _query_rows(consumer, 0, attention.value_dim, attention, attention.value_dim)
+    gates = [_gate(p, out, attention) for p in value.ports if p.source is not attention]
     qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [picks["q"], picks["k"]])
-    vv = Choice("v", attention.kv_heads * attention.value_dim, 0, [picks["v"]])
+    producers = [picks["v"], *(gate for gate in gates if gate is not None)]
+    vv = Choice("v", attention.kv_heads * attention.value_dim, 0, producers)
+    return Region("attention", [qk, *_rest([qk, vv]), vv], out, attention)
+
+
+def _gate(port: Port, out: RowPick, attention: Attention) -> RowPick | None:
+    """Rows of a projection that is multiplied, channel by channel, with the attention's output:
+    it reads what the attention reads, and its rows are laid out as heads."""
+    mapped = channel_map(port.layout) if port.layout is not None else None
+    if mapped is None or not isinstance(port.source, Site):
+        return None
+    columns, dim = attention.heads * attention.value_dim, attention.value_dim
+    inner, stride, offset = mapped[1]
+    if (inner, stride) == (1, 1):
+        inner, stride = dim, dim
+    if (mapped[0], inner) != (columns, dim) or port.source.x is not attention.value.site.x:
+        return None
+    maps = [
+        ChannelMap(dim, m.outer_stride // dim * stride, m.offset // dim * stride + offset)
+        for m in out.maps
+    ]
+    return RowPick(port.source, tuple(maps), scored=False)
+
+
+def _rest(choices: list[Choice]) -> list[Choice]:
+    """Rows of producers that no choice covers (rotary parts shared by all heads, say): choices
+    that keep everything."""
     used: dict[Site, list[int]] = {}
-    for choice in (qk, vv):
+    for choice in choices:
         for pick in choice.producers:
             rows = used.setdefault(pick.site, [])
             rows += [row for m in pick.maps for row in m.rows(choice.channels)]
-    if any(sorted(rows) != list(range(site.out_features)) for site, rows in used.items()):
-        raise NoRegion("some rows of a query, key or value projection are used by something else")
-    out = _query_rows(consumer, 0, attention.value_dim, attention, attention.value_dim)
-    return Region("attention", [qk, vv], out, attention)
+    rest = []
+    for number, (site, rows) in enumerate(used.items()):
+        if len(set(rows)) != len(rows):
+            raise NoRegion("some rows of a query, key or value projection are used twice")
+        left = sorted(set(range(site.out_features)) - set(rows))
+        if not left:
+            continue
+        run = next((i for i in range(1, len(left)) if left[i] != left[0] + i), len(left))
+        whole = ChannelMap(run, left[run] - left[0] if run < len(left) else run, left[0])
+        if whole.rows(len(left)) != left:
+            raise NoRegion("some rows of a query, key or value projection are used by nothing")
+        pick = RowPick(site, (whole,))
+        rest.append(Choice(f"rest{number}", len(left), len(left), [pick], whole=True))
+    return rest
 
 
 def _query_rows(site: Site, offset: int, stride: int, attention: Attention, dim: int) -> RowPick:
@@ -160,20 +193,15 @@ def _query_rows(site: Site, offset: int, stride: int, attention: Attention, dim:
     return RowPick(site, tuple(maps))
 
 
-def _operands(attention: Attention, values: Values) -> tuple[Channels, Channels, Channels]:
-    node = attention.node
-    scores = [values[n] for n in node.all_input_nodes if n in values]
-    first = scores[0]
-    if not isinstance(first, Channels) and not isinstance(first, tuple):
-        mixed = next(v for v in scores if isinstance(v, Channels))
-        return first.query, first.key, mixed
-    held = [values[argument(node, i, name)] for i, name in enumerate(("query", "key", "value"))]
-    query, key, mixed = (value for value in held if isinstance(value, Channels))
-    return query, key, mixed
-
-
 def _drop_overlaps(regions: list[Region], reasons: dict[Site, str]) -> None:
-    """A producer that feeds two regions would need two choices: leave all of them dense."""
+    """A linear cannot serve two choices: attention goes before linears in a row (a low-rank query),
+    and of equals both stay dense."""
+    taken = {s for region in regions if region.kind == "attention" for s in region.sites}
+    for region in list(regions):
+        if region.kind == "ffn" and taken & set(region.sites):
+            regions.remove(region)
+            text = "what it feeds is sliced by an attention region"
+            reasons |= {site: text for site in region.sites if site not in taken}
     count = Counter(site for region in regions for site in region.sites)
     for region in list(regions):
         if any(count[site] > 1 for site in region.sites):
@@ -237,6 +265,7 @@ def _choose_kept(region: Region, rewrite: Rewrite) -> None:
     if sparsity == 0:
         raise NoRegion("the plan keeps it dense (sparsity 0)")
     for choice in region.choices:
-        choice.kept = kept_channels(choice.channels, sparsity, rewrite.options.channel_multiple)
+        if not choice.whole:
+            choice.kept = kept_channels(choice.channels, sparsity, rewrite.options.channel_multiple)
     if all(choice.kept == choice.channels for choice in region.choices):
         raise NoRegion("k rounds up to all of its channels")

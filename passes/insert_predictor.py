@@ -38,6 +38,12 @@ def insert_predictor(rewrite: Rewrite) -> int:
             continue
         with rewrite.graph.inserting_before(first):
             for choice in region.choices:
+                if choice.whole:
+                    where = {"device": _device(choice)}
+                    choice.selection = rewrite.graph.call_function(
+                        torch.arange, (choice.channels,), where
+                    )
+                    continue
                 scores = (
                     _ffn_scores(region, rewrite)
                     if region.kind == "ffn"
@@ -80,7 +86,7 @@ def _head_scores(region: Region, choice: Choice, rewrite: Rewrite) -> fx.Node:
     graph = rewrite.graph
     every = graph.call_function(torch.arange, (choice.channels,), {"device": _device(choice)})
     score: fx.Node | None = None
-    for pick in choice.producers:
+    for pick in (pick for pick in choice.producers if pick.scored):
         x = graph.call_method("detach", (pick.site.x,))
         norms = graph.call_function(
             OPS.low_rank_norms.default, (x, *pick.site.factors, pick.site.token_weight)

@@ -104,7 +104,8 @@ def _width(idx: fx.Node) -> int:
         parts: Any = idx.args[0]
         return sum(_width(part) for part in parts)
     base, _, _, offsets = _as_rows(idx)
-    kept = base.args[1]  # the selection is topk_channels(scores, k)
+    # The selection is topk_channels(scores, k), or arange(n) where every channel is kept.
+    kept = base.args[0] if base.target is torch.arange else base.args[1]
     assert isinstance(kept, int)
     return kept * len(offsets)
 

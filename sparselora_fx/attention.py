@@ -7,31 +7,16 @@ softmax, then probabilities times v). Nothing here looks at module or class name
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.layout import Atom, Layout
-from sparselora_fx.regions import Attention, Site
+from sparselora_fx.movement import permuted
+from sparselora_fx.regions import Attention, Heads, Site
 from sparselora_fx.values import Channels, Port, Scores, Value, Values
 
 _FUSED = {"scaled_dot_product_attention", "flex_attention"}
 _PRODUCTS = {"matmul", "bmm", "__matmul__"}
-
-
-class Heads(NamedTuple):
-    """How one operand's head and head-channel dimensions move through its site's rows."""
-
-    site: Site
-    offset: int
-    heads: int
-    head_stride: int
-    groups: int  # heads come in this many even runs (1, or the kv heads where q, k and v alternate)
-    group_stride: int
-    dim: int
-    repeat_inner: int  # repeats of each head (repeat_kv)
-    repeat_outer: int  # repeats of the whole set of heads
 
 
 def attention_value(node: fx.Node, values: Values) -> Value | None:
@@ -44,35 +29,28 @@ def attention_value(node: fx.Node, values: Values) -> Value | None:
             return _mix(node, *held)  # type: ignore[arg-type]
         return None
     if name in _PRODUCTS:
-        left, right = (
-            values.get(argument(node, i, key)) for i, key in enumerate(("input", "mat2"))
-        )
+        operands = [argument(node, i, key) for i, key in enumerate(("input", "mat2"))]
     elif name == "baddbmm":
-        left, right = (
-            values.get(argument(node, i, key)) for i, key in ((1, "batch1"), (2, "batch2"))
-        )
+        operands = [argument(node, i, key) for i, key in ((1, "batch1"), (2, "batch2"))]
     else:
         return None
+    left, right = (values.get(operand) for operand in operands)
     if isinstance(left, Scores) and isinstance(right, Channels):
         return _mix(node, left.query, left.key, right)
     if isinstance(left, Channels) and isinstance(right, Channels):
-        key = _transposed(right)
+        key = _transposed(operands[1], right)
         roots = left.roots | right.roots
         return Scores(left, key, roots) if left.ports and key.ports else None
     return None
 
 
-def _transposed(value: Channels) -> Channels:
+def _transposed(operand: fx.Node, value: Channels) -> Channels:
     """Keys as [..., tokens, channels] again, from the [..., channels, tokens] that a matmul
     takes."""
-    ports = []
-    for port in value.ports:
-        layout = port.layout
-        if layout is not None:
-            rank = len(layout.dims)
-            layout = layout.permute([*range(rank - 2), rank - 1, rank - 2])
-        ports.append(Port(port.source, layout))
-    return Channels(tuple(ports), value.roots, value.moved)
+    example = tensor(operand)
+    assert example is not None
+    rank = example.dim()
+    return permuted(value, [*range(rank - 2), rank - 1, rank - 2])
 
 
 def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Channels | None:
@@ -80,32 +58,65 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
     out = tensor(node)
     if out is None:
         out = (node.meta.get("example_value") or (None,))[0]
-    q, k, v = (operand_heads(operand) for operand in (query, key, value))
     roots = query.roots | key.roots | value.roots
-    if out is None or q is None or k is None or v is None:
+    v = operand_heads(value)
+    pair = None if v is None else _pair(query, key, v.heads)
+    if out is None or v is None or pair is None or v.groups != 1:
         return Channels((), roots)
-    heads, kv_heads = q.heads, k.heads
-    if q.groups not in (1, kv_heads) or k.groups != 1 or v.groups != 1:
-        return Channels((), roots)
-    if (
-        kv_heads != v.heads
-        or heads % kv_heads
-        or q.dim != k.dim
-        or q.repeat_inner * q.repeat_outer != 1
-    ):
-        return Channels((), roots)
+    q, k = pair
     group_inner = k.repeat_outer == 1 and v.repeat_outer == 1
-    layout = _output_layout(query, tuple(out.shape), heads, v.dim)
+    layout = _output_layout(query, tuple(out.shape), q.heads, v.dim)
     if layout is None or (not group_inner and (k.repeat_inner, v.repeat_inner) != (1, 1)):
         return Channels((), roots)
-    source = Attention(node, heads, kv_heads, q.dim, v.dim, group_inner, roots)
+    source = Attention(node, q, k, v, group_inner, roots)
     return Channels((Port(source, layout),), frozenset([source]) | roots, moved=True)
+
+
+def _pair(query: Channels, key: Channels, kv_heads: int) -> tuple[Heads, Heads] | None:
+    """The queries and keys that meet channel by channel: all of a head, or the longest run of its
+    channels that both hold in kv_heads heads (the others stay as they are)."""
+    found: list[tuple[Heads, Heads]] = []
+    keys = _runs(key)
+    for start, q in _runs(query):
+        for other, k in keys:
+            low, high = max(start, other), min(start + q.dim, other + k.dim)
+            if low < high and _compatible(q, k, kv_heads):
+                found.append(
+                    (
+                        q._replace(offset=q.offset + low - start, dim=high - low),
+                        k._replace(offset=k.offset + low - other, dim=high - low),
+                    )
+                )
+    return max(found, key=lambda pair: pair[0].dim, default=None)
+
+
+def _compatible(q: Heads, k: Heads, kv_heads: int) -> bool:
+    if k.heads != kv_heads or k.groups != 1 or q.groups not in (1, kv_heads):
+        return False
+    return q.heads % kv_heads == 0 and q.repeat_inner * q.repeat_outer == 1
+
+
+def _runs(value: Channels) -> list[tuple[int, Heads]]:
+    """The runs of head channels that belong to one site: ``(first channel, heads)``."""
+    segments = value.segments
+    whole = operand_heads(value)
+    if whole is not None or segments is None or segments.axis != -1:
+        return [] if whole is None else [(0, whole)]
+    runs, start = [], 0
+    for size, part in segments.parts:
+        heads = None if part is None else operand_heads(part)
+        if heads is not None and heads.dim == size:
+            runs.append((start, heads))
+        start += size
+    return runs
 
 
 def _output_layout(query: Channels, shape: tuple[int, ...], heads: int, dim: int) -> Layout | None:
     """The layout of the mix: as the query's, with head h at stride ``dim`` and its channels at
     stride 1."""
-    model = query.ports[0].layout
+    parts = [query, *(part for _, part in (query.segments.parts if query.segments else ()))]
+    layouts = [part.ports[0].layout for part in parts if part is not None and part.ports]
+    model = next((layout for layout in layouts if layout is not None), None)
     if model is None or len(model.dims) != len(shape) or shape[-1] != dim:
         return None
     dims = [

@@ -26,6 +26,7 @@ from sparselora_fx.values import (
     Channels,
     Port,
     Scores,
+    Segments,
     Value,
     Values,
     completes_site,
@@ -103,7 +104,9 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
     out = tensor(node)
     assert out is not None
     aligned = tuple(_align(port, out.dim()) for port in ports)
-    return Channels(aligned, frozenset().union(*(value.roots for value in channels)))
+    segments = channels[0].segments if len(channels) == 1 else None
+    roots = frozenset().union(*(value.roots for value in channels))
+    return Channels(aligned, roots, segments=segments)
 
 
 def _align(port: Port, rank: int) -> Port:
@@ -137,4 +140,20 @@ def _join(node: fx.Node, values: Values) -> Channels | None:
         rest = [Port(source, None) for source in sources if source is not first_ports[0].source]
         moved = all(value.moved for value in known)
         return Channels((Port(first_ports[0].source, joined), *rest), roots, moved=moved)
-    return Channels(tuple(Port(source, None) for source in sources), roots)
+    ports = tuple(Port(source, None) for source in sources)
+    return Channels(ports, roots, segments=_segments(node, pieces, values))
+
+
+def _segments(node: fx.Node, pieces: Sequence[fx.Node], values: Values) -> Segments | None:
+    """The pieces of a ``cat`` side by side, where their sizes are known."""
+    out = tensor(node)
+    if op_name(node) == "stack" or out is None:
+        return None
+    axis = axis_argument(node, 1, "dim", out.dim())
+    parts = []
+    for piece in pieces:
+        shape, held = tensor(piece), values.get(piece)
+        if shape is None or not isinstance(shape.shape[axis], int):
+            return None
+        parts.append((shape.shape[axis], held if isinstance(held, Channels) else None))
+    return Segments(axis - out.dim(), tuple(parts))

@@ -18,6 +18,12 @@ _TRANSPARENT = {
 }  # fmt: skip
 
 
+_SHAPE_QUERIES = {
+    "size", "dim", "numel", "stride", "is_floating_point", "sym_size", "new_empty", "new_zeros",
+    "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like",
+}  # fmt: skip
+
+
 def op_name(node: fx.Node) -> str:
     """The name of what a call node does, the same for a function and for a method (``torch.mul``,
     ``x.mul`` -> ``mul``)."""
@@ -63,7 +69,7 @@ def axis_argument(node: fx.Node, position: int, name: str, rank: int, default: i
 def is_shape_query(node: fx.Node) -> bool:
     """Whether a node reads only sizes, dtypes or devices: it returns no tensor made from its
     input's data."""
-    if op_name(node) in ("size", "dim", "numel", "stride", "is_floating_point", "sym_size"):
+    if op_name(node) in _SHAPE_QUERIES:
         return True
     return op_name(node) == "getattr" and argument(node, 1, "") in (
         "shape",

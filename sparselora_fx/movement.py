@@ -10,7 +10,7 @@ from torch import fx
 
 from sparselora_fx.fx import argument, axis_argument, tensor
 from sparselora_fx.layout import Atom, Layout
-from sparselora_fx.values import CASTS, PERMUTES, RESHAPES, SPLITS, Channels, Port, Value
+from sparselora_fx.values import CASTS, PERMUTES, RESHAPES, SPLITS, Channels, Port, Segments, Value
 
 
 def move(node: fx.Node, name: str, held: Channels) -> Value | None:
@@ -24,7 +24,7 @@ def move(node: fx.Node, name: str, held: Channels) -> Value | None:
         source = tensor(node.args[0])
         assert source is not None
         order = _order(node, name, source.dim())
-        return None if order is None else _map(held, lambda layout: layout.permute(order))
+        return None if order is None else permuted(held, order)
     if name in ("expand", "broadcast_to", "expand_as") and out is not None:
         return _map(held, lambda layout: layout.expand(out.shape))
     if name == "repeat_interleave" and isinstance(argument(node, 1, "repeats"), int):
@@ -59,7 +59,20 @@ def _as_real(layout: Layout) -> Layout:
     return layout.insert(len(layout.dims), (Atom(2, 1),))
 
 
-def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels | None:
+def permuted(held: Channels, order: list[int]) -> Channels:
+    """What ``x.permute(order)`` holds."""
+    moved = _map(held, lambda layout: layout.permute(order))
+    if held.segments is None:
+        return moved
+    parts = [
+        (n, part if part is None else permuted(part, order)) for n, part in held.segments.parts
+    ]
+    axis = order.index(held.segments.axis + len(order)) - len(order)
+    return replace(moved, segments=Segments(axis, tuple(parts)))
+
+
+def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels:
+    held = replace(held, segments=None)
     ports = tuple(
         Port(port.source, rule(port.layout) if port.layout is not None else None)
         for port in held.ports
@@ -172,6 +185,5 @@ def _split(node: fx.Node, name: str, held: Channels) -> tuple[Channels, ...] | N
                 return None
             part = _map(held, lambda layout, at=start, n=size: layout.slice(axis, at, n))  # type: ignore[misc]
             start += size
-        assert part is not None
         parts.append(part)
     return tuple(parts)

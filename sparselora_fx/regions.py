@@ -4,7 +4,7 @@ rewritten."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx
@@ -76,18 +76,47 @@ class Site:
         return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) == 5 else None
 
 
+class Heads(NamedTuple):
+    """How one operand's head and head-channel dimensions move through its site's rows."""
+
+    site: Site
+    offset: int
+    heads: int
+    head_stride: int
+    groups: int  # heads come in this many even runs (1, or the kv heads where q, k and v alternate)
+    group_stride: int
+    dim: int
+    repeat_inner: int  # repeats of each head (repeat_kv)
+    repeat_outer: int  # repeats of the whole set of heads
+
+
 @dataclass(eq=False)
 class Attention:
     """The product of one attention: heads of queries, keys and values, and the node that returns
-    the mix."""
+    the mix. Queries and keys may be a part of each head's channels (the rest is never sliced)."""
 
     node: fx.Node
-    heads: int
-    kv_heads: int
-    head_dim: int  # of queries and keys
-    value_dim: int
+    query: Heads
+    key: Heads
+    value: Heads
     group_inner: bool  # query head h*G+g (True) or g*Hkv+h (False) shares kv head h
     roots: frozenset[Source]
+
+    @property
+    def heads(self) -> int:
+        return self.query.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.dim
 
 
 Source = Site | Attention
@@ -100,6 +129,7 @@ class RowPick:
 
     site: Site
     maps: tuple[ChannelMap, ...]
+    scored: bool = True  # whether its norms say how much a channel matters (a gate's do not)
 
     @property
     def offsets(self) -> list[int]:
@@ -111,11 +141,12 @@ class Choice:
     """One channel choice of a region: how many channels there are, how many are kept, and the rows
     it selects."""
 
-    name: str  # "ffn", "qk" or "v"
+    name: str  # "ffn", "qk", "v", or "rest..." for rows that are always kept
     channels: int
     kept: int
     producers: list[RowPick]
     selection: fx.Node | None = None  # int64[kept], set by insert_predictor
+    whole: bool = False  # rows that no choice may drop: every channel is kept
 
 
 @dataclass(eq=False)

@@ -19,6 +19,15 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """The pieces of a concatenation along one dimension (negative: counted from the last): sizes,
+    and what each piece holds."""
+
+    axis: int
+    parts: tuple[tuple[int, Channels | None], ...]
+
+
+@dataclass(frozen=True)
 class Channels:
     """A tensor made from sites' outputs. ``moved`` means by data movement only, so it has one
     port."""
@@ -26,6 +35,7 @@ class Channels:
     ports: tuple[Port, ...]
     roots: frozenset[Source]
     moved: bool = False
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True)
