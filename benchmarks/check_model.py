@@ -122,7 +122,10 @@ def step(model: nn.Module, data: dict[str, Any]) -> Step:
 def no_cache(model: nn.Module) -> dict[str, bool]:
     """``use_cache=False`` for the models that know it."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    known = inspect.signature(base.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    takes = "use_cache" in known or (open_ended and hasattr(base.config, "use_cache"))
+    return {"use_cache": False} if takes else {}
 
 
 def compiled_step(model: nn.Module, data: dict[str, Any], backend: str) -> Step:

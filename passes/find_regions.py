@@ -76,8 +76,10 @@ def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
     attention = attention_of(value)
     if attention is not None:
         return _attention_region(consumer, value, attention)
-    if any(isinstance(source, Attention) for source in value.roots) or not value.ports:
+    if any(isinstance(source, Attention) for source in value.roots):
         raise NoRegion("its input comes from an attention whose head layout is not understood")
+    if not value.ports:
+        raise NoRegion("its input is no function, channel by channel, of what linears return")
     return _ffn_region(consumer, value, values)
 
 

@@ -39,10 +39,7 @@ def insert_predictor(rewrite: Rewrite) -> int:
         with rewrite.graph.inserting_before(first):
             for choice in region.choices:
                 if choice.whole:
-                    where = {"device": _device(choice)}
-                    choice.selection = rewrite.graph.call_function(
-                        torch.arange, (choice.channels,), where
-                    )
+                    choice.selection = _every_channel(rewrite.graph, choice)
                     continue
                 scores = (
                     _ffn_scores(region, rewrite)
@@ -84,7 +81,7 @@ def _head_scores(region: Region, choice: Choice, rewrite: Rewrite) -> fx.Node:
     """Per kv channel, the product over producers of their column norms, a query's averaged over
     the heads that share it."""
     graph = rewrite.graph
-    every = graph.call_function(torch.arange, (choice.channels,), {"device": _device(choice)})
+    every = _every_channel(graph, choice)
     score: fx.Node | None = None
     for pick in (pick for pick in choice.producers if pick.scored):
         x = graph.call_method("detach", (pick.site.x,))
@@ -98,6 +95,10 @@ def _head_scores(region: Region, choice: Choice, rewrite: Rewrite) -> fx.Node:
         score = norms if score is None else graph.call_function(torch.mul, (score, norms))
     assert score is not None
     return score
+
+
+def _every_channel(graph: fx.Graph, choice: Choice) -> fx.Node:
+    return graph.call_function(torch.arange, (choice.channels,), {"device": _device(choice)})
 
 
 def channel_rows(graph: fx.Graph, channels: fx.Node, pick: RowPick) -> fx.Node:

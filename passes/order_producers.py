@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name
+from sparselora_fx.fx import argument, op_name, writes
 from sparselora_fx.regions import Region, Rewrite
 from sparselora_fx.scoring import side_inputs
 
@@ -60,17 +60,6 @@ def _sink(rewrite: Rewrite, region: Region, first: fx.Node, last: fx.Node) -> bo
         at.append(node)
         at = node
     return True
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a call changes one of its inputs, or may do anything else than return a value."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    name = op_name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    augmented = name.startswith("__i") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
-    flagged = bool(node.kwargs.get("inplace") or node.kwargs.get("out") is not None)
-    return in_place or augmented or flagged or not node.users
 
 
 def is_random(node: fx.Node) -> bool:

@@ -42,8 +42,8 @@ class CompiledForward:
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
-        self.cacheable = "use_cache" in inspect.signature(self.base_forward).parameters
         config = getattr(base, "config", None)
+        self.cacheable = _takes_use_cache(self.base_forward, config)
         # One token grid would have to serve two stacks of other lengths: every token is sparse
         # then.
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -201,6 +201,15 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
         raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
     if lora_branch not in ("dense", "sparse"):
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
+
+
+def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
+    """Whether a forward knows ``use_cache``: by name, or (transformers) among its open keywords."""
+    known = inspect.signature(forward).parameters
+    if "use_cache" in known:
+        return True
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return open_ended and hasattr(config, "use_cache")
 
 
 def _checked(

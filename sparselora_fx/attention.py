@@ -7,6 +7,8 @@ softmax, then probabilities times v). Nothing here looks at module or class name
 
 from __future__ import annotations
 
+import itertools
+
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
@@ -65,7 +67,7 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
         return Channels((), roots)
     q, k = pair
     group_inner = k.repeat_outer == 1 and v.repeat_outer == 1
-    layout = _output_layout(query, tuple(out.shape), q.heads, v.dim)
+    layout = _output_layout((query, value), tuple(out.shape), q.heads, v.dim)
     if layout is None or (not group_inner and (k.repeat_inner, v.repeat_inner) != (1, 1)):
         return Channels((), roots)
     source = Attention(node, q, k, v, group_inner, roots)
@@ -111,14 +113,22 @@ def _runs(value: Channels) -> list[tuple[int, Heads]]:
     return runs
 
 
-def _output_layout(query: Channels, shape: tuple[int, ...], heads: int, dim: int) -> Layout | None:
-    """The layout of the mix: as the query's, with head h at stride ``dim`` and its channels at
+def _output_layout(
+    operands: tuple[Channels, ...], shape: tuple[int, ...], heads: int, dim: int
+) -> Layout | None:
+    """The layout of the mix: as an operand's, with head h at stride ``dim`` and its channels at
     stride 1."""
-    parts = [query, *(part for _, part in (query.segments.parts if query.segments else ()))]
-    layouts = [part.ports[0].layout for part in parts if part is not None and part.ports]
-    model = next((layout for layout in layouts if layout is not None), None)
-    if model is None or len(model.dims) != len(shape) or shape[-1] != dim:
-        return None
+    parts = [(c, *(p for _, p in c.segments.parts)) if c.segments else (c,) for c in operands]
+    ports = [port for c in itertools.chain(*parts) if c is not None for port in c.ports]
+    for model in (port.layout for port in ports):
+        if model is not None and len(model.dims) == len(shape) and shape[-1] == dim:
+            found = _renumbered(model, heads, dim)
+            if found is not None:
+                return found
+    return None
+
+
+def _renumbered(model: Layout, heads: int, dim: int) -> Layout | None:
     dims = [
         tuple(Atom(a.size, None) for a in d if a.stride is None) if model.is_token(i) else d
         for i, d in enumerate(model.dims)
@@ -133,10 +143,8 @@ def _output_layout(query: Channels, shape: tuple[int, ...], heads: int, dim: int
             stride //= int(atom.size)
             renumbered.append(Atom(atom.size, stride))
         dims[axis] = tuple(renumbered)
-    if stride != dim:
-        return None
     dims[-1] = (Atom(dim, 1),)
-    return Layout(0, tuple(dims))
+    return Layout(0, tuple(dims)) if stride == dim else None
 
 
 def operand_heads(value: Channels) -> Heads | None:

@@ -14,7 +14,15 @@ from dataclasses import replace
 from torch import fx
 
 from sparselora_fx.attention import attention_value
-from sparselora_fx.fx import argument, axis_argument, is_pointwise, op_name, tensor
+from sparselora_fx.fx import (
+    argument,
+    axis_argument,
+    is_pointwise,
+    is_shape_query,
+    op_name,
+    tensor,
+    writes,
+)
 from sparselora_fx.layout import Layout, concatenate, stack
 from sparselora_fx.movement import move
 from sparselora_fx.regions import Site, Source
@@ -30,6 +38,7 @@ from sparselora_fx.values import (
     Value,
     Values,
     completes_site,
+    sources_of,
 )
 
 
@@ -37,6 +46,7 @@ def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
     """The value of every node that holds sites' channels. Attention nodes become sources of their
     own."""
     starts = {site.node: site for site in sites}
+    branches = {node for site in sites for node in site.adapter_nodes}
     values: Values = {}
     for node in graph.nodes:
         if node in starts:
@@ -45,9 +55,9 @@ def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
             port = Port(starts[node], Layout.of_linear(out.shape))
             values[node] = Channels((port,), frozenset([starts[node]]), moved=True)
             continue
-        if not any(source in values for source in node.all_input_nodes):
-            continue
-        found = attention_value(node, values) or _transfer(node, values)
+        if node in branches or not any(source in values for source in node.all_input_nodes):
+            continue  # a LoRA branch is part of its site
+        found = attention_value(node, values) or _transfer(node, values) or _opaque(node, values)
         if found is not None:
             values[node] = found
     return values
@@ -58,7 +68,9 @@ def _transfer(node: fx.Node, values: Values) -> Value | None:
     first = node.args[0] if node.args else None
     held = values.get(first) if isinstance(first, fx.Node) else None
     if name in ("cat", "concat", "concatenate", "stack"):
-        return _join(node, values)
+        pieces = [values.get(piece) for piece in node.all_input_nodes]
+        scores = [piece for piece in pieces if isinstance(piece, Scores)]
+        return scores[0] if len(scores) == 1 else _join(node, values)
     if isinstance(held, tuple):
         return held[node.args[1]] if name == "getitem" and isinstance(node.args[1], int) else None
     if isinstance(held, Scores):
@@ -72,6 +84,19 @@ def _transfer(node: fx.Node, values: Values) -> Value | None:
         if name in REDUCTIONS and _keeps_dim(node):
             return Channels((), held.roots)
     return _pointwise(node, values)
+
+
+def _opaque(node: fx.Node, values: Values) -> Value | None:
+    """Something made from channels in a way that no rule knows: no ports, but its roots are kept,
+    so that it may still end in the consumer alone."""
+    made = node.meta.get("example_value")
+    if writes(node) or is_shape_query(node):
+        return None
+    held = [values[source] for source in node.all_input_nodes if source in values]
+    unknown = Channels((), frozenset().union(*(sources_of(value) for value in held)))
+    if isinstance(made, tuple | list):
+        return tuple(unknown for _ in made)
+    return None if tensor(node) is None else unknown
 
 
 def _keeps_dim(node: fx.Node) -> bool:
@@ -120,7 +145,10 @@ def _align(port: Port, rank: int) -> Port:
 def _join(node: fx.Node, values: Values) -> Channels | None:
     """``cat`` and ``stack``: first ports that continue each other join; anything else becomes a
     mixed port."""
-    pieces = argument(node, 0, "tensors")
+    pieces = [piece for piece in argument(node, 0, "tensors") if not _is_nothing(piece)]
+    if len(pieces) == 1 and op_name(node) != "stack":
+        only = values.get(pieces[0])
+        return only if isinstance(only, Channels) else None
     held = [values.get(piece) for piece in pieces]
     known = [value for value in held if isinstance(value, Channels)]
     out = tensor(node)
@@ -142,6 +170,12 @@ def _join(node: fx.Node, values: Values) -> Channels | None:
         return Channels((Port(first_ports[0].source, joined), *rest), roots, moved=moved)
     ports = tuple(Port(source, None) for source in sources)
     return Channels(ports, roots, segments=_segments(node, pieces, values))
+
+
+def _is_nothing(piece: fx.Node) -> bool:
+    """Whether ``cat`` skips a piece: a list without elements (an empty cache)."""
+    example = tensor(piece)
+    return example is not None and example.dim() == 1 and example.shape[0] == 0
 
 
 def _segments(node: fx.Node, pieces: Sequence[fx.Node], values: Values) -> Segments | None:

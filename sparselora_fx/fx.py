@@ -79,6 +79,17 @@ def is_shape_query(node: fx.Node) -> bool:
     )
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a call changes one of its inputs, or may do anything else than return a value."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    name = op_name(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = name.startswith("__i") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+    flagged = bool(node.kwargs.get("inplace") or node.kwargs.get("out") is not None)
+    return in_place or augmented or flagged or not node.users
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from sparselora_fx.regions import Site
 from sparselora_fx.values import CASTS, NORMS, RESHAPES, Channels, Values, completes_site
 
 _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
-_REPLAYED = NORMS | {"mean", "sum", "var", "normalize"}
+_REPLAYED = NORMS | {"mean", "sum", "var", "std", "normalize"}
 
 
 def can_score(node: fx.Node, values: Values) -> bool:

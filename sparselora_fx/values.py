@@ -66,7 +66,7 @@ RESHAPES = {
 PERMUTES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "moveaxis"}
 SPLITS = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes"}
 NORMS = {"layer_norm", "rms_norm"}
-REDUCTIONS = {"mean", "sum", "var", "norm", "amax", "linalg_vector_norm", "vector_norm"}
+REDUCTIONS = {"mean", "sum", "var", "std", "norm", "amax", "linalg_vector_norm", "vector_norm"}
 
 
 def completes_site(node: fx.Node, value: Value) -> bool:
