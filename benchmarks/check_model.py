@@ -27,7 +27,7 @@ BOUND = 1e-9
 FP32_BOUND = 1e-4
 _TIMES_NOISE = 20
 # PEFT refuses an adapter there: the fused kernels of these models read the weight themselves.
-_NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+_NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _ATTENTION = re.compile(r"attn|attend|attention")
 _STATE = re.compile(r"mamba|ssm|recurrent|temporal_block|linear_attn|conv|lstm|delta|rnn|mixer|lru")
 _OTHER = re.compile(r"router|gate$|indexer|pooler|classifier|score|lm_head|embed|head$|hyper")
@@ -58,6 +58,8 @@ def check(
         data = tiny_models.batch(task, model_type, base)
         row["experts"] = _expert_stacks(base)
         model = adapted(base)
+        if tiny_models.overrides(task, model_type).get("_grad_inputs"):
+            model.enable_input_require_grads()  # type: ignore[operator]
         with called(model) as used:
             eager = step(model, data)
         if not torch.isfinite(eager.loss):

@@ -225,6 +225,10 @@ def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
         if "classification" not in task:
             data["labels"] = ids.masked_fill(mask == 0, -100)
         data |= {"input_ids": ids, "attention_mask": mask}
+        if "_codebooks" in given:  # a sample is one row of tokens per codebook
+            count = given["_codebooks"]
+            data["input_ids"] = ids.repeat_interleave(count, dim=0)
+            data["labels"] = data["labels"][..., None].expand(-1, -1, count).contiguous()
     for name, shape in extra.items():
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         data[name] = values.to(dtype_of(task, model_type))

@@ -1,7 +1,9 @@
 """What the general rules of `tiny_models` cannot know: fields of single configurations.
 
 Names with a leading underscore are about the batch: ``_length`` tokens, ``_padding`` of them in the
-last sample, ``_dtype`` where fp64 cannot run, ``_extra`` further random inputs with their shapes.
+last sample, ``_dtype`` where fp64 cannot run, ``_extra`` further random inputs with their shapes,
+``_codebooks`` rows of tokens a sample, ``_grad_inputs`` where a model trains only with gradients at
+its input.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 12, "head_dim": 8},
     "mimo_v2_flash": {"num_attention_heads": 12},
+    "causal-lm/musicgen": {"_codebooks": 4},
+    "causal-lm/musicgen_melody": {"_codebooks": 4},
     "prophetnet": {"_padding": 0},
     "qwen4_exp": {"text_config": _QSA},
     "qwen4_exp_text": _QSA,
@@ -51,7 +55,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 32),
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 4, "_length": 16,
     },
-    "causal-lm/reformer": {"is_decoder": True},
+    "causal-lm/reformer": {"is_decoder": True, "_grad_inputs": True},
     "xglm": {"_dtype": "float32"},
     "xlstm": {"chunk_size": 16, "_length": 16, "mode": "train"},
     "xmod": {"languages": ("en_XX", "de_DE"), "default_language": "en_XX"},

@@ -8,10 +8,11 @@ from torch import fx
 
 from sparselora_fx.channels import propagate
 from sparselora_fx.fx import is_shape_query, op_name, tensor
-from sparselora_fx.layout import ChannelMap, channel_map, same_count
+from sparselora_fx.layout import Atom, ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
     Choice,
+    Heads,
     Region,
     Rewrite,
     RowPick,
@@ -121,21 +122,14 @@ def _attention_region(consumer: Site, value: Channels, attention: Attention) -> 
     columns = attention.heads * attention.value_dim
     if mapped not in {(columns, ChannelMap(1, 1, 0))} or consumer.in_features != columns:
         raise NoRegion("the attention's output reaches it in another order than head by head")
-    q, k, v = attention.query, attention.key, attention.value
-    picks = {
-        "q": _query_rows(q.site, q.offset, q.head_stride, attention, attention.head_dim),
-        "k": RowPick(k.site, (ChannelMap(attention.head_dim, k.head_stride, k.offset),)),
-        "v": RowPick(v.site, (ChannelMap(attention.value_dim, v.head_stride, v.offset),)),
-    }
-    if q.groups > 1 and attention.group_inner:
-        inner = [m._replace(outer_stride=q.group_stride) for m in picks["q"].maps]
-        picks["q"] = RowPick(q.site, tuple(inner))
-    elif q.groups > 1:
-        raise NoRegion("its query heads alternate with keys and values, and share them in turns")
-    out = _query_rows(consumer, 0, attention.value_dim, attention, attention.value_dim)
+    whole = Heads(consumer, 0, (Atom(attention.heads, attention.value_dim),), attention.value_dim)
+    q, k, v, out = (
+        _rows(heads, attention)
+        for heads in (attention.query, attention.key, attention.value, whole)
+    )
     gates = [_gate(p, out, attention) for p in value.ports if p.source is not attention]
-    qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [picks["q"], picks["k"]])
-    producers = [picks["v"], *(gate for gate in gates if gate is not None)]
+    qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [q, k])
+    producers = [v, *(gate for gate in gates if gate is not None)]
     vv = Choice("v", attention.kv_heads * attention.value_dim, 0, producers)
     return Region("attention", [qk, *_rest([qk, vv]), vv], out, attention)
 
@@ -183,16 +177,13 @@ def _rest(choices: list[Choice]) -> list[Choice]:
     return rest
 
 
-def _query_rows(site: Site, offset: int, stride: int, attention: Attention, dim: int) -> RowPick:
-    """Rows of every query head that shares a kv head, for a channel of that kv head (`repeat_kv`'s
+def _rows(heads: Heads, attention: Attention) -> RowPick:
+    """Rows of every head that shares a kv head, for a channel of that kv head (`repeat_kv`'s
     order)."""
-    group = attention.heads // attention.kv_heads
-    if attention.group_inner:
-        maps = [ChannelMap(dim, group * stride, offset + g * stride) for g in range(group)]
-    else:
-        step = attention.kv_heads * stride
-        maps = [ChannelMap(dim, stride, offset + g * step) for g in range(group)]
-    return RowPick(site, tuple(maps))
+    maps = heads.maps(attention.kv_heads, attention.group_inner)
+    if maps is None:
+        raise NoRegion("the heads of its queries, keys or values are no affine map of weight rows")
+    return RowPick(heads.site, maps)
 
 
 def _drop_overlaps(regions: list[Region], reasons: dict[Site, str]) -> None:

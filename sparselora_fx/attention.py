@@ -8,6 +8,7 @@ softmax, then probabilities times v). Nothing here looks at module or class name
 from __future__ import annotations
 
 import itertools
+import math
 
 from torch import fx
 
@@ -62,12 +63,12 @@ def _mix(node: fx.Node, query: Channels, key: Channels, value: Channels) -> Chan
         out = (node.meta.get("example_value") or (None,))[0]
     roots = query.roots | key.roots | value.roots
     v = operand_heads(value)
-    pair = None if v is None else _pair(query, key, v.heads)
-    if out is None or v is None or pair is None or v.groups != 1:
+    pair = None if v is None else _pair(query, key, v.number)
+    if out is None or v is None or pair is None:
         return Channels((), roots)
     q, k = pair
     group_inner = k.repeat_outer == 1 and v.repeat_outer == 1
-    layout = _output_layout((query, value), tuple(out.shape), q.heads, v.dim)
+    layout = _output_layout((query, value), tuple(out.shape), q.number, v.dim)
     if layout is None or (not group_inner and (k.repeat_inner, v.repeat_inner) != (1, 1)):
         return Channels((), roots)
     source = Attention(node, q, k, v, group_inner, roots)
@@ -93,9 +94,9 @@ def _pair(query: Channels, key: Channels, kv_heads: int) -> tuple[Heads, Heads] 
 
 
 def _compatible(q: Heads, k: Heads, kv_heads: int) -> bool:
-    if k.heads != kv_heads or k.groups != 1 or q.groups not in (1, kv_heads):
+    if k.number != kv_heads:
         return False
-    return q.heads % kv_heads == 0 and q.repeat_inner * q.repeat_outer == 1
+    return q.number % kv_heads == 0 and q.repeat_inner * q.repeat_outer == 1
 
 
 def _runs(value: Channels) -> list[tuple[int, Heads]]:
@@ -163,24 +164,13 @@ def operand_heads(value: Channels) -> Heads | None:
     outer = [atom for atom in outer if atom.stride is not None]
     if len(inner) != 1 or inner[0].stride != 1 or not isinstance(inner[0].size, int):
         return None
-    moving = [atom for atom in outer if atom.stride != 0]
-    if len(moving) > 2 or any(not isinstance(atom.size, int) for atom in outer):
+    if any(not isinstance(atom.size, int) for atom in outer):
         return None
-    groups, group_stride = 1, 0
-    if len(moving) == 2:
-        size, stride = int(moving[1].size), moving[1].stride or 0
-        if moving[0].stride != size * stride:
-            groups, group_stride = int(moving[0].size), moving[0].stride or 0
-        moving = [Atom(int(moving[0].size) * size, stride)]
-    head = moving[0] if moving else Atom(1, 0)
-    repeats = [1, 1]
-    before = True
-    for atom in outer:
-        if atom.stride == 0:
-            repeats[1 if before and moving else 0] *= int(atom.size)
-        else:
-            before = False
+    moving = [i for i, atom in enumerate(outer) if atom.stride != 0]
+    first, last = (moving[0], moving[-1] + 1) if moving else (0, 0)
+    if any(atom.stride == 0 for atom in outer[first:last]):
+        return None
+    repeats = [math.prod(int(a.size) for a in part) for part in (outer[last:], outer[:first])]
     return Heads(
-        port.source, layout.offset, int(head.size), head.stride or 0, groups, group_stride,
-        inner[0].size, repeats[0], repeats[1],
-    )  # fmt: skip
+        port.source, layout.offset, tuple(outer[first:last]), inner[0].size, repeats[0], repeats[1]
+    )

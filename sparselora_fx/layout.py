@@ -14,7 +14,7 @@ atoms of stride None. This is the layout idea of CuTe, restricted to what tracin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -125,15 +125,7 @@ class Layout:
     def channel_atoms(self, axis: int) -> list[Atom]:
         """The atoms of one dimension that move through rows or repeat them; adjacent ones
         merged."""
-        merged: list[Atom] = []
-        for atom in self.dims[axis]:
-            if _equal(atom.size, 1):
-                continue
-            if merged and _mergeable(merged[-1], atom):
-                merged[-1] = Atom(merged[-1].size * atom.size, atom.stride)
-            else:
-                merged.append(atom)
-        return merged
+        return merge_atoms(self.dims[axis])
 
     def is_token(self, axis: int) -> bool:
         """Whether a dimension holds tokens only (or has size 1)."""
@@ -188,6 +180,26 @@ def channel_map(layout: Layout, axis: int = -1) -> tuple[int, ChannelMap] | None
     if len(atoms) == 2 and atoms[1].stride == 1:
         return sizes[0] * sizes[1], ChannelMap(sizes[1], _stride(atoms[0]), layout.offset)
     return None
+
+
+def merge_atoms(atoms: Iterable[Atom]) -> list[Atom]:
+    """The same index map in as few atoms as possible."""
+    merged: list[Atom] = []
+    for atom in atoms:
+        if _equal(atom.size, 1):
+            continue
+        if merged and _mergeable(merged[-1], atom):
+            merged[-1] = Atom(merged[-1].size * atom.size, atom.stride)
+        else:
+            merged.append(atom)
+    return merged
+
+
+def split_atoms(atoms: Sequence[Atom], inner: int) -> tuple[Dim, Dim] | None:
+    """Atoms as an outer and an inner part, of which the inner one has ``inner`` elements."""
+    left = list(atoms)
+    taken = _take(left, inner)
+    return None if taken is None else (tuple(left), taken)
 
 
 def _stride(atom: Atom) -> int:

@@ -3,13 +3,15 @@ rewritten."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx
 
-from sparselora_fx.layout import ChannelMap
+from sparselora_fx.layout import Atom, ChannelMap, merge_atoms, split_atoms
 
 if TYPE_CHECKING:
     from sparselora_fx.values import Values
@@ -81,13 +83,32 @@ class Heads(NamedTuple):
 
     site: Site
     offset: int
-    heads: int
-    head_stride: int
-    groups: int  # heads come in this many even runs (1, or the kv heads where q, k and v alternate)
-    group_stride: int
+    atoms: tuple[Atom, ...]  # of the head dimensions, outermost first
     dim: int
-    repeat_inner: int  # repeats of each head (repeat_kv)
-    repeat_outer: int  # repeats of the whole set of heads
+    repeat_inner: int = 1  # repeats of each head (repeat_kv)
+    repeat_outer: int = 1  # repeats of the whole set of heads
+
+    @property
+    def number(self) -> int:
+        """How many heads there are in the site's rows."""
+        return math.prod(int(atom.size) for atom in self.atoms)
+
+    def maps(self, kv_heads: int, group_inner: bool) -> tuple[ChannelMap, ...] | None:
+        """Rows of kv channel ``head * dim + d`` in each head that shares the kv head (one map per
+        such head), or None if they are no affine map."""
+        cut = split_atoms(self.atoms, self.number // kv_heads if group_inner else kv_heads)
+        if cut is None:
+            return None
+        kv, shared = cut if group_inner else cut[::-1]
+        run = merge_atoms([*kv, Atom(self.dim, 1)])
+        if len(run) > 2 or run[-1].stride != 1:
+            return None
+        inner, stride = self.dim, self.dim
+        if len(run) == 2:
+            inner, stride = run[1].size, run[0].stride or 0
+        steps = itertools.product(*(range(int(atom.size)) for atom in shared))
+        starts = [sum(i * (a.stride or 0) for i, a in zip(s, shared, strict=True)) for s in steps]
+        return tuple(ChannelMap(int(inner), stride, self.offset + at) for at in starts)
 
 
 @dataclass(eq=False)
@@ -104,11 +125,11 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        return self.query.heads
+        return self.query.number
 
     @property
     def kv_heads(self) -> int:
-        return self.key.heads
+        return self.key.number
 
     @property
     def head_dim(self) -> int:
