@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.fx import argument, op_name, tensor, writes
 from sparselora_fx.regions import Rewrite
 
 _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
@@ -42,25 +42,25 @@ def _filled_to_cat(graph: fx.Graph, buffer: fx.Node) -> bool:
     if whole is None or whole.dim() == 0:
         return False
     pieces: list[tuple[int, int, fx.Node]] = []
-    writes: list[fx.Node] = []
+    own: list[fx.Node] = []
     for user in users:
         found = _write(user, whole)
         if found is None:
             break
         start, stop, source, nodes = found
         pieces.append((start, stop, source))
-        writes += nodes
+        own += nodes
     pieces.sort(key=lambda piece: piece[0])
     ends = [0, *(stop for _, stop, _ in pieces)]
     starts = [*(start for start, _, _ in pieces), whole.shape[-1]]
-    readers = [user for user in users if user not in writes]
-    if ends != starts or not pieces or not readers or not _in_order(graph, writes, readers):
+    readers = [user for user in users if user not in own]
+    if ends != starts or not pieces or not readers or not _in_order(graph, own, readers):
         return False
-    with graph.inserting_after(max(writes, key=list(graph.nodes).index)):
+    with graph.inserting_after(max(own, key=list(graph.nodes).index)):
         cat = graph.call_function(torch.cat, (tuple(p[2] for p in pieces),), {"dim": -1})
     cat.meta = dict(buffer.meta)
     buffer.replace_all_uses_with(cat, delete_user_cb=lambda user: user in readers)
-    for node in reversed(writes):
+    for node in reversed(own):
         graph.erase_node(node)
     graph.erase_node(buffer)
     return True
@@ -91,10 +91,13 @@ def _write(user: fx.Node, whole: torch.Tensor) -> tuple[int, int, fx.Node, list[
     return (start, stop, source, nodes) if same else None
 
 
-def _in_order(graph: fx.Graph, writes: list[fx.Node], readers: list[fx.Node]) -> bool:
-    """Whether every read comes after the last write."""
+def _in_order(graph: fx.Graph, own: list[fx.Node], readers: list[fx.Node]) -> bool:
+    """Whether every read comes after the last write, and nothing else is changed between them."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    return max(order[node] for node in writes) < min(order[node] for node in readers)
+    first, last = min(own, key=order.__getitem__), max(own, key=order.__getitem__)
+    between = list(graph.nodes)[order[first] : order[last]]
+    others = any(writes(node) for node in between if node not in own)
+    return not others and order[last] < min(order[node] for node in readers)
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from torch import fx
 
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import is_shape_query, op_name, tensor
+from sparselora_fx.fx import op_name, reads_shape_only, tensor
 from sparselora_fx.layout import Atom, ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
@@ -217,7 +217,9 @@ def _check_readers(region: Region, values: Values) -> None:
         if node is consumer.node:
             continue
         for user in node.users:
-            if user in allowed or is_shape_query(user) or _inside(values.get(user), inside):
+            if user in allowed or reads_shape_only(user, node):
+                continue
+            if _inside(values.get(user), inside):
                 continue
             raise NoRegion(f"its channels are also read by {_describe(user)}")
 

@@ -90,6 +90,13 @@ def writes(node: fx.Node) -> bool:
     return in_place or augmented or flagged or not node.users
 
 
+def reads_shape_only(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node uses one of its inputs for its sizes, dtype or device alone."""
+    if op_name(node) in ("expand_as", "view_as", "reshape_as", "type_as"):
+        return node.args[0] is not source
+    return is_shape_query(node)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,0 +1,253 @@
+"""Structures beyond the plain FFN and attention, written by hand: what is sliced, and that it
+equals its masked eager self (`test_near_misses.check` compares both)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_near_misses import HIDDEN, WIDTH, Adapted, Net, check
+from torch import Tensor, nn
+
+HEADS, KV, DIM = 4, 2, 6
+
+
+def heads(x: Tensor, dim: int = DIM) -> Tensor:
+    return x.unflatten(-1, (-1, dim)).transpose(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Block(nn.Module):
+    """Projections by name -> output width (inputs in ``reads``, else WIDTH), and a body."""
+
+    def __init__(
+        self, widths: dict[str, int], body: Callable[..., Tensor], reads: dict[str, int]
+    ) -> None:
+        super().__init__()
+        for name, width in widths.items():
+            self.add_module(name, Adapted(reads.get(name, WIDTH), width))
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def attention(body: Callable[..., Tensor], **widths: int) -> Callable[[], nn.Module]:
+    usual = {"q": HEADS * DIM, "k": KV * DIM, "v": KV * DIM, "o": WIDTH}
+    reads = {"o": HEADS * DIM}
+    return lambda: Block(usual | widths, body, reads)
+
+
+# ---------------------------------------------------------------- gated attention
+
+
+def gated(net: Any, x: Tensor) -> Tensor:
+    mixed = merged(attend(heads(net.q(x)), heads(net.k(x)), heads(net.v(x))))
+    return net.o(mixed * torch.sigmoid(net.gate(x)))
+
+
+def gated_by_half_of_the_query(net: Any, x: Tensor) -> Tensor:
+    q, gate = net.q(x).unflatten(-1, (HEADS, 2 * DIM)).chunk(2, -1)
+    mixed = merged(attend(q.transpose(1, 2), heads(net.k(x)), heads(net.v(x))))
+    return net.o(mixed * torch.sigmoid(gate.flatten(2)))
+
+
+def gated_by_head(net: Any, x: Tensor) -> Tensor:
+    mixed = attend(heads(net.q(x)), heads(net.k(x)), heads(net.v(x))).transpose(1, 2)
+    return net.o((mixed * torch.sigmoid(net.gate(x))[..., None]).flatten(2))
+
+
+def test_a_gate_of_the_attention_output_is_sliced_with_the_values() -> None:
+    record, table = check(attention(gated, gate=HEADS * DIM), 0.5)
+    assert set(record.sites) == {f"{n}.base" for n in "qkvo"} | {"gate.base"}, table
+    assert torch.equal(record.sites["gate.base"][1].sort()[0], record.sites["o.base"][1].sort()[0])
+
+
+def test_a_gate_fused_with_the_queries() -> None:
+    record, table = check(attention(gated_by_half_of_the_query, q=2 * HEADS * DIM), 0.5)
+    assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
+    assert len(record.sites["q.base"][1]) == HEADS * DIM
+
+
+def test_a_gate_of_one_value_a_head_stays_dense() -> None:
+    record, table = check(attention(gated_by_head, gate=HEADS), 0.5)
+    assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
+
+
+# ---------------------------------------------------------------- low-rank keys and values
+
+NOPE, ROPE, RANK = 6, 4, 8
+
+
+def low_rank(net: Any, x: Tensor, *, fill: str) -> Tensor:
+    q_nope, q_rope = heads(net.qb(F.rms_norm(net.qa(x), (RANK,))), NOPE + ROPE).split(
+        (NOPE, ROPE), -1
+    )
+    latent, k_rope = net.kva(x).split((RANK, ROPE), -1)
+    k_nope, v = heads(net.kvb(F.rms_norm(latent, (RANK,))), NOPE + DIM).split((NOPE, DIM), -1)
+    angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.3
+    q_rope = q_rope * angle.cos() + q_rope.roll(1, -1) * angle.sin()
+    k_rope = heads(k_rope, ROPE)
+    k_rope = (k_rope * angle.cos() + k_rope.roll(1, -1) * angle.sin()).expand_as(q_rope)
+    q = torch.cat((q_nope, q_rope), -1)
+    k = torch.cat((k_nope, k_rope), -1)
+    if fill == "copy":
+        k = k_nope.new_empty(*k_nope.shape[:-1], NOPE + ROPE)
+        k[..., :NOPE].copy_(k_nope)
+        k[..., NOPE:].copy_(k_rope)
+    elif fill == "assign":
+        k = torch.empty_like(q)
+        k[..., NOPE:] = k_rope
+        k[..., :NOPE] = k_nope
+    if fill == "matmul":
+        weights = (q @ k.transpose(-1, -2) * 0.4).softmax(-1)
+        return net.o(merged(weights @ v))
+    return net.o(merged(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
+@pytest.mark.parametrize("fill", ["cat", "copy", "assign", "matmul"])
+def test_low_rank_keys_and_values(fill: str) -> None:
+    widths = {
+        "qa": RANK, "qb": HEADS * (NOPE + ROPE), "kva": RANK + ROPE, "kvb": HEADS * (NOPE + DIM),
+        "o": WIDTH,
+    }  # fmt: skip
+    reads = {"qb": RANK, "kvb": RANK, "o": HEADS * DIM}
+    record, table = check(
+        lambda: Block(widths, lambda net, x: low_rank(net, x, fill=fill), reads), 0.5
+    )
+    assert set(record.sites) == {"qb.base", "kvb.base", "o.base"}, table
+    rotary = [h * (NOPE + ROPE) + NOPE + i for h in range(HEADS) for i in range(ROPE)]
+    assert set(rotary) <= set(record.sites["qb.base"][1].tolist()), "rotary rows are always kept"
+    assert len(record.sites["qb.base"][1]) == HEADS * NOPE // 2 + len(rotary)
+
+
+def read_between(net: Any, x: Tensor) -> Tensor:
+    h = torch.empty(*x.shape[:-1], HIDDEN, dtype=x.dtype)
+    h[..., :20] = F.silu(net.a(x))[..., :20]
+    seen = h[..., :20].sum()
+    h[..., 20:] = net.b(x)[..., 20:]
+    return net.out(h) * seen
+
+
+def written_twice(net: Any, x: Tensor) -> Tensor:
+    h = torch.empty(*x.shape[:-1], HIDDEN, dtype=x.dtype)
+    h[..., :30] = F.silu(net.a(x))[..., :30]
+    h[..., 20:] = net.b(x)[..., 20:]
+    return net.out(h)
+
+
+def source_changed_between(net: Any, x: Tensor) -> Tensor:
+    a = F.silu(net.a(x)) * 1.0
+    h = torch.empty(*x.shape[:-1], HIDDEN, dtype=x.dtype)
+    h[..., :20] = a[..., :20]
+    a.mul_(3.0)
+    h[..., 20:] = a[..., 20:] + net.b(x)[..., 20:]
+    return net.out(h)
+
+
+@pytest.mark.parametrize("body", [read_between, written_twice, source_changed_between])
+def test_a_buffer_that_is_no_concatenation_stays_right(body: Any) -> None:
+    record, table = check(lambda: Net(body))
+    assert record.sites == {}, table
+
+
+# ---------------------------------------------------------------- other attentions
+
+
+def with_sinks(net: Any, x: Tensor) -> Tensor:
+    q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+    k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * 0.4
+    sinks = net.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    scores = torch.cat((scores, sinks), -1)
+    scores = scores - scores.max(-1, keepdim=True).values
+    return net.o(merged(scores.softmax(-1)[..., :-1] @ v))
+
+
+def with_scaled_sinks(net: Any, x: Tensor) -> Tensor:
+    q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+    k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * 0.4
+    total = torch.logsumexp(scores, -1, keepdim=True)
+    scale = torch.sigmoid(total - net.sinks[:, None, None])
+    return net.o(merged(scores.softmax(-1) @ v * scale))
+
+
+def soft_capped(net: Any, x: Tensor) -> Tensor:
+    q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+    k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+    scores = torch.tanh(q @ k.transpose(-1, -2) / 5.0) * 5.0
+    return net.o(merged(scores.softmax(-1) @ v))
+
+
+@pytest.mark.parametrize("body", [with_sinks, with_scaled_sinks, soft_capped])
+def test_scores_may_take_any_way_to_the_mix(body: Any) -> None:
+    record, table = check(attention(body), 0.5)
+    assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
+
+
+def test_heads_in_groups_of_a_fused_projection() -> None:
+    """Two groups, each with two query, two value and two key heads (in that order)."""
+
+    def body(net: Any, x: Tensor) -> Tensor:
+        parts = net.qkv(x).unflatten(-1, (2, 6 * DIM)).split(2 * DIM, -1)
+        q, v, k = (p.unflatten(-1, (2, DIM)).flatten(2, 3).transpose(1, 2) for p in parts)
+        return net.o(merged(F.scaled_dot_product_attention(q, k, v)))
+
+    widths = {"qkv": 3 * HEADS * DIM, "o": WIDTH}
+    record, table = check(lambda: Block(widths, body, {"o": HEADS * DIM}), 0.5)
+    assert set(record.sites) == {"qkv.base", "o.base"}, table
+    columns = record.sites["o.base"][1]
+    values = columns // (2 * DIM) * 6 * DIM + 2 * DIM + columns % (2 * DIM)
+    assert set(values.tolist()) <= set(record.sites["qkv.base"][1].tolist())
+
+
+# ---------------------------------------------------------------- order
+
+
+def parameter_after_producers(net: Any, x: Tensor) -> Tensor:
+    a, b = net.a(x), net.b(x)
+    return net.out(F.silu(a) * b * F.softplus(net.scale))
+
+
+def second_input_after_first_producer(net: Any, x: Tensor) -> Tensor:
+    a = F.silu(net.a(x))
+    return net.out(a * net.b(F.layer_norm(x, (WIDTH,))))
+
+
+@pytest.mark.parametrize("body", [parameter_after_producers, second_input_after_first_producer])
+def test_what_the_predictor_reads_may_come_late(body: Any) -> None:
+    record, table = check(lambda: Net(body))
+    assert set(record.sites) == {"a.base", "b.base", "out.base"}, table
+
+
+def random_before_late_input(net: Any, x: Tensor) -> Tensor:
+    a = F.dropout(net.a(x), 0.4)
+    return net.out(a * net.b(F.dropout(x, 0.4)))
+
+
+def written_before_late_input(net: Any, x: Tensor) -> Tensor:
+    scale = torch.ones(WIDTH, dtype=x.dtype)
+    a = net.a(x)
+    scale.mul_(0.5)
+    return net.out(F.silu(a) * net.b(x * scale))
+
+
+@pytest.mark.parametrize("body", [random_before_late_input, written_before_late_input])
+def test_random_draws_and_writes_keep_their_order(body: Any) -> None:
+    record, table = check(lambda: Net(body))
+    assert record.sites == {}, table
+    assert "computed after its first producer" in table
