@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
@@ -49,6 +50,9 @@ class CompiledForward:
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         kind = str(getattr(base, "loss_type", None) or type(base).__name__)
         self.shift = not any(word in kind for word in _UNSHIFTED)
+        # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
+        # into that one, our backend would never see the graph, and all would be dense.
+        self.step = torch.compiler.disable(self._step)
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +60,10 @@ class CompiledForward:
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
+        return self.step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
         arguments = call_arguments(self.base_forward, args, kwargs)
         self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None

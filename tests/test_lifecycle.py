@@ -181,6 +181,19 @@ def test_two_compiled_models_do_not_meet() -> None:
         oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
 
 
+def test_compiled_once_more_by_the_user() -> None:
+    """`torch.compile` around a compiled model (the Trainer's ``torch_compile``) stays sliced."""
+    model, data = compiled(oracle.llama(dtype=torch.float64)), oracle.batch()
+    outer = torch.compile(model, backend="eager")
+    with slx.record(model) as record:
+        got = oracle.step(outer, data)
+    assert len(record.sites) == 7
+    slx.restore(model)
+    expected = oracle.reference_step(model, data, record)
+    got.gradients = {n.removeprefix("_orig_mod."): g for n, g in got.gradients.items()}
+    oracle.assert_close(got, expected, 1e-9)
+
+
 def test_batch_lengths_recompile_little() -> None:
     model = compiled(oracle.llama(dtype=torch.float64), backend="eager")
     counts = []
