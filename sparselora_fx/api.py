@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from sparselora_fx.recording import get_state
 from sparselora_fx.regional import compile_blocks, repeated_blocks, restore_blocks
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
-from sparselora_fx.state import ATTRIBUTE, State
+from sparselora_fx.state import ATTRIBUTE, State, marked_by
 from sparselora_fx.tokens import call_arguments, split_tokens
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
@@ -122,7 +123,8 @@ def compile(
         regional: compile each repeated block ("layers.0", "layers.1", ...) on its own; alike
             blocks share graphs, so compile time does not grow with depth. The rest runs eagerly.
 
-    A compiled model is restored first. Training calls get `use_cache=False` unless told otherwise.
+    A compiled model is restored first, as is another one (with a warning) that shares frozen
+    linears with it. Training calls get `use_cache=False` unless told otherwise.
 
     Raises:
         CompileError: no module, nothing frozen, meta weights, an unknown word for an option, or no
@@ -135,8 +137,7 @@ def compile(
     assert estimator is not None
     plan, frozen, sparsity = _checked(model, estimator, plan)
     blocks = repeated_blocks(frozen) if regional else []
-    if ATTRIBUTE in model.__dict__:
-        restore(model)
+    _restore_earlier(model, frozen)
     state = State(model, plan, sparsity, frozen)
     runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
     run: Callable[..., Any] = model.forward
@@ -194,6 +195,23 @@ def step(model: nn.Module, n: int, total: int | None = None) -> None:
         n, total, plan.start_step, plan.end_step, plan.ramp
     )  # refuses a fraction without total
     state.step = (n, total)
+
+
+def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:
+    """Restore what is compiled of this model: itself, and any other that shares frozen linears.
+
+    Two marks on one linear would read as a weight that is used twice, which stays dense.
+    """
+    if ATTRIBUTE in model.__dict__:
+        restore(model)
+    for other in marked_by(frozen):
+        warnings.warn(
+            f"a compiled {type(other.model).__name__} shares frozen linears with this "
+            f"{type(model).__name__} (as after merge_and_unload, or with two adapters on one "
+            "base), so that one is restored: a linear belongs to one compiled model at a time",
+            stacklevel=3,
+        )
+        restore(other.model)
 
 
 def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> None:

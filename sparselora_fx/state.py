@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ Mark = tuple[str, str, str, str]  # names on a module: parameter, its two factor
 
 
 _DENSE = SiteSpec(0.0, 0.0).encode()
+
+_OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
 
 # Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes
 # of whatever it reaches
@@ -126,6 +128,7 @@ class State:
                 self.buffers.append((weight.module, name))
         for module, marks in owners.items():
             hook = _site_hook(self.phase.key, tuple(marks))
+            hook.__dict__[_OWNER] = self
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
@@ -205,6 +208,13 @@ def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...])
             factor_a, factor_b = getattr(module, a), getattr(module, b)
             x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words)
     return x
+
+
+def marked_by(frozen: Iterable[FrozenWeight]) -> list[State]:
+    """The states of compiled models that have marked any of these weights' modules."""
+    hooks = [hook for weight in frozen for hook in weight.module._forward_pre_hooks.values()]
+    owners = [getattr(hook, _OWNER, None) for hook in hooks]
+    return list({id(owner): owner for owner in owners if isinstance(owner, State)}.values())
 
 
 def spec_name(weight: FrozenWeight) -> str:

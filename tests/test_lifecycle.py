@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -167,6 +167,31 @@ def test_compiling_again_replaces() -> None:
     assert list(record.selections) == ["base_model.model.model.layers.0.mlp"]
     slx.restore(model)
     oracle.assert_untouched(model, before, weights)
+    oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
+
+
+def wrapped_again(base: nn.Module) -> nn.Module:
+    return oracle.randomise(get_peft_model(base, oracle.lora_config())).to(torch.float64).train()
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "two wrappers"])
+def test_another_model_on_the_same_base_replaces(merge: bool) -> None:
+    """A second adapter, after `merge_and_unload` or beside the first: the first one is restored."""
+    first, data = oracle.llama(dtype=torch.float64), oracle.batch()
+    if not merge:
+        first = wrapped_again(first.unload())
+    compiled(first)
+    oracle.step(first, data)
+    model = wrapped_again(first.merge_and_unload() if merge else first.get_base_model())
+    with pytest.warns(UserWarning, match="shares frozen linears"):
+        compiled(model)
+    with pytest.raises(slx.CompileError, match="not compiled"):
+        slx.explain(first)
+    with slx.record(model) as record:
+        got = oracle.step(model, data)
+    assert len(record.sites) == 7
+    slx.restore(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
     oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
 
 
