@@ -68,7 +68,8 @@ class CompiledForward:
         arguments = call_arguments(self.base_forward, args, kwargs)
         self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
-        if self.cacheable and (self.model.training or measured) and unset:
+        stepping = self.model.training or state.measured is not None
+        if self.cacheable and stepping and unset:
             kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
         state.inside = True
         try:
