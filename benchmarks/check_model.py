@@ -30,7 +30,10 @@ _TIMES_NOISE = 20
 _NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _ATTENTION = re.compile(r"attn|attend|attention")
 _STATE = re.compile(r"mamba|ssm|recurrent|temporal_block|linear_attn|conv|lstm|delta|rnn|mixer|lru")
-_OTHER = re.compile(r"router|gate$|indexer|pooler|classifier|score|lm_head|embed|head$|hyper")
+_OTHER = re.compile(
+    r"router|gate$|gate\.wg|indexer|pooler|classifier|score|lm_head|embed|head$|hyper|per_layer|altup"
+    r"|visual|_hc\.|bias$|scale$|coefs|adapter"
+)
 
 
 @dataclass
@@ -211,19 +214,38 @@ def _regions(model: nn.Module, used: set[str]) -> dict[str, Any]:
     kinds = {kind: [done[kind], count] for kind, count in total.items()}
     return {
         "linears": kinds,
+        "attentions": _attentions(model, used),
         "regions": sorted(regions),
         "dense": reasons,
         "graphs": state.graphs,
     }
 
 
+def _attentions(model: nn.Module, used: set[str]) -> list[int]:
+    """How many attention modules have an attention region, of how many there are."""
+    state = get_state(model)
+    found: dict[str, bool] = {}
+    for weight in state.frozen:
+        name = weight.canonical
+        if weight.name in used and kind_of(name, weight.out_features) == "attention":
+            parts = name.split(".")
+            last = max(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower()))
+            seen = state.seen.get(weight.name)
+            sliced = seen is not None and seen.region.endswith("[attention]")
+            group = ".".join(parts[: last + 1]).replace(".self", "")
+            found[group] = found.get(group, False) or sliced
+    return [sum(found.values()), len(found)]
+
+
 def kind_of(name: str, out_features: int) -> str:
     """What a linear is part of, by its name: only the table of results needs to know."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    inside = ".".join(parts[last + 1 :]).lower() if last >= 0 else name.lower()
-    if last < 0 or _OTHER.search(inside) or out_features < 3:
+    parts = name.lower().split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    inside = ".".join(parts[first - 1 :])
+    if first == 0 or _OTHER.search(inside) or out_features < 3:
         return "other"
+    if "experts" in inside and "shared" not in inside:
+        return "experts"
     if _STATE.search(inside):
         return "state"
     return "attention" if _ATTENTION.search(inside) else "ffn"

@@ -116,6 +116,9 @@ def build(task: str, model_type: str) -> nn.Module:
     if wanted is not None and not isinstance(config, wanted):  # a text model of a larger whole
         parts = [part for part in vars(config).values() if isinstance(part, wanted)]
         config = parts[0] if parts else config
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        if getattr(config, name, None) is None:
+            setattr(config, name, _SIZES[name])
     torch.manual_seed(0)
     model: nn.Module = cls(config)
     if hasattr(model, "set_experts_implementation"):
@@ -175,10 +178,10 @@ def _is_nested(value: Any) -> bool:
 
 
 def _like(value: Any, size: Any) -> Any:
-    """A size, repeated where the default lists one for each layer or stage."""
-    if isinstance(value, list | tuple) and not isinstance(size, list):
-        return type(value)([size] * len(value))
-    return size
+    """A size, repeated where the default repeats one for each layer; stages keep their own."""
+    if not isinstance(value, list | tuple):
+        return size
+    return type(value)([size] * len(value)) if len(set(value)) == 1 else value
 
 
 def _layers(held: dict[str, Any]) -> dict[str, Any]:
@@ -222,6 +225,7 @@ def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
         mask = torch.ones_like(ids)
         mask[-1, ids.shape[1] - padding :] = 0
         ids = ids.masked_fill(mask == 0, 0)
+        ids[0, -1] = ids[1, -1 - padding] = _SIZES["eos_token_id"]
         if "classification" not in task:
             data["labels"] = ids.masked_fill(mask == 0, -100)
         data |= {"input_ids": ids, "attention_mask": mask}

@@ -236,7 +236,8 @@ def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
     if "use_cache" in known:
         return True
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return open_ended and hasattr(config, "use_cache")
+    text = getattr(config, "text_config", None)  # of a model that also hears or sees
+    return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
 
 
 def _checked(
