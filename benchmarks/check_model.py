@@ -207,7 +207,7 @@ def _regions(model: nn.Module, used: set[str]) -> dict[str, Any]:
         seen = state.seen.get(weight.name)
         if seen is not None and seen.report.role != "dense":
             done[kind] += 1
-            regions.add(seen.region)
+            regions.add(f"{seen.region} [{seen.kind}]")
             continue
         reason = seen.report.reason if seen is not None else "not in any compiled graph"
         reasons.setdefault(kind, {}).setdefault(reason, []).append(weight.canonical)
@@ -231,7 +231,7 @@ def _attentions(model: nn.Module, used: set[str]) -> list[int]:
             parts = name.split(".")
             last = max(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower()))
             seen = state.seen.get(weight.name)
-            sliced = seen is not None and seen.region.endswith("[attention]")
+            sliced = seen is not None and seen.kind == "attention"
             group = ".".join(parts[: last + 1]).replace(".self", "")
             found[group] = found.get(group, False) or sliced
     return [sum(found.values()), len(found)]

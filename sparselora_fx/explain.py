@@ -41,6 +41,9 @@ def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
         return name, shape, "-", "-", "dense: the plan keeps it dense (sparsity 0)"
     if seen is None and state.blocks and not any(name.startswith(f"{b}.") for b in state.blocks):
         return name, shape, "-", "-", "dense: outside the blocks that regional=True compiles"
+    if seen is None and state.seen:
+        why = "its module did not run, or an adapter computes another weight from this one"
+        return name, shape, "-", "-", f"dense: no compiled graph multiplies with it ({why})"
     if seen is None:
         words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
         return name, shape, "-", "-", f"not traced yet (plan: {words}); run a training step"
