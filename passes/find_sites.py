@@ -53,6 +53,7 @@ def find_sites(rewrite: Rewrite) -> int:
         else:
             rewrite.sites.append(found)
     for site in rewrite.sites:
+        _cast_factors(site)
         _find_adapter(site)
     return len(rewrite.sites)
 
@@ -80,6 +81,18 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
         return Skip(weight, "the linear does not act on the last dimension of its input")
     spec = SiteSpec.decode(args[5])
     return Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
+
+
+def _cast_factors(site: Site) -> None:
+    """Where the model casts a weight before it multiplies, its factors are cast alike."""
+    dtype, graph = site.cast, site.node.graph
+    if dtype is None:
+        return
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        a, b = (graph.call_method("to", (factor, dtype)) for factor in site.factors)
+    for new, factor in zip((a, b), site.factors, strict=True):
+        new.meta["example_value"] = factor.meta["example_value"].to(dtype)
+    site.factors = (a, b)
 
 
 def _linear_uses(weight: fx.Node, *, transposed: bool) -> list[tuple[fx.Node, fx.Node, bool]]:

@@ -92,6 +92,8 @@ def _by_token(
     if site.split is None:
         return sliced(site.x)
     parts = _taken(graph, site.x, site)
+    if site.cast is not None:
+        weight = graph.call_method("to", (weight, site.cast))
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
     with_stand_in(dense, site.node, rank=2, channels=site.out_features)
     return _merged(graph, sliced(parts[0]), dense, site, like=site.node)
@@ -156,7 +158,14 @@ def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node
 
 
 def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
-    return y if site.bias is None else graph.call_function(torch.add, (y, site.bias))
+    """y + bias, in the dtype of the linear: under autocast the bias may be wider than y."""
+    if site.bias is None:
+        return y
+    bias, dtype = site.bias, site.node.meta["example_value"].dtype
+    if bias.meta["example_value"].dtype != dtype:
+        bias = graph.call_method("to", (bias, dtype))
+        bias.meta["example_value"] = site.bias.meta["example_value"].to(dtype)
+    return graph.call_function(torch.add, (y, bias))
 
 
 def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:

@@ -67,6 +67,13 @@ class Site:
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
 
     @property
+    def cast(self) -> torch.dtype | None:
+        """The dtype that the model itself casts the weight to before the linear, or None."""
+        x, weight = self.x.meta["example_value"], self.weight.meta["example_value"]
+        viewed = self.weight not in self.node.all_input_nodes
+        return x.dtype if viewed and x.dtype != weight.dtype else None
+
+    @property
     def token_weight(self) -> fx.Node | None:
         """The tokens that count in scores, or None: all."""
         return self.tokens[0] if self.tokens else None
