@@ -79,6 +79,10 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     x_value = tensor(x)
     if x_value is None or x_value.shape[-1] != k or out.shape[-1] != n or n == k == 0:
         return Skip(weight, "the linear does not act on the last dimension of its input")
+    if x_value.dim() < 2:
+        return Skip(
+            weight, "its input is a single vector: there are no tokens to score channels by"
+        )
     spec = SiteSpec.decode(args[5])
     return Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
 

@@ -218,6 +218,12 @@ def test_the_reason_names_the_reader() -> None:
     assert "more than once" in reasons(table)["a.base"]
 
 
+def test_a_single_vector_is_dense_and_says_why() -> None:
+    record, table = check(lambda: Net(lambda net, x: plain(net, x[0, 0])))
+    assert record.sites == {}, table
+    assert all("single vector" in why for why in reasons(table).values()), table
+
+
 def break_after_producers(net: Any, x: Tensor) -> Tensor:
     h = F.silu(net.a(x)) * net.b(x)
     torch._dynamo.graph_break()

@@ -1,4 +1,4 @@
-"""Mixed dtypes: weights cast in the graph, biases under autocast, adapters wider than their base."""
+"""Mixed dtypes: weights cast in the graph, and biases under autocast."""
 
 from __future__ import annotations
 
