@@ -50,6 +50,6 @@ class _Rewritten:
                 self.observed.add(who)
                 self.state.observe(self.report, args)
         own = len(outputs) - self.report.extra
-        if self.state.recorder is not None:
-            self.state.recorder.add(self.report, args, outputs[own:], self.state)
+        for recorder in self.state.recorders:
+            recorder.add(self.report, args, outputs[own:], self.state)
         return outputs[:own]

@@ -46,16 +46,17 @@ class Recording:
 def record(model: nn.Module) -> Iterator[Recording]:
     """Record the channel choices of every training call made in the block.
 
+    Blocks may nest: each records every call made in it.
     Costs nothing but the copies: compiled graphs always return their selections. Raises
     `CompileError` if the model
     was not compiled with `sparselora_fx.compile`.
     """
-    state = get_state(model)
-    before, state.recorder = state.recorder, Recording()
+    state, recording = get_state(model), Recording()
+    state.recorders.append(recording)
     try:
-        yield state.recorder
+        yield recording
     finally:
-        state.recorder = before
+        state.recorders = [other for other in state.recorders if other is not recording]
 
 
 def get_state(model: nn.Module) -> State:

@@ -69,7 +69,7 @@ class State:
     inside: bool = False  # a compiled call of the model is under way
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
-    recorder: Any = None
+    recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
     graphs: int = 0
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip

@@ -267,6 +267,18 @@ def test_recording_is_over_after_the_block() -> None:
     assert all(torch.equal(record.sites[name][1], rows) for name, rows in kept.items())
 
 
+def test_nested_records_see_all_of_their_calls() -> None:
+    model, data = compiled(oracle.llama()), oracle.batch()
+    with slx.record(model) as outer:
+        with slx.record(model) as inner:
+            oracle.step(model, data)
+        assert len(outer.sites) == len(inner.sites) == 7
+        oracle.step(model, oracle.batch(seed=2))
+    assert any(
+        not torch.equal(rows, inner.sites[name][1]) for name, (_, rows) in outer.sites.items()
+    )
+
+
 # ---------------------------------------------------------------- bad inputs
 
 
