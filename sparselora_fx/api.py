@@ -66,6 +66,8 @@ class CompiledForward:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         arguments = call_arguments(self.base_forward, args, kwargs)
+        if self.model.training and _decodes(arguments):
+            return self.original(*args, **kwargs)
         self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         stepping = self.model.training or state.measured is not None
@@ -98,6 +100,13 @@ class CompiledForward:
             "a compiled model cannot be deep-copied: its forward belongs to this very object; "
             "call sparselora_fx.restore(model), copy it, then compile each copy"
         )
+
+
+def _decodes(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
+    where it is called on a model in training mode."""
+    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
+    return bool(cached) and not torch.is_grad_enabled()
 
 
 def compile(

@@ -91,6 +91,21 @@ def test_evaluation_and_generation_are_the_users_own(peft: bool) -> None:
     assert graphs(model) == before, "training again recompiled"
 
 
+def test_generation_in_training_mode_is_dense_too() -> None:
+    """A model without PEFT generates with the very forward that is compiled."""
+    model, data = oracle.llama().merge_and_unload(), oracle.batch(padding=0)
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    model.train()
+    expected = generated(model, data)
+    plan = oracle.plan_of(oracle.mixed(model))
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="aot_eager")
+    oracle.step(model, data)
+    before = graphs(model)
+    for got, wanted in zip(generated(model, data), expected, strict=True):
+        assert torch.equal(got, wanted)
+    assert graphs(model) == before
+
+
 def test_recording_sees_nothing_in_evaluation() -> None:
     model, data = oracle.llama(), oracle.batch()
     slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.75), backend="aot_eager")
