@@ -75,6 +75,7 @@ class State:
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     share_set: float | None = None  # the share of the plan's sparsity that the sites' specs say
     warned: bool = False
+    stepped: bool = False  # a sparse training call has run to its end
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     layout: GatherLayout = field(default_factory=GatherLayout)
@@ -82,12 +83,19 @@ class State:
     def __post_init__(self) -> None:
         shares = {share for _, share in self.plan.ramp} or {1.0}
         self.levels = sorted({*shares, 1.0} - {0.0})
-        self.names = {id(weight.weight): weight for weight in self.frozen}
+        self.names = self._names()
 
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""
         found = self.names.get(id(weight))
+        if found is None or found.module._parameters.get(found.param) is not weight:
+            self.names = self._names()  # parameters may have been replaced since
+            found = self.names.get(id(weight))
         return None if found is None else found.name
+
+    def _names(self) -> dict[int, FrozenWeight]:
+        held = {w.name: w.module._parameters.get(w.param) for w in self.frozen}
+        return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
 
     def share(self) -> float:
         """The share of the plan's sparsity that is on now: 0 is dense."""

@@ -279,6 +279,20 @@ def test_nested_records_see_all_of_their_calls() -> None:
     )
 
 
+def test_names_survive_replaced_parameters() -> None:
+    """`load_state_dict(assign=True)` puts other parameter objects in the place of the old ones."""
+    model, data = compiled(oracle.llama(dtype=torch.float64)), oracle.batch()
+    oracle.step(model, data)
+    model.load_state_dict(oracle.copy_of_weights(model), assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    with slx.record(model) as record:
+        got = oracle.step(model, data)
+    assert len(record.sites) == 7
+    slx.restore(model)
+    oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
+
+
 # ---------------------------------------------------------------- bad inputs
 
 
