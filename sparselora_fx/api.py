@@ -75,7 +75,9 @@ class CompiledForward:
             kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
         state.inside = True
         try:
-            return self.compiled(*args, **kwargs)
+            result = self.compiled(*args, **kwargs)
+            state.stepped |= bool(state.share_set)
+            return result
         finally:
             state.inside = False
 

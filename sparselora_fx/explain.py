@@ -7,6 +7,11 @@ from torch import nn
 from sparselora_fx.recording import get_state
 from sparselora_fx.state import State
 
+_UNREACHED = (
+    "its module did not run, an adapter computes another weight from this one, or a graph break "
+    "inside a checkpointed block left the block to plain PyTorch"
+)
+
 
 def explain(model: nn.Module) -> str:
     """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the
@@ -41,9 +46,8 @@ def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
         return name, shape, "-", "-", "dense: the plan keeps it dense (sparsity 0)"
     if seen is None and state.blocks and not any(name.startswith(f"{b}.") for b in state.blocks):
         return name, shape, "-", "-", "dense: outside the blocks that regional=True compiles"
-    if seen is None and state.seen:
-        why = "its module did not run, or an adapter computes another weight from this one"
-        return name, shape, "-", "-", f"dense: no compiled graph multiplies with it ({why})"
+    if seen is None and (state.seen or state.stepped):
+        return name, shape, "-", "-", f"dense: no compiled graph multiplies with it ({_UNREACHED})"
     if seen is None:
         words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
         return name, shape, "-", "-", f"not traced yet (plan: {words}); run a training step"

@@ -218,6 +218,16 @@ def test_the_reason_names_the_reader() -> None:
     assert "more than once" in reasons(table)["a.base"]
 
 
+def test_a_weight_whose_module_is_not_called_is_dense_and_says_so() -> None:
+    """As the output projection of `nn.MultiheadAttention`: no hook of its module runs."""
+    record, table = check(lambda: Net(lambda net, x: plain(net, x) @ net.a.base.weight.t()))
+    assert "more than once" in reasons(table)["a.base"]
+    used_only = lambda net, x: net.out(F.silu(F.linear(x, net.a.base.weight)) * net.b(x))  # noqa: E731
+    record, table = check(lambda: Net(used_only))
+    assert record.sites == {}, table
+    assert "its module did not run" in reasons(table)["a.base"], table
+
+
 def test_a_single_vector_is_dense_and_says_why() -> None:
     record, table = check(lambda: Net(lambda net, x: plain(net, x[0, 0])))
     assert record.sites == {}, table
