@@ -62,7 +62,7 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
     if rewrite.options.lora_branch == "sparse":
         for addition, branch in site.adapter_adds.items():
             with graph.inserting_before(addition):
-                addition.replace_input_with(branch, _mask(graph, branch, site, rows))
+                addition.replace_input_with(branch, _mask_branch(graph, branch, site, rows))
 
 
 def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
@@ -135,6 +135,20 @@ def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> No
             with graph.inserting_before(reader):
                 cols = graph.node_copy(columns) if columns.op == "call_function" else columns
                 reader.replace_input_with(source, _mask(graph, source, site, cols))
+
+
+def _mask_branch(graph: fx.Graph, branch: fx.Node, site: Site, rows: fx.Node) -> fx.Node:
+    """A LoRA branch with only the selected channels, also where it is added head by head: ``[...,
+    N]`` or ``[..., heads, N / heads]``."""
+    example = branch.meta["example_value"]
+    axis, width = example.dim() - 1, example.shape[-1]
+    while axis > 0 and width != site.out_features:
+        axis, width = axis - 1, width * example.shape[axis - 1]
+    if axis == example.dim() - 1:
+        return _mask(graph, branch, site, rows)
+    flat = graph.call_method("flatten", (branch, axis))
+    flat.meta["example_value"] = example.flatten(axis)
+    return graph.call_method("view_as", (_mask(graph, flat, site, rows), branch))
 
 
 def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:

@@ -570,3 +570,39 @@ def test_attention(body: Any) -> None:
     if sliced is not None:
         assert bool(record.sites) == sliced, table
     assert len(record.sites) + len([why for why in reasons(table).values() if why]) == 4, table
+
+
+class BranchByHead(nn.Module):
+    """The query's LoRA branch is added after the heads are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = Adapted(WIDTH, WIDTH)
+        self.k, self.v, self.o = (Adapted(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.q.down)
+        q = self.q.base(x).unflatten(-1, (4, 6)) + F.linear(low, self.q.up).unflatten(-1, (4, 6))
+        k, v = (layer(x).unflatten(-1, (4, 6)) for layer in (self.k, self.v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_branch_added_head_by_head_is_cut_with_its_site() -> None:
+    model, x = build(BranchByHead)
+    plan = oracle.plan_of(0.5)
+    options = {"backend": "aot_eager", "lora_branch": "sparse"}
+    slx.compile(model, oracle.estimator_of(model), plan=plan, **options)
+    with slx.record(model) as record:
+        got = step(model, x)
+    slx.restore(model)
+    assert len(record.sites) == 4
+    for name in ("q", "k", "v", "o"):
+        layer, (role, chosen) = model.get_submodule(name), record.sites[f"{name}.base"]
+        part = layer.up if role == "out" else layer.down
+        mask = torch.zeros(WIDTH).index_fill_(0, chosen, 1)
+        with torch.no_grad():
+            part.mul_(mask[:, None] if role == "out" else mask)
+    with oracle.masked_reference(model, record):
+        expected = step(model, x)
+    assert abs(float(got.loss - expected.loss)) <= 1e-9
