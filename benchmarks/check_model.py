@@ -65,8 +65,8 @@ def check(
             model.enable_input_require_grads()  # type: ignore[operator]
         with called(model) as used:
             eager = step(model, data)
-        if not torch.isfinite(eager.loss):
-            return row | {"error": "the loss of the eager step is not finite"}
+        if not all(torch.isfinite(t).all() for t in (eager.loss, *eager.gradients.values())):
+            return row | {"error": "loss or gradients of the model's own step are not finite"}
     except Exception as error:
         return row | {"error": said(error)}
     try:

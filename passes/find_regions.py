@@ -45,14 +45,17 @@ def find_regions(rewrite: Rewrite) -> int:
     reasons: dict[Site, str] = {}
     found: list[Region] = []
     for consumer in rewrite.sites:
+        sites = [consumer]
         try:
-            found.append(_region(consumer, values, rewrite))
+            region = _region(consumer, values, rewrite)
+            sites = region.sites
+            _check_readers(region, values)
+            found.append(region)
         except NoRegion as reason:
-            reasons[consumer] = str(reason)
+            reasons |= dict.fromkeys(sites, str(reason))
     _drop_overlaps(found, reasons)
     for region in found:
         try:
-            _check_readers(region, values)
             _check_factors(region)
             _check_tokens(region)
             _choose_kept(region, rewrite)
