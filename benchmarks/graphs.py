@@ -1,0 +1,173 @@
+"""The forward and backward graphs of a rewritten model, captured without weights and without code.
+
+Everything is on the meta device: tensors have shapes and no memory. Token lists are counted from
+real labels first. A graph is run once, node by node, which is where it is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import (
+    aot_module_simplified,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from benchmarks.published import LORA_RANK, LORA_TARGETS
+from sparselora_fx import SparsityPlan, autograd, ops
+from sparselora_fx.frozen import frozen_weights
+from sparselora_fx.passes import PIPELINE
+from sparselora_fx.pipeline import run
+from sparselora_fx.regions import Options
+from sparselora_fx.state import State
+from sparselora_fx.tokens import split_tokens
+
+assert autograd.LIBRARY is not None  # importing it registers the derivatives
+TOPK = ops.OPS.topk_channels.default
+
+
+class Counted(fx.Interpreter):
+    """Runs a graph on meta tensors and counts the FLOPs of each node by shapes, with torch's
+    formulas (2 per multiply-add of every matmul and attention; pointwise work counts nothing).
+
+    An op of ours is counted through its eager body, which is its meaning.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.flops[n] = counter.get_total_flops()
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "namespace", "") == "sparselora":
+            target = getattr(ops, target._opname)
+        return super().call_function(target, args, kwargs)
+
+    def total(self) -> int:
+        """FLOPs of the whole graph."""
+        return sum(self.flops.values())
+
+    def serving(self) -> set[fx.Node]:
+        """The nodes that serve nothing but the choice of channels."""
+        serving: set[fx.Node] = set()
+        for node in reversed(list(self.module.graph.nodes)):
+            if node.target is TOPK or (node.users and all(u in serving for u in node.users)):
+                serving.add(node)
+        return {node for node in serving if node.op != "placeholder"}
+
+    def estimator(self) -> int:
+        """FLOPs that serve nothing but the choice of channels."""
+        return sum(self.flops.get(node, 0) for node in self.serving())
+
+
+def llama(
+    shape: dict[str, Any], layers: int, *, classify: bool = False, rank: int = LORA_RANK
+) -> nn.Module:
+    """A LoRA Llama (targets of the reference) on the meta device, bf16."""
+    config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, use_cache=False)
+    with torch.device("meta"):
+        kind = LlamaForSequenceClassification if classify else LlamaForCausalLM
+        base = kind(config)
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(LORA_TARGETS),
+            task_type="SEQ_CLS" if classify else "CAUSAL_LM",
+        )
+        return get_peft_model(base, lora).to(torch.bfloat16).train()
+
+
+def batch_of(samples: int, length: int, outputs: int) -> dict[str, Tensor]:
+    """Token ids and labels (on the CPU) whose last ``outputs`` tokens of each sample carry loss."""
+    ids = torch.ones(samples, length, dtype=torch.int64)
+    labels = ids.clone()
+    labels[:, : length - outputs] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def capture(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    plan: SparsityPlan | None,
+    *,
+    rank: int,
+    trim_logits: bool = False,
+    partition: Callable[..., Any] = min_cut_rematerialization_partition,
+) -> tuple[list[Counted], list[Counted]]:
+    """Trace, rewrite and run one training step on meta tensors.
+
+    Args:
+        model: parameters on the meta device.
+        batch: on the CPU; ``labels[B]`` stand for classes, ``labels[B, L]`` for tokens.
+        plan: None: plain dense LoRA, nothing rewritten.
+        rank: of the estimator's factors.
+        trim_logits: as in `sparselora_fx.compile`.
+
+    Returns:
+        The forward graphs and the backward graphs, each counted.
+    """
+    forwards: list[Counted] = []
+    backwards: list[Counted] = []
+
+    def counting(into: list[Counted]) -> Callable[..., Any]:
+        def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            into.append(Counted(gm))
+            return make_boxed_func(into[-1].run)
+
+        return compiler
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        report = run(gm, Options(plan.channel_multiple if plan else 16), PIPELINE)
+        compiled = aot_module_simplified(
+            gm,
+            list(inputs),
+            fw_compiler=counting(forwards),
+            bw_compiler=counting(backwards),
+            partition_fn=partition,
+        )
+        extra = report.extra if report else 0
+        return lambda *args: compiled(*args)[: -extra or None]
+
+    state = _marked(model, batch, plan, rank) if plan else None
+    try:
+        torch.compiler.reset()
+        step = torch.compile(model.forward, backend=backend, dynamic=False)
+        step(**{name: value.to("meta") for name, value in batch.items()}).loss.backward()
+    finally:
+        if state is not None:
+            state.unmark()
+        torch.compiler.reset()
+    return forwards, backwards
+
+
+def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank: int) -> State:
+    """Mark a model as `compile` does, with factors that have shapes only."""
+    frozen = frozen_weights(model)
+    sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
+    state = State(model, plan, sparsity, frozen)
+    factors = {
+        w.canonical: (
+            torch.empty(w.out_features, rank, device="meta"),
+            torch.empty(rank, w.in_features, device="meta"),
+        )
+        for w in frozen
+    }
+    state.mark(factors)
+    tokens = split_tokens(plan, batch, shift=True)
+    assert tokens is not None
+    state.phase.sparse = True
+    state.phase.level = state.levels.index(1.0)
+    state.phase.tokens = [tensor.to("meta") for tensor in tokens.tensors()]
+    return state
