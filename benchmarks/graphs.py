@@ -140,11 +140,15 @@ def capture(
         extra = report.extra if report else 0
         return lambda *args: compiled(*args)[: -extra or None]
 
+    inputs = {name: value.to("meta") for name, value in batch.items()}
     state = _marked(model, batch, plan, rank) if plan else None
+    if state is not None and trim_logits:
+        state.mark_logits(model.get_output_embeddings())  # type: ignore[operator]
+        state.phase.labels = _label_list(state, batch, inputs["labels"])
     try:
         torch.compiler.reset()
         step = torch.compile(model.forward, backend=backend, dynamic=False)
-        step(**{name: value.to("meta") for name, value in batch.items()}).loss.backward()
+        step(**inputs).loss.backward()
     finally:
         if state is not None:
             state.unmark()
@@ -167,7 +171,17 @@ def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank
     state.mark(factors)
     tokens = split_tokens(plan, batch, shift=True)
     assert tokens is not None
-    state.phase.sparse = True
-    state.phase.level = state.levels.index(1.0)
+    state.set_share(1.0)
     state.phase.tokens = [tensor.to("meta") for tensor in tokens.tensors()]
     return state
+
+
+def _label_list(state: State, batch: dict[str, Tensor], labels: Tensor) -> list[Tensor]:
+    """What the marker before the logits carries; one list with the output tokens if they agree."""
+    tokens = split_tokens(state.plan, batch, shift=True)
+    assert tokens is not None
+    known = tokens.tensors()
+    found = tokens.label_list(batch["labels"], known, shift=True)
+    if found[0] is known[-2]:
+        return [labels, *state.phase.tokens[-2:]]
+    return [labels, *(tensor.to("meta") for tensor in found)]

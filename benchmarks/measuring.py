@@ -123,7 +123,8 @@ def machine(clock: str) -> dict[str, Any]:
     except OSError:
         pass  # not Linux: the platform's own word has to do
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "clock": clock,
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+        "clock": clock,
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }  # fmt: skip
 

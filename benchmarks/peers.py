@@ -72,7 +72,11 @@ def build(preset: Preset) -> tuple[dict[str, nn.Module], dict[str, str]]:
         built[name] = dense(preset, eager)
         reference.apply(built[name], estimator.factors, preset.levels(), cut_gradients=cut)
     ours = dense(preset)
+    trimmed = dense(preset, ours)
     built["sparselora_fx"] = slx.compile(ours, estimator, plan=preset.plan())
+    built["sparselora_fx-trim"] = slx.compile(
+        trimmed, estimator, plan=preset.plan(), trim_logits=True
+    )
     return built, absent
 
 

@@ -18,6 +18,7 @@ from sparselora_fx.passes.order_producers import order_producers
 from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
 from sparselora_fx.passes.slice_sites import slice_sites
+from sparselora_fx.passes.trim_logits import trim_logits
 
 PIPELINE = (
     canonicalize,  # one form for what later passes look for
@@ -26,6 +27,7 @@ PIPELINE = (
     order_producers,  # all that a predictor reads comes before the first producer
     insert_predictor,  # each region's channel choice, from the factors
     slice_sites,  # each site by its masked-dense definition, on the choice only
+    trim_logits,  # loss on the rows that carry a label
     sink_takes,  # context and output tokens apart, padding not at all
     sink_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread

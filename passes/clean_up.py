@@ -13,11 +13,15 @@ def clean_up(rewrite: Rewrite) -> int:
     After:   z = sliced_linear_in(...)
     Keeps:   nodes that nobody read from the start: those are there for what they do (grad mode,
              autocast, random
-             draws, prints), which is why `Graph.eliminate_dead_code` is not used.
+             draws, prints), which is why `Graph.eliminate_dead_code` is not used. Also selections
+             and rows: the runner makes them outputs of the graph.
     """
     erased = 0
+    reported = {choice.selection for region in rewrite.regions for choice in region.choices}
+    reported |= {rows for region in rewrite.regions for rows in region.rows.values()}
+    keep = rewrite.unread | reported
     for node in reversed(list(rewrite.graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or node in rewrite.unread:
+        if node.op in ("placeholder", "output") or node.users or node in keep:
             continue
         rewrite.graph.erase_node(node)
         erased += 1

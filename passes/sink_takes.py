@@ -12,11 +12,20 @@ from torch import fx
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
-from sparselora_fx.sinking import Moved, dropout_mask, keeps_last, sink_all, slice_of
-from sparselora_fx.values import CASTS
+from sparselora_fx.sinking import (
+    Moved,
+    dropout_mask,
+    is_whole,
+    keeps_last,
+    sink_all,
+    slice_of,
+    take_of,
+)
+from sparselora_fx.values import CASTS, NORMS
 
 _TAKE = OPS.take_tokens.default
 _MERGE = OPS.merge_tokens.default
+_ROWWISE = NORMS | {"mean", "sum"}
 Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
 
 
@@ -32,6 +41,9 @@ def sink_takes(rewrite: Rewrite) -> int:
              take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
              take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a
              LoRA up-projection
+             take(linear(z, W))      -> linear(take(z), W)             any, if one list is all that
+             is read
+             take(mean(a, -1))       -> mean(take(a), -1)              and norms over channels
              take(dropout(a, p))     -> take(a) * take(dropout(1, p))  (the same random mask)
     Keeps:   every value that is read; moves a take only past a node that nothing but takes reads.
     """
@@ -42,13 +54,13 @@ def sink_takes(rewrite: Rewrite) -> int:
 def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
     lists: Lists = take.args[1:]
     if source.target is _MERGE:
-        part = source.args[0] if source.args[2] is lists[0] else source.args[1]
-        assert isinstance(part, fx.Node)
-        return Moved(part, [])
+        parts = {source.args[2]: source.args[0], source.args[4]: source.args[1]}
+        part = parts.get(lists[0])
+        return Moved(part, []) if isinstance(part, fx.Node) else None
     if tensor(source) is None:
         return None
     with graph.inserting_before(take):
-        if keeps_last(source):
+        if keeps_last(source) or is_whole(source):
             inner: Any = source.args[0]
             new = _taken(graph, inner, lists)
             return Moved(new, [new])
@@ -58,14 +70,15 @@ def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
             return _through_linear(graph, source, lists)
         if op_name(source) == "dropout":
             return _through_dropout(graph, source, lists)
+        if op_name(source) in _ROWWISE:
+            return _through_rowwise(graph, source, lists)
         if op_name(source) in CASTS or is_pointwise(source):
             return _through_pointwise(graph, source, lists)
     return None
 
 
 def _taken(graph: fx.Graph, node: fx.Node, lists: Lists) -> fx.Node:
-    new = graph.call_function(_TAKE, (node, *lists))
-    return _sized(new, node)
+    return _sized(take_of(graph, node, lists), node)
 
 
 def _sized(new: fx.Node, like: fx.Node) -> fx.Node:
@@ -128,10 +141,35 @@ def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | No
 def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     x, weight, bias = (argument(source, i, n) for i, n in enumerate(("input", "weight", "bias")))
     example = tensor(weight)
-    if example is None or example.shape[0] <= example.shape[1]:
+    # The rows of one list are fewer than all; two lists may take what is cheaper to take after.
+    alone = all(user.args[1] is lists[0] for user in source.users)
+    if example is None or not (alone or example.shape[0] > example.shape[1]):
         return None
     take = _taken(graph, x, lists)
     new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))
+    return Moved(_sized(new, source), [take])
+
+
+def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    """A norm, or a reduction, of each token's own channels."""
+    x = source.args[0] if source.args else None
+    example = tensor(x)
+    if not isinstance(x, fx.Node) or example is None or example.dim() < 2:
+        return None
+    args, kwargs = list(source.args), dict(source.kwargs)
+    if op_name(source) in NORMS:
+        shape = argument(source, 1, "normalized_shape")
+        if not isinstance(shape, tuple | list) or len(shape) != 1:
+            return None
+    else:
+        dim = argument(source, 1, "dim")
+        dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+        keeps = argument(source, 2, "keepdim", False)
+        if not isinstance(dim, int) or dim % example.dim() != example.dim() - 1 or not keeps:
+            return None
+        args, kwargs = [x], {**kwargs, "dim": -1, "keepdim": True}
+    take = _taken(graph, x, lists)
+    new = graph.create_node(source.op, source.target, (take, *args[1:]), kwargs)
     return Moved(_sized(new, source), [take])
 
 

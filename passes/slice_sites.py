@@ -11,6 +11,7 @@ from sparselora_fx.fx import with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.passes.insert_predictor import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
+from sparselora_fx.sinking import take_of
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -103,7 +104,7 @@ def _taken(graph: fx.Graph, x: fx.Node, site: Site) -> list[fx.Node]:
     """The rows of x for context tokens, and those for output tokens."""
     assert site.split is not None
     channels = int(x.meta["example_value"].shape[-1])
-    takes = [graph.call_function(OPS.take_tokens.default, (x, *t)) for t in site.split]
+    takes = [take_of(graph, x, tuple(t)) for t in site.split]
     return [with_stand_in(take, x, rank=2, channels=channels) for take in takes]
 
 
@@ -188,4 +189,7 @@ def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:
+    """Put a node in the place of a dense linear. The linear must go at once: as a reader of its
+    input, it would keep the later passes from moving gathers past that input."""
     old.replace_all_uses_with(_like(new, old))
+    old.graph.erase_node(old)

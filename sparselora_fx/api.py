@@ -34,12 +34,19 @@ class CompiledForward:
     model's own forward."""
 
     def __init__(
-        self, model: nn.Module, state: State, compiled: Callable[..., Any], *, compile_eval: bool
+        self,
+        model: nn.Module,
+        state: State,
+        compiled: Callable[..., Any],
+        *,
+        compile_eval: bool,
+        trim_logits: bool,
     ) -> None:
         self.model = model
         self.state = state
         self.compiled = compiled
         self.compile_eval = compile_eval
+        self.trim_logits = trim_logits
         self.original: Callable[..., Any] = model.forward
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -96,6 +103,11 @@ class CompiledForward:
         else:
             state.set_share(share if sparse else 0.0)
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
+        labels, phase.labels, phase.shift = arguments.get("labels"), [], self.shift
+        if not self.trim_logits or not sparse or tokens is None:
+            return
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+            phase.labels = [labels, *tokens.label_list(labels, phase.tokens, shift=self.shift)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(
@@ -121,6 +133,7 @@ def compile(
     lora_branch: str = "dense",
     compile_eval: bool = False,
     regional: bool = False,
+    trim_logits: bool = False,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -134,6 +147,9 @@ def compile(
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block ("layers.0", "layers.1", ...) on its own; alike
             blocks share graphs, so compile time does not grow with depth. The rest runs eagerly.
+        trim_logits: compute logits, loss and what leads to them only for tokens whose prediction
+            carries loss, in sparse steps; ``outputs.logits`` is None then. Loss and gradients are
+            the same. For losses that reach the model as ``labels``; warns where it cannot.
 
     A compiled model is restored first, as is another one (with a warning) that shares frozen
     linears with it. Training calls get `use_cache=False` unless told otherwise.
@@ -149,15 +165,18 @@ def compile(
     assert estimator is not None
     plan, frozen, sparsity = _checked(model, estimator, plan)
     blocks = repeated_blocks(frozen) if regional else []
+    head = _output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     state = State(model, plan, sparsity, frozen)
     runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
     run: Callable[..., Any] = model.forward
     if not regional:
         run = _torch.compile_callable(run, runner, dynamic)
-    forward = CompiledForward(model, state, run, compile_eval=compile_eval)
+    forward = CompiledForward(model, state, run, compile_eval=compile_eval, trim_logits=trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors)
+    if head is not None:
+        state.mark_logits(head)
     model.__dict__[ATTRIBUTE] = state
     model.__dict__["forward"] = forward
     return model
@@ -249,6 +268,23 @@ def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     text = getattr(config, "text_config", None)  # of a model that also hears or sees
     return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
+
+
+def _output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:
+    """The module that makes the logits."""
+    if regional:
+        raise CompileError(
+            "trim_logits=True needs the whole model in one graph, and regional=True compiles its "
+            "blocks apart; leave one of them out"
+        )
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Module):
+        raise CompileError(
+            f"trim_logits=True: {type(model).__name__} has no get_output_embeddings() that returns "
+            "a module, so it is not known where its logits are made; leave trim_logits out"
+        )
+    return head
 
 
 def _checked(

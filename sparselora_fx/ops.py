@@ -68,6 +68,8 @@ _define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> T
 _define(
     "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec) -> Tensor(a)"
 )
+# The marker before the logits: an identity on x that says which rows carry a label. Removed too.
+_define("label_rows(Tensor(a) x, Tensor labels, Tensor idx, Tensor pos, bool shift) -> Tensor(a)")
 
 
 @_eager("sliced_linear", checks.out_sliced)
@@ -222,6 +224,18 @@ def site(
     """
     for grid in tokens[::2]:  # the counted tokens, and each list's inverse
         _agree(x, grid)
+    return x.view_as(x)
+
+
+@torch.library.impl(LIBRARY, "label_rows", "CompositeImplicitAutograd")
+def label_rows(x: Tensor, labels: Tensor, idx: Tensor, pos: Tensor, shift: bool) -> Tensor:
+    """Identity on x, the input of the output embedding.
+
+    ``idx[P]`` and ``pos[B, L]`` are a token list (`sparselora_fx.tokens`) that holds every token
+    whose prediction ``labels[B, L]`` carries loss: label t+1 of token t with ``shift``, else label
+    t.
+    """
+    _agree(x, pos)
     return x.view_as(x)
 
 

@@ -18,6 +18,7 @@ from sparselora_fx.regions import Options, Region, Rewrite
 log = logging.getLogger(__name__)
 
 Pass = Callable[[Rewrite], int]
+_MARKERS = ("site", "label_rows")  # a graph with neither is left to the backend untouched
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _rewrite_all(
     for _, body, _ in bodies(gm):
         if body not in rewrites:
             _rewrite_all(body, options, passes, rewrites)
-    if not any(op_name(node) == "site" for node in gm.graph.nodes):
+    if not any(op_name(node) in _MARKERS for node in gm.graph.nodes):
         return
     rewrite = rewrites[gm] = Rewrite(gm, options)
     for step in passes:

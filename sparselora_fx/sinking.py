@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -24,12 +24,13 @@ def sink_all(
     rule: Callable[[fx.Node, fx.Node], Moved | None],
 ) -> int:
     """Apply ``rule(gather, source)`` until none applies, past nodes that nothing but such gathers
-    reads."""
+    reads. A gather that another reader holds up is tried again when that reader has gone."""
     moves = 0
-    todo = [node for node in graph.nodes if node.target is target]
+    todo = dict.fromkeys(node for node in graph.nodes if node.target is target)
     while todo:
-        gather = todo.pop()
-        source = gather.args[0]
+        gather, _ = todo.popitem()
+        if gather._erased or not isinstance(source := gather.args[0], fx.Node):
+            continue
         if not all(user.target is target for user in source.users):
             continue
         moved = rule(gather, source)
@@ -37,22 +38,54 @@ def sink_all(
             continue
         gather.replace_all_uses_with(moved.node)
         graph.erase_node(gather)
-        erase_unread(graph, source)
-        todo += moved.gathers
+        lost = [source, *erase_unread(graph, source)]
+        waiting = [user for node in lost for user in node.users if user.target is target]
+        todo |= dict.fromkeys([*waiting, *moved.gathers])
         moves += 1
     return moves
 
 
-def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+def erase_unread(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """Erase a node that nothing reads any more, so that its inputs are seen to have gathers as
-    their only readers."""
+    their only readers. Returns the nodes that lost a reader."""
     if node.users or node.op == "placeholder":
-        return
+        return []
     inputs = node.all_input_nodes
     graph.erase_node(node)
+    lost = list(inputs)
     for source in inputs:
         if op_name(source) in ("getitem", "chunk", "split"):
-            erase_unread(graph, source)
+            lost += erase_unread(graph, source)
+    return lost
+
+
+def take_of(graph: fx.Graph, node: fx.Node, lists: tuple[Any, ...]) -> fx.Node:
+    """``take_tokens(node, *lists)``, one for all readers: it stands right after what it takes from,
+    as far as token lists are inputs of the graph."""
+    target = torch.ops.sparselora.take_tokens.default
+    known = next((u for u in node.users if u.target is target and u.args[1:] == lists), None)
+    inputs = all(n.op == "placeholder" for n in lists)
+    if known is not None and inputs:
+        after_inputs(node).append(known)
+        return known
+    if not inputs:
+        return graph.call_function(target, (node, *lists))
+    with graph.inserting_after(after_inputs(node)):
+        return graph.call_function(target, (node, *lists))
+
+
+def after_inputs(node: fx.Node) -> fx.Node:
+    """The node itself, or for a graph's input the last input."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def is_whole(node: fx.Node) -> bool:
+    """Whether a node is ``x[:, 0:, :]``, all of a tensor in its own shape."""
+    key = node.args[1] if op_name(node) == "getitem" else None
+    whole = (Ellipsis, slice(None), slice(0, None), slice(0, None, 1), slice(None, None, 1))
+    return isinstance(key, tuple) and all(any(k == w for w in whole) for k in key)
 
 
 def keeps_last(node: fx.Node) -> bool:
@@ -101,7 +134,7 @@ def _piece_of(split: fx.Node, key: int) -> tuple[fx.Node, int, int] | None:
 def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
     """The random mask (with its scale) of a dropout, drawn once, where and as the dropout itself
     would draw it."""
-    if argument(source, 3, "inplace", False) is not False:
+    if argument(source, 3, "inplace", False) is not False or "sparselora_mask_of" in source.meta:
         return None
     known = source.meta.get("sparselora_mask")
     if isinstance(known, fx.Node):
@@ -110,5 +143,6 @@ def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
         ones = graph.call_function(torch.ones_like, (source.args[0],))
         mask = graph.call_function(source.target, (ones, *source.args[1:]), dict(source.kwargs))  # type: ignore[arg-type]
     mask.meta["example_value"] = source.meta["example_value"]
+    mask.meta["sparselora_mask_of"] = source
     source.meta["sparselora_mask"] = mask
     return mask

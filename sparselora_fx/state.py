@@ -42,6 +42,8 @@ class Phase:
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
+        self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
+        self.shift = True
         self.key = next(_keys)
         _PHASES[self.key] = self
 
@@ -160,6 +162,11 @@ class State:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
             weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
 
+    def mark_logits(self, module: nn.Module) -> None:
+        """Put a hook on the output embedding that says which of its rows carry a label."""
+        hook = _label_hook(self.phase.key)
+        self.handles.append(module.register_forward_pre_hook(hook))
+
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
         for handle in self.handles:
@@ -204,6 +211,22 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
             if isinstance(value, Tensor):
                 return args, {**kwargs, name: _marked(module, value, phase, marks)}
         return None
+
+    return hook
+
+
+def _label_hook(key: int) -> Any:
+    """A forward pre-hook that passes a module's input through a `label_rows` marker, while being
+    traced."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not torch.compiler.is_compiling():
+            return None
+        phase = _PHASES[key]
+        if not phase.labels or not args or not isinstance(args[0], Tensor):
+            return None
+        labels, idx, pos = phase.labels
+        return (OPS.label_rows(args[0], labels, idx, pos, phase.shift), *args[1:])
 
     return hook
 

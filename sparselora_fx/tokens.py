@@ -44,21 +44,37 @@ class Tokens:
         return [self.sparse, *(self._lists() if self.split else [])]
 
     def _lists(self) -> list[Tensor]:
-        batch, length = self.sparse.shape
-        taken = {0, 1, batch, length, batch * length}
-        tensors = []
-        for mask in (self.sparse, self.dense):
-            idx = mask.flatten().nonzero().flatten()
-            pos = torch.full((batch * length,), -1, dtype=torch.int64, device=mask.device)
-            pos[idx] = torch.arange(idx.shape[0], device=mask.device)
-            size = max(_ROUND, -(-idx.shape[0] // _ROUND) * _ROUND)
-            while size in taken:
-                size += _ROUND
-            taken.add(size)
-            idx = torch.nn.functional.pad(idx, (0, size - idx.shape[0]), value=-1)
-            mark_dynamic(idx)
-            tensors += [idx, pos.view(batch, length)]
-        return tensors
+        taken: set[int] = set()
+        return [*_token_list(self.sparse, taken), *_token_list(self.dense, taken)]
+
+    def label_list(self, labels: Tensor, known: list[Tensor], *, shift: bool) -> list[Tensor]:
+        """The list of tokens whose prediction carries loss, with its inverse.
+
+        ``known`` is what `tensors` returned: if the dense tokens are just those, their list is
+        used, so that the compiler sees one list.
+        """
+        rows = _predicting(labels.to(self.sparse.device), shift=shift)
+        if self.split and torch.equal(rows, self.dense):
+            return known[3:5]
+        return _token_list(rows, {tensor.shape[0] for tensor in known[1::2]})
+
+
+def _token_list(mask: Tensor, taken: set[int]) -> list[Tensor]:
+    """The flat indices of a ``bool[B, L]`` mask, padded with -1, and their inverse ``int64[B, L]``.
+
+    Its length is none of ``taken`` and is added to it.
+    """
+    batch, length = mask.shape
+    idx = mask.flatten().nonzero().flatten()
+    pos = torch.full((batch * length,), -1, dtype=torch.int64, device=mask.device)
+    pos[idx] = torch.arange(idx.shape[0], device=mask.device)
+    size = max(_ROUND, -(-idx.shape[0] // _ROUND) * _ROUND)
+    while size in taken | {0, 1, batch, length, batch * length}:
+        size += _ROUND
+    taken.add(size)
+    idx = torch.nn.functional.pad(idx, (0, size - idx.shape[0]), value=-1)
+    mark_dynamic(idx)
+    return [idx, pos.view(batch, length)]
 
 
 def call_arguments(
