@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -65,6 +66,47 @@ def mark_dynamic(tensor: torch.Tensor) -> None:
     import torch._dynamo
 
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def save_selections(gm: fx.GraphModule) -> None:
+    """Under activation checkpointing, save chosen channels: a backward that recomputes a block must
+    not choose again. Blocks with a checkpoint policy of the user's own are left to it. Run on 2.13.
+    """
+    for body in gm.modules():
+        if isinstance(body, fx.GraphModule) and body.graph.find_nodes(
+            op="call_function", target=OPS.topk_channels.default
+        ):
+            body.meta.setdefault("_checkpoint_context_fn", _selection_contexts)
+            _quiet()
+
+
+def _selection_contexts() -> Any:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_save_selection)
+
+
+_selection_contexts.cache_hash = "sparselora_fx: selections"  # type: ignore[attr-defined]
+
+
+def _save_selection(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    chosen = op is OPS.topk_channels.default
+    return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _quiet() -> None:
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_OurContexts())
+
+
+class _OurContexts(logging.Filter):
+    """Drops torch's remark that a context function was passed to a checkpoint: it was not the
+    user who passed it. It is lost for a user who does, too: it is a remark on in-place ops."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def backend_compile(

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from sparselora_fx import _torch
 from sparselora_fx.fx import bodies, op_name
 from sparselora_fx.regions import Options, Region, Rewrite
 
@@ -78,6 +79,7 @@ def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphRe
     _finish(gm)
     for body in rewrites:
         _finish(body)
+    _torch.save_selections(gm)
     return report
 
 
