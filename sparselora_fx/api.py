@@ -23,6 +23,7 @@ from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
 from sparselora_fx.tokens import call_arguments, split_tokens
+from sparselora_fx.trimming import label_rows, output_embedding
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
 # one.
@@ -103,11 +104,9 @@ class CompiledForward:
         else:
             state.set_share(share if sparse else 0.0)
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        labels, phase.labels, phase.shift = arguments.get("labels"), [], self.shift
-        if not self.trim_logits or not sparse or tokens is None:
-            return
-        if isinstance(labels, torch.Tensor) and labels.dim() == 2:
-            phase.labels = [labels, *tokens.label_list(labels, phase.tokens, shift=self.shift)]
+        phase.shift, phase.labels = self.shift, []
+        if self.trim_logits and sparse and tokens is not None:
+            phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(
@@ -145,40 +144,33 @@ def compile(
         dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
-        regional: compile each repeated block ("layers.0", "layers.1", ...) on its own; alike
-            blocks share graphs, so compile time does not grow with depth. The rest runs eagerly.
-        trim_logits: compute logits, loss and what leads to them only for tokens whose prediction
-            carries loss, in sparse steps; ``outputs.logits`` is None then. Loss and gradients are
-            the same. For losses that reach the model as ``labels``; warns where it cannot.
+        regional: compile each repeated block on its own; alike ones share graphs. The rest is eager.
+        trim_logits: in sparse steps compute what follows the last attention only for tokens whose
+            prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
 
     A compiled model is restored first, as is another one (with a warning) that shares frozen
     linears with it. Training calls get `use_cache=False` unless told otherwise.
 
     Raises:
         CompileError: no module, nothing frozen, meta weights, an unknown word for an option, or no
-            blocks for regional.
-        EstimatorError: the estimator belongs to another model.
-        PlanError: the plan names unknown layers, or cannot be carried out.
-        In every case the model is left exactly as it was.
+            blocks for regional, no known logits for trim_logits.
+        EstimatorError: the estimator belongs to another model. PlanError: the plan names unknown
+            layers, or cannot be carried out. In every case the model is left exactly as it was.
     """
     _check_words(model, estimator, backend, lora_branch)
     assert estimator is not None
     plan, frozen, sparsity = _checked(model, estimator, plan)
     blocks = repeated_blocks(frozen) if regional else []
-    head = _output_embedding(model, regional=regional) if trim_logits else None
+    head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     state = State(model, plan, sparsity, frozen)
     runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
-    run: Callable[..., Any] = model.forward
-    if not regional:
-        run = _torch.compile_callable(run, runner, dynamic)
+    run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval=compile_eval, trim_logits=trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors)
-    if head is not None:
-        state.mark_logits(head)
-    model.__dict__[ATTRIBUTE] = state
-    model.__dict__["forward"] = forward
+    state.mark_logits(head)
+    model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 
 
@@ -268,23 +260,6 @@ def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     text = getattr(config, "text_config", None)  # of a model that also hears or sees
     return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
-
-
-def _output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:
-    """The module that makes the logits."""
-    if regional:
-        raise CompileError(
-            "trim_logits=True needs the whole model in one graph, and regional=True compiles its "
-            "blocks apart; leave one of them out"
-        )
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if not isinstance(head, nn.Module):
-        raise CompileError(
-            f"trim_logits=True: {type(model).__name__} has no get_output_embeddings() that returns "
-            "a module, so it is not known where its logits are made; leave trim_logits out"
-        )
-    return head
 
 
 def _checked(

@@ -162,10 +162,11 @@ class State:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
             weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
 
-    def mark_logits(self, module: nn.Module) -> None:
-        """Put a hook on the output embedding that says which of its rows carry a label."""
-        hook = _label_hook(self.phase.key)
-        self.handles.append(module.register_forward_pre_hook(hook))
+    def mark_logits(self, module: nn.Module | None) -> None:
+        """Put a hook on the output embedding, if given: it says which of its rows carry a label."""
+        if module is not None:
+            hook = _label_hook(self.phase.key)
+            self.handles.append(module.register_forward_pre_hook(hook))
 
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
