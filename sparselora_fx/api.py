@@ -144,7 +144,7 @@ def compile(
         dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
-        regional: compile each repeated block on its own; alike ones share graphs. The rest is eager.
+        regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
         trim_logits: in sparse steps compute what follows the last attention only for tokens whose
             prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
 
