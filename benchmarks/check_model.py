@@ -228,13 +228,18 @@ def _attentions(model: nn.Module, used: set[str]) -> list[int]:
     for weight in state.frozen:
         name = weight.canonical
         if weight.name in used and kind_of(name, weight.out_features) == "attention":
-            parts = name.split(".")
-            last = max(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower()))
+            group = attention_module(name)
             seen = state.seen.get(weight.name)
             sliced = seen is not None and seen.kind == "attention"
-            group = ".".join(parts[: last + 1]).replace(".self", "")
             found[group] = found.get(group, False) or sliced
     return [sum(found.values()), len(found)]
+
+
+def attention_module(name: str) -> str:
+    """The outermost module in a name that is an attention by its own name."""
+    parts = name.split(".")
+    end = next(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower())) + 1
+    return ".".join(parts[: end + 1 if parts[end].isdigit() else end])
 
 
 def kind_of(name: str, out_features: int) -> str:
