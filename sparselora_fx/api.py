@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
+from sparselora_fx.ahead import run_ahead
 from sparselora_fx.backend import make_backend
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
@@ -34,12 +35,19 @@ class CompiledForward:
     model's own forward."""
 
     def __init__(
-        self, model: nn.Module, state: State, compiled: Callable[..., Any], *, compile_eval: bool
+        self,
+        model: nn.Module,
+        state: State,
+        compiled: Callable[..., Any],
+        *,
+        compile_eval: bool,
+        precompile: bool,
     ) -> None:
         self.model = model
         self.state = state
         self.compiled = compiled
         self.compile_eval = compile_eval
+        self.precompile = state.ahead = precompile
         self.original: Callable[..., Any] = model.forward
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -64,6 +72,18 @@ class CompiledForward:
         return self.step(*args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """One compiled call, and before it those that compile ahead."""
+        state = self.state
+        if state.ahead and self.model.training and torch.is_grad_enabled():
+            run_ahead(state, lambda: self._run(args, dict(kwargs)))
+        before = state.graphs
+        out = self._run(args, kwargs)
+        # Other sizes than before: the levels to come need graphs for them too.
+        state.ahead |= self.precompile and self.model.training and state.graphs > before
+        return out
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One compiled call."""
         state = self.state
         arguments = call_arguments(self.base_forward, args, kwargs)
         if self.model.training and _decodes(arguments):
@@ -121,6 +141,7 @@ def compile(
     lora_branch: str = "dense",
     compile_eval: bool = False,
     regional: bool = False,
+    precompile: bool = False,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -134,13 +155,12 @@ def compile(
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block ("layers.0", "layers.1", ...) on its own; alike
             blocks share graphs, so compile time does not grow with depth. The rest runs eagerly.
+        precompile: the first training call compiles every level of the schedule (see `warm_up`).
 
     A compiled model is restored first, as is another one (with a warning) that shares frozen
     linears with it. Training calls get `use_cache=False` unless told otherwise.
-
     Raises:
-        CompileError: no module, nothing frozen, meta weights, an unknown word for an option, or no
-            blocks for regional.
+        CompileError: no module, no frozen weight, a meta weight, an unknown word, no block.
         EstimatorError: the estimator belongs to another model.
         PlanError: the plan names unknown layers, or cannot be carried out.
         In every case the model is left exactly as it was.
@@ -155,7 +175,7 @@ def compile(
     run: Callable[..., Any] = model.forward
     if not regional:
         run = _torch.compile_callable(run, runner, dynamic)
-    forward = CompiledForward(model, state, run, compile_eval=compile_eval)
+    forward = CompiledForward(model, state, run, compile_eval=compile_eval, precompile=precompile)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors)
     model.__dict__[ATTRIBUTE] = state

@@ -67,6 +67,8 @@ class State:
     phase: Phase = field(default_factory=Phase)
     active: bool = True
     inside: bool = False  # a compiled call of the model is under way
+    forced: float | None = None  # the share while `ahead` compiles for it
+    ahead: bool = False  # compile the levels to come before the next training call
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
@@ -81,8 +83,6 @@ class State:
     layout: GatherLayout = field(default_factory=GatherLayout)
 
     def __post_init__(self) -> None:
-        shares = {share for _, share in self.plan.ramp} or {1.0}
-        self.levels = sorted({*shares, 1.0} - {0.0})
         self.names = self._names()
 
     def name_of(self, weight: Tensor) -> str | None:
@@ -97,9 +97,20 @@ class State:
         held = {w.name: w.module._parameters.get(w.param) for w in self.frozen}
         return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
 
+    def shares(self) -> list[float]:
+        """Every share that the schedule takes as it is driven now, rising."""
+        plan = self.plan
+        if self.step is None:
+            return [1.0]
+        stages = {share for _, share in plan.ramp} or {1.0}
+        dense = plan.start_step or plan.end_step is not None or plan.ramp
+        return sorted({*stages, 0.0} if dense else stages)
+
     def share(self) -> float:
         """The share of the plan's sparsity that is on now: 0 is dense."""
         plan = self.plan
+        if self.forced is not None:
+            return self.forced
         if self.step is not None:
             return share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
         if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
