@@ -147,7 +147,7 @@ class SparsityPlan:
         Args:
             table: its token policy and ``channel_multiple`` are taken over.
             flops: keep at most this share of the base FLOPs of a sparse token, at the least loss.
-            max_loss: the regions' loss changes sum to at most this, at the least FLOPs.
+            max_loss: the regions' absolute loss changes sum to at most this, at the least FLOPs.
             options: further attributes of the plan, such as ``start_step``.
 
         Raises:
