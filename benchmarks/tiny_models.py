@@ -223,7 +223,8 @@ def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
         extra |= {"pixel_values": _image_shape(model.config)}
     else:
         padding = given.get("_padding", 3)
-        ids = torch.randint(3, VOCABULARY // 2, (2, given.get("_length", 12)), generator=generator)
+        top = min(VOCABULARY, getattr(model.config, "vocab_size", None) or VOCABULARY) // 2
+        ids = torch.randint(3, top, (2, given.get("_length", 12)), generator=generator)
         mask = torch.ones_like(ids)
         mask[-1, ids.shape[1] - padding :] = 0
         ids = ids.masked_fill(mask == 0, 0)
