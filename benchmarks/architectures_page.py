@@ -106,14 +106,12 @@ def _note(row: Row) -> str:
     said = row.get("error") or (plain if plain != "trains" else None) or row.get("sparse")
     if said:
         return said.replace("|", "\\|")[:110]
-    reasons = Counter(
-        reason
-        for kind in ("ffn", "attention")
-        if whole(row, kind) is False
-        for reason, names in row.get("dense", {}).get(kind, {}).items()
-        for _ in names
-    )
-    return "; ".join(plainly(reason) for reason, _ in reasons.most_common(2))
+    reasons: Counter[str] = Counter()
+    for kind in ("ffn", "attention"):
+        if whole(row, kind) is False:
+            for reason, count in row.get("dense", {}).get(kind, {}).items():
+                reasons[plainly(reason)] += count
+    return "; ".join(reason for reason, _ in reasons.most_common(2))
 
 
 def plainly(reason: str) -> str:
@@ -126,9 +124,9 @@ def _reasons(rows: list[Row]) -> str:
     models: dict[tuple[str, str], set[str]] = {}
     for row in filter(ran, rows):
         for kind, reasons in row.get("dense", {}).items():
-            for reason, names in reasons.items():
+            for reason, count in reasons.items():
                 key = (kind, plainly(reason))
-                counts[key] += len(names)
+                counts[key] += count
                 models.setdefault(key, set()).add(row["model"])
     lines = ["| part | reason | linears | models |", "|---|---|---|---|"]
     for (kind, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):

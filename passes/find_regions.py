@@ -7,7 +7,7 @@ from collections import Counter
 from torch import fx
 
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import op_name, reads_shape_only, tensor
+from sparselora_fx.fx import before_flattening, op_name, reads_shape_only, tensor
 from sparselora_fx.layout import Atom, ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
@@ -244,13 +244,16 @@ def _check_factors(region: Region) -> None:
 
 
 def _check_tokens(region: Region) -> None:
-    """The batch's token lists must be about the tokens that the sites see."""
+    """The batch's token lists must be about the tokens that the sites see, in their order."""
     for site in region.sites:
         if site.split is None:
             continue
-        x, grid = tensor(site.x), tensor(site.split[0][1])
+        x, grid = tensor(before_flattening(site.x)), tensor(site.split[0][1])
         assert x is not None and grid is not None
-        if not same_count(x.shape[:-1], grid.shape):
+        lead = [size for size in x.shape[:-1] if not same_count((size,), ())]
+        tokens = [size for size in grid.shape if not same_count((size,), ())]
+        ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
+        if not (ordered or (len(lead) == 1 and same_count(lead, tokens))):
             raise NoRegion("its tokens are not the token grid of the labels")
 
 

@@ -97,6 +97,18 @@ def reads_shape_only(node: fx.Node, source: fx.Node) -> bool:
     return is_shape_query(node)
 
 
+def before_flattening(node: fx.Node) -> fx.Node:
+    """What a tensor ``[tokens, channels]`` was before its token dimensions became one."""
+    start = node
+    while op_name(node) in ("view", "reshape", "flatten") and isinstance(node.args[0], fx.Node):
+        example, source = tensor(node), tensor(node.args[0])
+        if example is None or source is None or example.shape[-1] != source.shape[-1]:
+            break
+        node = node.args[0]
+    example = tensor(node)
+    return start if example is None or example.dim() < 2 else node
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
