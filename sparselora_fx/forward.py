@@ -33,6 +33,7 @@ class CompiledForward:
         compile_eval: bool,
         precompile: bool,
     ) -> None:
+        functools.update_wrapper(self, model.forward)  # first: it copies attributes over
         self.model = model
         self.state = state
         self.compiled = compiled
@@ -52,7 +53,6 @@ class CompiledForward:
         # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
-        functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
