@@ -44,10 +44,11 @@ def find_regions(rewrite: Rewrite) -> int:
     values = rewrite.values = propagate(rewrite.graph, rewrite.sites)
     reasons: dict[Site, str] = {}
     found: list[Region] = []
+    scorable: dict[fx.Node, bool] = {}
     for consumer in rewrite.sites:
         sites = [consumer]
         try:
-            region = _region(consumer, values, rewrite)
+            region = _region(consumer, values, scorable)
             sites = region.sites
             _check_readers(region, values)
             found.append(region)
@@ -70,7 +71,7 @@ def find_regions(rewrite: Rewrite) -> int:
     return len(rewrite.regions)
 
 
-def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
+def _region(consumer: Site, values: Values, scorable: dict[fx.Node, bool]) -> Region:
     value = values.get(consumer.x)
     if not isinstance(value, Channels) or not value.roots:
         raise NoRegion(
@@ -84,10 +85,12 @@ def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
         raise NoRegion("its input comes from an attention whose head layout is not understood")
     if not value.ports:
         raise NoRegion("its input is no function, channel by channel, of what linears return")
-    return _ffn_region(consumer, value, values)
+    return _ffn_region(consumer, value, values, scorable)
 
 
-def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
+def _ffn_region(
+    consumer: Site, value: Channels, values: Values, scorable: dict[fx.Node, bool]
+) -> Region:
     picks: dict[Site, list[ChannelMap]] = {}
     for port in value.ports:
         mapped = channel_map(port.layout) if port.layout is not None else None
@@ -107,7 +110,7 @@ def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
         raise NoRegion("its input also depends on other marked linears")
     if any(site.x is consumer.x for site in picks):
         raise NoRegion("it reads what its producers read")
-    if not can_score(consumer.x, values):
+    if not can_score(consumer.x, values, scorable):
         raise NoRegion("the function between its producers and itself cannot be replayed on scores")
     producers = [RowPick(site, tuple(sorted(maps))) for site, maps in picks.items()]
     choice = Choice("ffn", consumer.in_features, 0, producers)

@@ -24,8 +24,17 @@ _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
 _REPLAYED = NORMS | {"mean", "sum", "var", "std", "normalize"}
 
 
-def can_score(node: fx.Node, values: Values) -> bool:
-    """Whether `Replay` can rebuild a node from its producers' approximations."""
+def can_score(node: fx.Node, values: Values, known: dict[fx.Node, bool]) -> bool:
+    """Whether `Replay` can rebuild a node from its producers' approximations.
+
+    ``known`` keeps the answers, as consumers all along a residual stream ask about the same nodes.
+    """
+    if node not in known:
+        known[node] = _can_score(node, values, known)
+    return known[node]
+
+
+def _can_score(node: fx.Node, values: Values, known: dict[fx.Node, bool]) -> bool:
     value = values.get(node)
     if not isinstance(value, Channels):
         return False
@@ -33,12 +42,12 @@ def can_score(node: fx.Node, values: Values) -> bool:
         return value.ports[0].layout is not None and channel_map(value.ports[0].layout) is not None
     held = [source for source in node.all_input_nodes if source in values]
     if completes_site(node, value):
-        return can_score(held[0], values)
+        return can_score(held[0], values, known)
     name = op_name(node)
     if not (name in _SEEN_THROUGH or name in _REPLAYED or is_pointwise(node)):
         return False
     others = [source for source in node.all_input_nodes if source not in values]
-    return all(can_score(source, values) for source in held) and not any(
+    return all(can_score(source, values, known) for source in held) and not any(
         map(_is_full_width, others)
     )
 
