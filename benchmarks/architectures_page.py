@@ -13,14 +13,17 @@ What the matcher does on every architecture of five of transformers' auto-mappin
 random model with LoRA on its linears. Made by `python -m benchmarks.architectures --json --page`
 from [the results](../benchmarks/results/architectures.json); do not edit.
 
-- **plain**: whether `torch.compile` alone trains the model.
+- **plain**: whether `torch.compile` alone trains the model (a quick row compiles the sliced step
+  only; that it trains shows it).
 - **FFN**: frozen linears outside attentions that are sliced, of those that ran. Stacks of experts
   (one weight for all experts) are no linears: they stay dense, and are counted in a column of
   their own. State-space and convolution layers have no region.
 - **attention**: attention modules with a sliced region, of those that ran.
 - **right**: loss and every adapter gradient of a sliced step equal those of the masked-dense step,
   to 1e-9 in fp64 (or to the model's own rounding, where it computes in fp32 inside).
-- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit.
+- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit. Not
+  checked ("-") in quick rows; `tests/test_zero_sparsity.py` checks it, and that no node is rewritten.
+- A note that begins with `CompileError` is a refusal: the step raises it, with the remedy.
 """
 
 
@@ -41,6 +44,11 @@ def ran(row: Row) -> bool:
     return not row.get("error") and row.get("plain", "trains") == "trains"
 
 
+def refused(row: Row) -> bool:
+    """Whether the sliced step raised an error that tells the user what to do."""
+    return str(row.get("sparse", "")).startswith("CompileError")
+
+
 def whole(row: Row, kind: str) -> bool | None:
     """Whether every FFN linear or attention of a row is sliced; None if it has none."""
     pair = row.get("attentions") if kind == "attention" else row.get("linears", {}).get("ffn")
@@ -59,7 +67,8 @@ def summary(rows: list[Row]) -> dict[str, int]:
         "plain trains": len(good),
         "right": sum(row.get("right") is True for row in good),
         "wrong": sum(row.get("right") is False for row in good),
-        "failed": sum("sparse" in row for row in good),
+        "refused": sum(refused(row) for row in good),
+        "failed": sum("sparse" in row and not refused(row) for row in good),
         "zero bit-equal": sum(row.get("zero") is True for row in good),
         "zero not checked": sum("zero" not in row for row in good),
         "with FFN linears": sum(f is not None for f in ffn),

@@ -179,7 +179,8 @@ def _zero(model: nn.Module, data: dict[str, Any], backend: str, plain: Step) -> 
 
 def estimator_of(model: nn.Module) -> slx.SVDEstimator:
     """Factors of rank 4, or less where no weight is that large."""
-    sizes = [min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    sizes = [min(weight.shape) for weight in linears if not weight.requires_grad]
     return slx.SVDEstimator.build(model, rank=min(4, max(sizes, default=4)), progress=False)
 
 
@@ -245,7 +246,8 @@ def attention_module(name: str) -> str:
     """The outermost module in a name that is an attention by its own name."""
     parts = name.split(".")
     end = next(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower())) + 1
-    return ".".join(parts[: end + 1 if parts[end].isdigit() else end])
+    numbered = end < len(parts) and parts[end].isdigit()
+    return ".".join(parts[: end + numbered])
 
 
 def kind_of(name: str, out_features: int) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselora_fx._torch import in_backward
+from sparselora_fx.errors import CompileError
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.ops import OPS
 from sparselora_fx.pipeline import GraphReport, SiteReport
@@ -42,6 +44,7 @@ class Phase:
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
+        self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.key = next(_keys)
         _PHASES[self.key] = self
 
@@ -195,6 +198,7 @@ class State:
             for name, site in zip(names, region.sites, strict=True):
                 if name is not None:
                     self.seen[name] = Seen(site, where, region.kind, kept)
+                    self.phase.sliced.add(id(args[site.weight]))
         for site in report.dense:
             name = self.name_of(args[site.weight])
             if name is not None:
@@ -207,6 +211,7 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
+            _refuse_recomputation(module, _PHASES.get(key), marks)
             return None
         phase = _PHASES[key]
         if args and isinstance(args[0], Tensor):
@@ -217,6 +222,20 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
         return None
 
     return hook
+
+
+def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
+    """Raise where a backward pass runs a module again outside compiled code: that forward would be
+    dense although the first one was sliced, and gradients silently wrong."""
+    if phase is None or not phase.sliced or not in_backward():
+        return
+    words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
+    if any(spec != _DENSE and weight in phase.sliced for spec, weight in words):
+        raise CompileError(
+            "a backward pass of this model runs its layers again, outside what torch.compile "
+            "compiled (a reversible layer, say), where they are not sliced; give those layers "
+            "sparsity 0 in the plan, or switch the recomputation off"
+        )
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
