@@ -22,7 +22,8 @@ from [the results](../benchmarks/results/architectures.json); do not edit.
 - **right**: loss and every adapter gradient of a sliced step equal those of the masked-dense step,
   to 1e-9 in fp64 (or to the model's own rounding, where it computes in fp32 inside).
 - **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit. Not
-  checked ("-") in quick rows; `tests/test_zero_sparsity.py` checks it, and that no node is rewritten.
+  checked ("-") in quick rows; `tests/test_zero_sparsity.py` checks it, and that no node is
+  rewritten.
 - Rows of the result file carry a hash of the library's sources at their run (`code`) and the
   backend; `python -m benchmarks.architectures` repeats those of other sources.
 - A note that begins with `CompileError` is a refusal: the step raises it, with the remedy.
