@@ -10,7 +10,7 @@ from torch import fx
 from sparselora_fx.fx import tensor, with_stand_in
 from sparselora_fx.layout import same_count
 from sparselora_fx.ops import OPS
-from sparselora_fx.passes.insert_predictor import channel_rows
+from sparselora_fx.region_scores import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -52,23 +52,24 @@ def compile(
     linears with it. Training calls get `use_cache=False` unless told otherwise.
     Raises:
         CompileError: no module, no frozen weight, a meta weight, an unknown word, no block.
-        EstimatorError: the estimator belongs to another model.
+        EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: the plan names unknown layers, or cannot be carried out.
         In every case the model is left exactly as it was.
     """
     _check_words(model, estimator, backend, lora_branch)
     assert estimator is not None
     plan, frozen, sparsity = _checked(model, estimator, plan)
+    score = estimator.score_of(plan.score)
     blocks = repeated_blocks(frozen) if regional else []
     _restore_earlier(model, frozen)
     state = State(model, plan, sparsity, frozen)
-    runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
-    run: Callable[..., Any] = model.forward
-    if not regional:
-        run = _torch.compile_callable(run, runner, dynamic)
+    options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    runner = make_backend(state, backend, options)
+    whole = model.forward
+    run = whole if regional else _torch.compile_callable(whole, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval=compile_eval, precompile=precompile)
     compile_blocks(state, blocks, runner, dynamic)
-    state.mark(estimator.factors)
+    state.mark(estimator.factors, estimator.vectors(frozen, score))
     model.__dict__[ATTRIBUTE] = state
     model.__dict__["forward"] = forward
     return model

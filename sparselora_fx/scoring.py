@@ -75,24 +75,24 @@ def side_inputs(node: fx.Node, values: Values) -> set[fx.Node]:
 
 
 class Replay:
-    """Builds the score subgraph of one region: the region's function applied to ``[B, N]``
-    approximations."""
+    """Builds the score subgraph of one region: the region's function applied to approximations
+    ``[rows, N]``. ``reduce`` brings any other tensor of tokens to the same rows."""
 
     def __init__(
         self,
         graph: fx.Graph,
         values: Values,
         approximate: Callable[[Site], fx.Node],
-        token_weight: fx.Node | None,
+        reduce: Callable[[fx.Node], fx.Node],
     ) -> None:
         self.graph = graph
         self.values = values
         self.approximate = approximate
-        self.token_weight = token_weight
+        self.reduce = reduce
         self.done: dict[fx.Node, fx.Node] = {}
 
     def build(self, node: fx.Node) -> fx.Node:
-        """The ``[B, N]`` approximation of a node that holds producers' channels."""
+        """The ``[rows, N]`` approximation of a node that holds producers' channels."""
         if node not in self.done:
             self.done[node] = self._build(node)
         return self.done[node]
@@ -132,10 +132,10 @@ class Replay:
         example = tensor(node)
         if example is None:
             return node
+        leading = example.shape[:-1]
+        if leading and not all(isinstance(size, int) and size == 1 for size in leading):
+            return self.reduce(node)
         detached = self.graph.call_method("detach", (node,))
         if example.dim() <= 1:
             return detached
-        leading = example.shape[:-1]
-        if all(isinstance(size, int) and size == 1 for size in leading):
-            return self.graph.call_method("reshape", (detached, (example.shape[-1],)))
-        return self.graph.call_function(OPS.pool_tokens.default, (detached, self.token_weight))
+        return self.graph.call_method("reshape", (detached, (example.shape[-1],)))

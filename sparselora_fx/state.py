@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,14 @@ from sparselora_fx.weights import GatherLayout
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 
 
-Mark = tuple[str, str, str, str]  # names on a module: parameter, its two factor buffers, its spec
+class Mark(NamedTuple):
+    """Names on a module: a frozen parameter, the buffers put beside it, its spec."""
+
+    param: str
+    a: str
+    b: str
+    known: tuple[str, ...]
+    spec: str
 
 
 _DENSE = SiteSpec(0.0, 0.0).encode()
@@ -84,6 +91,7 @@ class State:
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     layout: GatherLayout = field(default_factory=GatherLayout)
+    known: dict[str, tuple[str, ...]] = field(default_factory=dict)  # words of further vectors
 
     def __post_init__(self) -> None:
         self.names = self._names()
@@ -126,7 +134,11 @@ class State:
             )
         return 1.0
 
-    def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def mark(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Put a hook on every module that owns a frozen weight, and factors on those that the plan
         makes sparse.
 
@@ -136,7 +148,12 @@ class State:
         owners: dict[nn.Module, list[Mark]] = {}
         for weight in self.frozen:
             names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
-            owners.setdefault(weight.module, []).append((weight.param, *names, spec_name(weight)))
+            sparse = max(self.sparsity[weight.name]) > 0
+            more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
+            self.known[weight.name] = tuple(more)
+            buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
+            mark = Mark(weight.param, *names, buffers, spec_name(weight))
+            owners.setdefault(weight.module, []).append(mark)
             if max(self.sparsity[weight.name]) == 0:
                 continue
             like = weight.weight
@@ -172,7 +189,15 @@ class State:
         self.share_set = None
         for weight in self.frozen:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
-            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
+            words = self.known.get(weight.name, ()) if max(own) > 0 else ()
+            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own, words).encode()
+
+    def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
+        name = f"_sparselora_{word}_{weight.param}"
+        placed = values.to(device=weight.weight.device)
+        weight.module.register_buffer(name, placed, persistent=False)
+        self.buffers.append((weight.module, name))
+        return name
 
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
@@ -239,12 +264,13 @@ def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[M
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
-    for param, a, b, spec in marks:
+    for param, a, b, names, spec in marks:
         words = getattr(module, spec)
         if words != _DENSE:
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
-            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words)
+            known = [getattr(module, name) for name in names]
+            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
     return x
 
 
