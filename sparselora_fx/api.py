@@ -70,8 +70,7 @@ def compile(
     forward = CompiledForward(model, state, run, compile_eval=compile_eval, precompile=precompile)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors, estimator.vectors(frozen, score))
-    model.__dict__[ATTRIBUTE] = state
-    model.__dict__["forward"] = forward
+    model.__dict__.update({ATTRIBUTE: state, "forward": forward})
     return model
 
 

@@ -33,7 +33,7 @@ _CONTEXT = ("pooled", "tokens", "strided")
 _ROPE = ("rope_half", "rope_interleaved")
 _SAMPLES = 64
 DEFAULT = "pooled"  # for factors alone: the paper's
-DEFAULT_CALIBRATED = "strided+prior+weighted"  # docs/estimator.md has the evidence
+DEFAULT_CALIBRATED = "strided+prior+weighted"  # docs/estimator.md says why
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
