@@ -182,14 +182,27 @@ def _child(task: str, model: str, args: argparse.Namespace, pipe: Any) -> None:
 
 
 def write_json() -> None:
-    """The result file: every row, and the versions that they were made with."""
+    """The result file: every row, one a line, and the versions that they were made with."""
     import peft
     import torch
     import transformers
 
-    rows = [row for _, row in sorted(read_rows().items())]
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    RESULT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    rows = [json.dumps(_short(row), sort_keys=True) for _, row in sorted(read_rows().items())]
+    versions = json.dumps({m.__name__: m.__version__ for m in (torch, transformers, peft)})
+    body = ",\n".join(rows)
+    RESULT.write_text(f'{{"versions": {versions}, "rows": [\n{body}\n]}}\n')
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with counts where the working file has names."""
+    short = {k: v for k, v in row.items() if k != "where"}
+    if "dense" in row:
+        short["dense"] = {
+            kind: {reason: len(names) for reason, names in reasons.items()}
+            for kind, reasons in row["dense"].items()
+        }
+        short["regions"] = len(row["regions"])
+    return short
 
 
 if __name__ == "__main__":

@@ -13,14 +13,20 @@ What the matcher does on every architecture of five of transformers' auto-mappin
 random model with LoRA on its linears. Made by `python -m benchmarks.architectures --json --page`
 from [the results](../benchmarks/results/architectures.json); do not edit.
 
-- **plain**: whether `torch.compile` alone trains the model.
+- **plain**: whether `torch.compile` alone trains the model (a quick row compiles the sliced step
+  only; that it trains shows it).
 - **FFN**: frozen linears outside attentions that are sliced, of those that ran. Stacks of experts
   (one weight for all experts) are no linears: they stay dense, and are counted in a column of
   their own. State-space and convolution layers have no region.
 - **attention**: attention modules with a sliced region, of those that ran.
 - **right**: loss and every adapter gradient of a sliced step equal those of the masked-dense step,
   to 1e-9 in fp64 (or to the model's own rounding, where it computes in fp32 inside).
-- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit.
+- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit. Not
+  checked ("-") in quick rows; `tests/test_zero_sparsity.py` checks it, and that no node is
+  rewritten.
+- Rows of the result file carry a hash of the library's sources at their run (`code`) and the
+  backend; `python -m benchmarks.architectures` repeats those of other sources.
+- A note that begins with `CompileError` is a refusal: the step raises it, with the remedy.
 """
 
 
@@ -41,6 +47,11 @@ def ran(row: Row) -> bool:
     return not row.get("error") and row.get("plain", "trains") == "trains"
 
 
+def refused(row: Row) -> bool:
+    """Whether the sliced step raised an error that tells the user what to do."""
+    return str(row.get("sparse", "")).startswith("CompileError")
+
+
 def whole(row: Row, kind: str) -> bool | None:
     """Whether every FFN linear or attention of a row is sliced; None if it has none."""
     pair = row.get("attentions") if kind == "attention" else row.get("linears", {}).get("ffn")
@@ -59,7 +70,8 @@ def summary(rows: list[Row]) -> dict[str, int]:
         "plain trains": len(good),
         "right": sum(row.get("right") is True for row in good),
         "wrong": sum(row.get("right") is False for row in good),
-        "failed": sum("sparse" in row for row in good),
+        "refused": sum(refused(row) for row in good),
+        "failed": sum("sparse" in row and not refused(row) for row in good),
         "zero bit-equal": sum(row.get("zero") is True for row in good),
         "zero not checked": sum("zero" not in row for row in good),
         "with FFN linears": sum(f is not None for f in ffn),
@@ -106,14 +118,12 @@ def _note(row: Row) -> str:
     said = row.get("error") or (plain if plain != "trains" else None) or row.get("sparse")
     if said:
         return said.replace("|", "\\|")[:110]
-    reasons = Counter(
-        reason
-        for kind in ("ffn", "attention")
-        if whole(row, kind) is False
-        for reason, names in row.get("dense", {}).get(kind, {}).items()
-        for _ in names
-    )
-    return "; ".join(plainly(reason) for reason, _ in reasons.most_common(2))
+    reasons: Counter[str] = Counter()
+    for kind in ("ffn", "attention"):
+        if whole(row, kind) is False:
+            for reason, count in row.get("dense", {}).get(kind, {}).items():
+                reasons[plainly(reason)] += count
+    return "; ".join(reason for reason, _ in reasons.most_common(2))
 
 
 def plainly(reason: str) -> str:
@@ -126,9 +136,9 @@ def _reasons(rows: list[Row]) -> str:
     models: dict[tuple[str, str], set[str]] = {}
     for row in filter(ran, rows):
         for kind, reasons in row.get("dense", {}).items():
-            for reason, names in reasons.items():
+            for reason, count in reasons.items():
                 key = (kind, plainly(reason))
-                counts[key] += len(names)
+                counts[key] += count
                 models.setdefault(key, set()).add(row["model"])
     lines = ["| part | reason | linears | models |", "|---|---|---|---|"]
     for (kind, reason), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):

@@ -147,7 +147,7 @@ def compiled_step(model: nn.Module, data: dict[str, Any], backend: str) -> Step:
 def _sparse(model: nn.Module, data: dict[str, Any], backend: str, used: set[str]) -> dict[str, Any]:
     torch.compiler.reset()
     plan = slx.SparsityPlan(SPARSITY, tokens="all", start_step=0, channel_multiple=1)
-    estimator = slx.SVDEstimator.build(model, rank=4, progress=False)
+    estimator = estimator_of(model)
     slx.compile(model, estimator, plan=plan, backend=backend)
     try:
         with slx.record(model) as record:
@@ -167,7 +167,7 @@ def _sparse(model: nn.Module, data: dict[str, Any], backend: str, used: set[str]
 def _zero(model: nn.Module, data: dict[str, Any], backend: str, plain: Step) -> bool:
     """Whether sparsity 0 gives what plain `torch.compile` gives, bit for bit."""
     torch.compiler.reset()
-    estimator = slx.SVDEstimator.build(model, rank=4, progress=False)
+    estimator = estimator_of(model)
     slx.compile(model, estimator, plan=slx.SparsityPlan(0.0, start_step=0), backend=backend)
     try:
         got = step(model, data)
@@ -175,6 +175,13 @@ def _zero(model: nn.Module, data: dict[str, Any], backend: str, plain: Step) -> 
         slx.restore(model)
     same = got.gradients.keys() == plain.gradients.keys() and torch.equal(got.loss, plain.loss)
     return same and all(torch.equal(g, plain.gradients[n]) for n, g in got.gradients.items())
+
+
+def estimator_of(model: nn.Module) -> slx.SVDEstimator:
+    """Factors of rank 4, or less where no weight is that large."""
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    sizes = [min(weight.shape) for weight in linears if not weight.requires_grad]
+    return slx.SVDEstimator.build(model, rank=min(4, max(sizes, default=4)), progress=False)
 
 
 @contextlib.contextmanager
@@ -228,13 +235,19 @@ def _attentions(model: nn.Module, used: set[str]) -> list[int]:
     for weight in state.frozen:
         name = weight.canonical
         if weight.name in used and kind_of(name, weight.out_features) == "attention":
-            parts = name.split(".")
-            last = max(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower()))
+            group = attention_module(name)
             seen = state.seen.get(weight.name)
             sliced = seen is not None and seen.kind == "attention"
-            group = ".".join(parts[: last + 1]).replace(".self", "")
             found[group] = found.get(group, False) or sliced
     return [sum(found.values()), len(found)]
+
+
+def attention_module(name: str) -> str:
+    """The outermost module in a name that is an attention by its own name."""
+    parts = name.split(".")
+    end = next(i for i, part in enumerate(parts) if _ATTENTION.search(part.lower())) + 1
+    numbered = end < len(parts) and parts[end].isdigit()
+    return ".".join(parts[: end + numbered])
 
 
 def kind_of(name: str, out_features: int) -> str:

@@ -129,7 +129,8 @@ def build(task: str, model_type: str) -> nn.Module:
 def tiny_config(model_type: str, task: str = "causal-lm") -> Any:
     """The default configuration, shrunk."""
     fields = {k: v for k, v in overrides(task, model_type).items() if not k.startswith("_")}
-    return _shrunk(CONFIG_MAPPING[model_type], fields)
+    alike = 1 if task == "sequence-classification" else 2  # their bodies are in other tasks too
+    return _shrunk(CONFIG_MAPPING[model_type], fields, alike)
 
 
 def overrides(task: str, model_type: str) -> dict[str, Any]:
@@ -142,14 +143,14 @@ def dtype_of(task: str, model_type: str) -> torch.dtype:
     return getattr(torch, overrides(task, model_type).get("_dtype", "float64"))
 
 
-def _shrunk(cls: Any, given: dict[str, Any]) -> Any:
+def _shrunk(cls: Any, given: dict[str, Any], alike: int) -> Any:
     default = cls()
     fields: dict[str, Any] = {}
     held = {k: v for k, v in vars(default).items() if not k.startswith("_")}
     held |= {k: getattr(default, k, None) for k in getattr(default, "attribute_map", {})}
     for name, value in held.items():
         if hasattr(value, "to_dict"):
-            fields[name] = _shrunk(type(value), given.get(name, {}))
+            fields[name] = _shrunk(type(value), given.get(name, {}), alike)
         elif name in _SIZES and (value is not None or name in _NEVER_NONE):
             fields[name] = _like(value, _SIZES[name])
         elif "drop" in name and isinstance(value, float):
@@ -158,7 +159,7 @@ def _shrunk(cls: Any, given: dict[str, Any]) -> Any:
             fields[name] = VOCABULARY
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
             fields[name] = min(value, VOCABULARY - 1 - len(name) % 8)
-    fields |= _layers(held)
+    fields |= _layers(held, alike)
     if held.get("kv_lora_rank"):  # low-rank keys and values: one kv head per head
         fields |= {"num_key_value_heads": HEADS, "head_dim": _SIZES["qk_rope_head_dim"]}
         fields = {k: v for k, v in fields.items() if k in held}
@@ -184,8 +185,9 @@ def _like(value: Any, size: Any) -> Any:
     return type(value)([size] * len(value)) if len(set(value)) == 1 else value
 
 
-def _layers(held: dict[str, Any]) -> dict[str, Any]:
-    """Fewer layers, among them one of every kind that the lists per layer tell apart."""
+def _layers(held: dict[str, Any], alike: int) -> dict[str, Any]:
+    """Fewer layers, among them one of every kind that the lists per layer tell apart; ``alike``
+    layers if there is one kind."""
     counts = {name: held[name] for name in _LAYERS if isinstance(held.get(name), int)}
     if not counts:
         return {}
@@ -202,7 +204,7 @@ def _layers(held: dict[str, Any]) -> dict[str, Any]:
         if kinds - seen and len(picked) < _MAX_LAYERS:
             picked.append(layer)
             seen |= kinds
-    picked = picked if len(picked) > 1 else list(range(min(2, total)))
+    picked = picked if len(picked) > 1 else list(range(min(alike, total)))
     few = {name: type(value)(value[layer] for layer in picked) for name, value in lists.items()}
     return {**dict.fromkeys(counts, len(picked)), **few}
 
@@ -221,7 +223,8 @@ def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
         extra |= {"pixel_values": _image_shape(model.config)}
     else:
         padding = given.get("_padding", 3)
-        ids = torch.randint(3, VOCABULARY // 2, (2, given.get("_length", 12)), generator=generator)
+        top = min(VOCABULARY, getattr(model.config, "vocab_size", None) or VOCABULARY) // 2
+        ids = torch.randint(3, top, (2, given.get("_length", 12)), generator=generator)
         mask = torch.ones_like(ids)
         mask[-1, ids.shape[1] - padding :] = 0
         ids = ids.masked_fill(mask == 0, 0)

@@ -15,6 +15,7 @@ _QSA = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }  # fmt: skip
+_SWIN = {"image_size": 64, "window_size": 4, "depths": [1, 1], "num_heads": [2, 4]}
 
 # model type, or "task/model type" -> fields; a nested configuration is a nested dict.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -29,9 +30,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32,
+              "n_shared_experts": 1},
     "dots3_note": {"audio_config": {"adapter_in_dim": 48, "adapter_input_size": 48}},
-    "donut-swin": {"window_size": 4},
+    "donut-swin": _SWIN,
+    "efficientnet": {"hidden_dim": 2560},
     "esm": {"vocab_size": 160},
     "esmc": {"num_key_value_heads": 6},
     "falcon_h1": {"mamba_d_ssm": 96},
@@ -48,10 +51,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "inkling2_text": {"_dtype": "float32"},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "led": {"_padding": 0},
     "longformer": {"_padding": 0},
     "mamba2": {"num_heads": 12, "head_dim": 8},
     "mimo_v2_flash": {"num_attention_heads": 12},
     "mobilebert": {"intra_bottleneck_size": 48},
+    "mobilevitv2": {"image_size": 64},
     "mra": {"_dtype": "float32"},
     "neomme": {"head_dim": 16},
     "causal-lm/musicgen": {"_codebooks": 4},
@@ -68,7 +73,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "causal-lm/reformer": {"is_decoder": True},
     "squeezebert": {"embedding_size": 48},
-    "swin": {"window_size": 4},
+    "swin": _SWIN,
     "xglm": {"_dtype": "float32"},
     "xlstm": {"chunk_size": 16, "_length": 16, "mode": "train"},
     "xmod": {"languages": ("en_XX", "de_DE"), "default_language": "en_XX"},

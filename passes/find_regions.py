@@ -7,7 +7,7 @@ from collections import Counter
 from torch import fx
 
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import op_name, reads_shape_only, tensor
+from sparselora_fx.fx import before_flattening, op_name, reads_shape_only, tensor
 from sparselora_fx.layout import Atom, ChannelMap, channel_map, same_count
 from sparselora_fx.regions import (
     Attention,
@@ -44,10 +44,11 @@ def find_regions(rewrite: Rewrite) -> int:
     values = rewrite.values = propagate(rewrite.graph, rewrite.sites)
     reasons: dict[Site, str] = {}
     found: list[Region] = []
+    scorable: dict[fx.Node, bool] = {}
     for consumer in rewrite.sites:
         sites = [consumer]
         try:
-            region = _region(consumer, values, rewrite)
+            region = _region(consumer, values, scorable)
             sites = region.sites
             _check_readers(region, values)
             found.append(region)
@@ -70,7 +71,7 @@ def find_regions(rewrite: Rewrite) -> int:
     return len(rewrite.regions)
 
 
-def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
+def _region(consumer: Site, values: Values, scorable: dict[fx.Node, bool]) -> Region:
     value = values.get(consumer.x)
     if not isinstance(value, Channels) or not value.roots:
         raise NoRegion(
@@ -84,10 +85,12 @@ def _region(consumer: Site, values: Values, rewrite: Rewrite) -> Region:
         raise NoRegion("its input comes from an attention whose head layout is not understood")
     if not value.ports:
         raise NoRegion("its input is no function, channel by channel, of what linears return")
-    return _ffn_region(consumer, value, values)
+    return _ffn_region(consumer, value, values, scorable)
 
 
-def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
+def _ffn_region(
+    consumer: Site, value: Channels, values: Values, scorable: dict[fx.Node, bool]
+) -> Region:
     picks: dict[Site, list[ChannelMap]] = {}
     for port in value.ports:
         mapped = channel_map(port.layout) if port.layout is not None else None
@@ -107,7 +110,7 @@ def _ffn_region(consumer: Site, value: Channels, values: Values) -> Region:
         raise NoRegion("its input also depends on other marked linears")
     if any(site.x is consumer.x for site in picks):
         raise NoRegion("it reads what its producers read")
-    if not can_score(consumer.x, values):
+    if not can_score(consumer.x, values, scorable):
         raise NoRegion("the function between its producers and itself cannot be replayed on scores")
     producers = [RowPick(site, tuple(sorted(maps))) for site, maps in picks.items()]
     choice = Choice("ffn", consumer.in_features, 0, producers)
@@ -244,13 +247,16 @@ def _check_factors(region: Region) -> None:
 
 
 def _check_tokens(region: Region) -> None:
-    """The batch's token lists must be about the tokens that the sites see."""
+    """The batch's token lists must be about the tokens that the sites see, in their order."""
     for site in region.sites:
         if site.split is None:
             continue
-        x, grid = tensor(site.x), tensor(site.split[0][1])
+        x, grid = tensor(before_flattening(site.x)), tensor(site.split[0][1])
         assert x is not None and grid is not None
-        if not same_count(x.shape[:-1], grid.shape):
+        lead = [size for size in x.shape[:-1] if not same_count((size,), ())]
+        tokens = [size for size in grid.shape if not same_count((size,), ())]
+        ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
+        if not (ordered or (len(lead) == 1 and same_count(lead, tokens))):
             raise NoRegion("its tokens are not the token grid of the labels")
 
 

@@ -84,7 +84,9 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
             weight, "its input is a single vector: there are no tokens to score channels by"
         )
     spec = SiteSpec.decode(args[5])
-    return Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
+    known = dict(zip(spec.known, (args[6] or ()) if len(args) > 6 else (), strict=True))
+    factors = (args[2], args[3])
+    return Site(node, x, weight, transposed, bias, factors, tuple(args[4]), spec, n, k, known=known)
 
 
 def _cast_factors(site: Site) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from sparselora_fx.fx import with_stand_in
+from sparselora_fx.fx import tensor, with_stand_in
+from sparselora_fx.layout import same_count
 from sparselora_fx.ops import OPS
-from sparselora_fx.passes.insert_predictor import channel_rows
+from sparselora_fx.region_scores import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
 from sparselora_fx.sinking import take_of
 
@@ -109,12 +110,19 @@ def _taken(graph: fx.Graph, x: fx.Node, site: Site) -> list[fx.Node]:
 
 
 def _merged(graph: fx.Graph, y: fx.Node, z: fx.Node, site: Site, *, like: fx.Node) -> fx.Node:
+    """Both token lists in place again, in the shape of ``like``."""
     assert site.split is not None
     context, output = site.split
     merged = graph.call_function(OPS.merge_tokens.default, (y, z, *context, *output))
     _like(merged, like)
-    if like.meta["example_value"].dim() == 2:  # a linear on flattened tokens
+    shape, grid = tensor(like), tensor(context[1])
+    assert shape is not None and grid is not None
+    if shape.dim() == 2:  # a linear on flattened tokens
         return _like(graph.call_method("flatten", (merged, 0, -2)), like)
+    if shape.dim() != 3 or not all(map(same_count, zip(shape.shape[:-1]), zip(grid.shape))):
+        tokens = site.x if like is site.node else like
+        sizes = [graph.call_method("size", (tokens, i)) for i in range(shape.dim() - 1)]
+        return _like(graph.call_method("reshape", (merged, *sizes, shape.shape[-1])), like)
     return merged
 
 

@@ -1,6 +1,7 @@
 """SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside
 torch.compile."""
 
+from sparselora_fx.ahead import warm_up
 from sparselora_fx.api import compile, restore, step
 from sparselora_fx.errors import (
     CompileError,
@@ -34,6 +35,7 @@ __all__ = [
     "restore",
     "sensitivity",
     "step",
+    "warm_up",
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx import ops
+from sparselora_fx import ops, scores
 from sparselora_fx.ops import OPS
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -30,6 +30,7 @@ _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows",
     "topk_channels", "pool_tokens", "low_rank_norms",
     "take_tokens", "place_tokens", "merge_tokens",
+    "sample_tokens", "channel_energy", "low_rank_energy",
 )  # fmt: skip
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
 _LOWERED = (
@@ -135,12 +136,16 @@ def backend_compile(
     return lookup_backend(name)(gm, list(inputs))
 
 
+def _body(name: str) -> Callable[..., Any]:
+    return getattr(ops, name, None) or getattr(scores, name)  # type: ignore[no-any-return]
+
+
 def _all_decomposed() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions and those of all our ops. Inductor does not cache with such a
     table."""
     from torch._inductor.decomposition import select_decomp_table
 
-    ours = {getattr(OPS, name).default: getattr(ops, name) for name in _DECOMPOSED + _LOWERED}
+    ours = {getattr(OPS, name).default: _body(name) for name in _DECOMPOSED + _LOWERED}
     return {**select_decomp_table(), **ours}
 
 
@@ -153,7 +158,7 @@ def _register_decompositions() -> None:
     from torch._inductor import decomposition
 
     for name in _DECOMPOSED:
-        decomposition.decompositions[getattr(OPS, name).default] = getattr(ops, name)
+        decomposition.decompositions[getattr(OPS, name).default] = _body(name)
     decomposition.fast_random_decomps.cache_clear()  # a copy of the table
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
 from sparselora_fx.backend import make_backend
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
+from sparselora_fx.forward import CompiledForward
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
@@ -22,104 +20,7 @@ from sparselora_fx.regional import compile_blocks, repeated_blocks, restore_bloc
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
-from sparselora_fx.tokens import call_arguments, split_tokens
-from sparselora_fx.trimming import label_rows, output_embedding
-
-# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
-# one.
-_UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
-
-
-class CompiledForward:
-    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
-    model's own forward."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        state: State,
-        compiled: Callable[..., Any],
-        *,
-        compile_eval: bool,
-        trim_logits: bool,
-    ) -> None:
-        self.model = model
-        self.state = state
-        self.compiled = compiled
-        self.compile_eval = compile_eval
-        self.trim_logits = trim_logits
-        self.original: Callable[..., Any] = model.forward
-        self.replaced = model.__dict__.get("forward")
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self.base_forward = base.forward if base is not model else self.original
-        config = getattr(base, "config", None)
-        self.cacheable = _takes_use_cache(self.base_forward, config)
-        # One token grid would have to serve two stacks of other lengths: every token is sparse
-        # then.
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        kind = str(getattr(base, "loss_type", None) or type(base).__name__)
-        self.shift = not any(word in kind for word in _UNSHIFTED)
-        # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
-        # into that one, our backend would never see the graph, and all would be dense.
-        self.step = torch.compiler.disable(self._step)
-        functools.update_wrapper(self, self.original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.state
-        measured = state.measured is not None
-        if not state.active or not (self.model.training or self.compile_eval or measured):
-            return self.original(*args, **kwargs)
-        return self.step(*args, **kwargs)
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.state
-        arguments = call_arguments(self.base_forward, args, kwargs)
-        if self.model.training and _decodes(arguments):
-            return self.original(*args, **kwargs)
-        self._set_phase(arguments)
-        unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
-        stepping = self.model.training or state.measured is not None
-        if self.cacheable and stepping and unset:
-            kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
-        state.inside = True
-        try:
-            result = self.compiled(*args, **kwargs)
-            state.stepped |= bool(state.share_set)
-            return result
-        finally:
-            state.inside = False
-
-    def _set_phase(self, arguments: Mapping[str, Any]) -> None:
-        """Decide what this call is: dense, or sparse at some level on some tokens."""
-        state, phase = self.state, self.state.phase
-        share = state.share() if self.model.training else 0.0
-        share = 1.0 if state.measured else share
-        tokens = None
-        if share and not self.encoder_decoder:
-            tokens = split_tokens(state.plan, arguments, shift=self.shift)
-        empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
-        sparse = bool(share) and not empty
-        if state.measured and sparse:
-            state.set_sparsity(state.measured)
-        else:
-            state.set_share(share if sparse else 0.0)
-        phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        phase.shift, phase.labels = self.shift, []
-        if self.trim_logits and sparse and tokens is not None:
-            phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise CompileError(
-            "a compiled model cannot be deep-copied: its forward belongs to this very object; "
-            "call sparselora_fx.restore(model), copy it, then compile each copy"
-        )
-
-
-def _decodes(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
-    where it is called on a model in training mode."""
-    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
-    return bool(cached) and not torch.is_grad_enabled()
+from sparselora_fx.trimming import mark_logits, output_embedding
 
 
 def compile(
@@ -132,6 +33,7 @@ def compile(
     lora_branch: str = "dense",
     compile_eval: bool = False,
     regional: bool = False,
+    precompile: bool = False,
     trim_logits: bool = False,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
@@ -145,32 +47,36 @@ def compile(
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
-        trim_logits: in sparse steps compute what follows the last attention only for tokens whose
-            prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
+        precompile: the first training call compiles every level of the schedule (see `warm_up`).
+        trim_logits: what follows the last attention only for tokens with loss; logits are None.
 
     A compiled model is restored first, as is another one (with a warning) that shares frozen
     linears with it. Training calls get `use_cache=False` unless told otherwise.
-
     Raises:
-        CompileError: no module, nothing frozen, meta weights, an unknown word for an option, or no
-            blocks for regional, no known logits for trim_logits.
-        EstimatorError: the estimator belongs to another model. PlanError: the plan names unknown
-            layers, or cannot be carried out. In every case the model is left exactly as it was.
+        CompileError: no module, no frozen weight, a meta weight, an unknown word, no block.
+        EstimatorError: the estimator belongs to another model, or lacks what the score needs.
+        PlanError: the plan names unknown layers, or cannot be carried out.
+        In every case the model is left exactly as it was.
     """
     _check_words(model, estimator, backend, lora_branch)
     assert estimator is not None
     plan, frozen, sparsity = _checked(model, estimator, plan)
+    score = estimator.score_of(plan.score)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     state = State(model, plan, sparsity, frozen)
-    runner = make_backend(state, backend, Options(plan.channel_multiple, lora_branch))
-    run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
-    forward = CompiledForward(model, state, run, compile_eval=compile_eval, trim_logits=trim_logits)
+    options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    runner = make_backend(state, backend, options)
+    whole = model.forward
+    run = whole if regional else _torch.compile_callable(whole, runner, dynamic)
+    forward = CompiledForward(
+        model, state, run, compile_eval=compile_eval, precompile=precompile, trim_logits=trim_logits
+    )
     compile_blocks(state, blocks, runner, dynamic)
-    state.mark(estimator.factors)
-    state.mark_logits(head)
-    model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
+    state.mark(estimator.factors, estimator.vectors(frozen, score))
+    mark_logits(state, head)
+    model.__dict__.update({ATTRIBUTE: state, "forward": forward})
     return model
 
 
@@ -250,16 +156,6 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
         raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
     if lora_branch not in ("dense", "sparse"):
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
-
-
-def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
-    """Whether a forward knows ``use_cache``: by name, or (transformers) among its open keywords."""
-    known = inspect.signature(forward).parameters
-    if "use_cache" in known:
-        return True
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    text = getattr(config, "text_config", None)  # of a model that also hears or sees
-    return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
 
 
 def _checked(

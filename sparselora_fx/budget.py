@@ -2,8 +2,8 @@
 
 A multiple-choice knapsack: per region one level or none, loss changes and saved work taken as
 sums. It is solved exactly, by keeping after each region every combination that no other beats in
-both (the Pareto frontier). Loss changes below zero count as zero: within the noise of a few
-batches, an apparent gain in one region must not pay for harm in another.
+both (the Pareto frontier). A loss that falls counts like one that rises: either says that the
+region matters, and training finds such a gain by itself, without paying for it in channels.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def choose(
 
     Args:
         table: from `sensitivity`.
-        flops: keep at most this share of the base FLOPs of a sparse token, in (0, 1]; the least
-            sum of loss changes that does so.
-        max_loss: the loss changes of the chosen rows sum to at most this; saves the most work
-            that does so.
+        flops: keep at most this share of the base FLOPs of a sparse token, in [0, 1]; the least
+            sum of absolute loss changes that does so.
+        max_loss: the absolute loss changes of the chosen rows sum to at most this; saves the most
+            work that does so.
 
     Raises:
         PlanError: not exactly one budget, a budget out of range, or one that no choice meets.
@@ -83,7 +83,7 @@ def _frontier(options: list[list[Measurement]]) -> tuple[Any, Any, list[Any]]:
     back = []
     for rows in options:
         work = np.array([0, *(row.saved for row in rows)], np.int64)
-        loss = np.array([0.0, *(max(0.0, row.loss_change) for row in rows)])
+        loss = np.array([0.0, *(abs(row.loss_change) for row in rows)])
         all_saved = (saved[:, None] + work).ravel()
         all_harm = (harm[:, None] + loss).ravel()
         order = np.lexsort((all_harm, -all_saved))  # most saved first, then least harm

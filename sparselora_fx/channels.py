@@ -76,6 +76,8 @@ def _transfer(node: fx.Node, values: Values) -> Value | None:
     if isinstance(held, Scores):
         return held if _keeps_scores(node) else None
     if isinstance(held, Channels):
+        if name == "getitem" and tensor(node.args[0]) is None:
+            return held  # one result of a function that is applied channel by channel
         moved = move(node, name, held)
         if moved is not None:
             return moved
@@ -127,7 +129,8 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
         return None
     ports = tuple(dict.fromkeys(port for value in channels for port in value.ports))
     out = tensor(node)
-    assert out is not None
+    if out is None:  # an applied function returns a tuple
+        out = node.meta["example_value"][0]
     aligned = tuple(_align(port, out.dim()) for port in ports)
     segments = channels[0].segments if len(channels) == 1 else None
     roots = frozenset().union(*(value.roots for value in channels))

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibration import Settings, calibrate
 from .errors import EstimatorError
 from .estimator_file import Contents, read, write
 from .frozen import FrozenWeight, fingerprint_of, frozen_weights, shown
-from .moments import DAMPING, Statistics
+from .moments import DAMPING, Statistics, column_norms
+from .scores import DEFAULT, DEFAULT_CALIBRATED, Score, parse_score
 from .spft import read_spft
 from .svd import Factors, compute_device, factor_group, groups_of, ranks_of
 
@@ -130,6 +131,43 @@ class SVDEstimator:
         return cls(
             factors, {w.canonical: fingerprint_of(w.logical()) for w in used}, complete=False
         )
+
+    def score_of(self, text: str | None) -> Score:
+        """The score that a plan's ``score`` stands for with this estimator.
+
+        Raises:
+            EstimatorError: it looks at the prior, which only calibration gives.
+        """
+        default = DEFAULT_CALIBRATED if self.calibrated else DEFAULT
+        score = parse_score(text or default)
+        if score.prior and not self.calibrated:
+            raise EstimatorError(
+                f"the plan's score {text!r} needs a prior, which this estimator lacks: build it "
+                "with SVDEstimator.build(model, calibration=batches), or drop 'prior'"
+            )
+        return score
+
+    def vectors(
+        self, weights: Iterable[FrozenWeight], score: Score
+    ) -> dict[str, dict[str, Tensor]]:
+        """What a score needs of each weight besides its factors, by canonical name.
+
+        ``offset`` in the dtype of the weight; ``output``, ``prior`` and ``norms`` in float32 or
+        float64. See `moments.Statistics`.
+        """
+        table: dict[str, dict[str, Tensor]] = {}
+        for w in weights:
+            known = self.statistics.get(w.canonical)
+            found: dict[str, Tensor] = {}
+            if known is not None and len(known.offset):
+                found["offset"] = known.offset.to(w.weight.dtype)
+            if known is not None and score.prior:
+                found |= {"output": known.output} if len(known.output) else {}
+                found["prior"] = known.share if score.normalised else known.input
+            if score.weighted or score.normalised:
+                found["norms"] = column_norms(w.logical()) if known is None else known.norms
+            table[w.canonical] = found
+        return table
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, replacing ``path`` atomically.

@@ -97,6 +97,18 @@ def reads_shape_only(node: fx.Node, source: fx.Node) -> bool:
     return is_shape_query(node)
 
 
+def before_flattening(node: fx.Node) -> fx.Node:
+    """What a tensor ``[tokens, channels]`` was before its token dimensions became one."""
+    start = node
+    while op_name(node) in ("view", "reshape", "flatten") and isinstance(node.args[0], fx.Node):
+        example, source = tensor(node), tensor(node.args[0])
+        if example is None or source is None or example.shape[-1] != source.shape[-1]:
+            break
+        node = node.args[0]
+    example = tensor(node)
+    return start if example is None or example.dim() < 2 else node
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -115,6 +127,11 @@ def is_pointwise(node: fx.Node) -> bool:
     to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is recognised,
     without a table.
     """
+    if _applies_function(node):
+        return _has_pointwise_bodies(node)
+    first = node.args[0] if node.args else None
+    if op_name(node) == "getitem" and isinstance(first, fx.Node) and _applies_function(first):
+        return _has_pointwise_bodies(first)
     result = tensor(node)
     if node.op not in ("call_function", "call_method") or result is None:
         return False
@@ -126,6 +143,29 @@ def is_pointwise(node: fx.Node) -> bool:
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
         return False  # not callable on tiny shapes: whatever it is, it is not pointwise
     return bool(ops) and all(_is_elementwise(op) for op in ops)
+
+
+def _applies_function(node: fx.Node) -> bool:
+    """Whether a node applies a user's `torch.autograd.Function` (its results are a tuple)."""
+    return op_name(node) == "autograd_function_apply"
+
+
+def _has_pointwise_bodies(node: fx.Node) -> bool:
+    """Whether both graphs of an applied function, forward and backward, are pointwise."""
+    owner = node.graph.owning_module
+    held = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    graphs = [getattr(owner, str(attr.target), None) for attr in held]
+    return len(graphs) == 2 and all(
+        isinstance(graph, fx.GraphModule) and all(map(_is_harmless, graph.graph.nodes))
+        for graph in graphs
+    )
+
+
+def _is_harmless(node: fx.Node) -> bool:
+    """Whether a node of a body is pointwise, or has no part in what is computed."""
+    if node.op in ("placeholder", "output") or op_name(node) == "_set_grad_enabled":
+        return True
+    return is_pointwise(node)
 
 
 def _dispatched(node: fx.Node) -> list[torch._ops.OpOverload]:

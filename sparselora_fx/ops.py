@@ -11,7 +11,7 @@ Index arguments (``idx``) are 1-D int64, unique and in range.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ _define("low_rank_norms(Tensor x, Tensor a, Tensor b, Tensor? token_weight) -> T
 # The marker: an identity on x that carries per-layer data into the graph. Removed before anything
 # runs.
 _define(
-    "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec) -> Tensor(a)"
+    "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec,"
+    " Tensor[]? known=None) -> Tensor(a)"
 )
 # The marker before the logits: an identity on x that says which rows carry a label. Removed too.
 _define("label_rows(Tensor(a) x, Tensor labels, Tensor idx, Tensor pos, bool shift) -> Tensor(a)")
@@ -158,7 +159,7 @@ def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
     Without weights (or with weights of another token grid) every token counts, and a flat x is one
     sample.
     """
-    if token_weight is None or not _same_tokens(x, token_weight):
+    if token_weight is None or not same_tokens(x, token_weight):
         return x.mean(dim=1).flatten(0, -2) if x.dim() > 2 else x.mean(dim=0, keepdim=True)
     samples, length = token_weight.shape
     tokens = x.reshape(samples, length, x.shape[-1])
@@ -204,7 +205,7 @@ def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None)
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     projected = (x.flatten(0, -2) @ b.to(x.dtype).t()).to(wide)
-    if token_weight is not None and _same_tokens(x, token_weight):
+    if token_weight is not None and same_tokens(x, token_weight):
         projected = projected * token_weight.reshape(-1, 1).to(wide)
     rows = a.to(wide)
     gram = projected.t() @ projected
@@ -213,10 +214,16 @@ def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None)
 
 @torch.library.impl(LIBRARY, "site", "CompositeImplicitAutograd")
 def site(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, tokens: list[Tensor], spec: str
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    tokens: list[Tensor],
+    spec: str,
+    known: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Identity on x. Carries a frozen weight's factors, the batch's token lists and the plan's
-    words into the graph.
+    """Identity on x. Carries a frozen weight's factors, the batch's token lists, the plan's words
+    and the vectors that its score needs into the graph.
 
     ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their
     inverses
@@ -244,9 +251,10 @@ def _agree(x: Tensor, grid: Tensor) -> bool:
     sizes are equal."""
     if x.dim() == 3:
         return bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
-    return _same_tokens(x, grid)
+    return same_tokens(x, grid)
 
 
-def _same_tokens(x: Tensor, token_weight: Tensor) -> bool:
+def same_tokens(x: Tensor, token_weight: Tensor) -> bool:
+    """Whether a grid of tokens has as many as x."""
     tokens = x.numel() // x.shape[-1]  # not Size.numel(), which fixes symbolic sizes
     return bool(tokens == token_weight.numel())

@@ -17,13 +17,14 @@ from .errors import PlanError
 from .frozen import FrozenWeight, block_positions, suffix_distance
 from .hints import nearest, unknown_layer
 from .schedule import When, check_ramp, check_schedule
+from .scores import check_flag, check_score
 from .sensitivity_table import SensitivityTable
 
 TOKENS = ("all", "context")
 _DEFAULT = "default"
 _DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
-    "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0,
+    "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
 }  # fmt: skip
 _OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
@@ -59,6 +60,8 @@ class SparsityPlan:
         rank: rank of the estimator that the plan was written for, where the file says so.
         sink_tokens: this many first tokens of each sample are dense.
         sparse_outputs: this fraction of the output tokens is sparse after all, evenly spread.
+        score: what makes a channel worth keeping, see `scores.WORDS`; None: as the estimator allows
+        track_adapter: score with W + s B A as it is now, not with the frozen W alone.
     """
 
     sparsity: float | dict[str, float] | str
@@ -70,6 +73,8 @@ class SparsityPlan:
     ramp: tuple[tuple[When, float], ...]
     sink_tokens: int
     sparse_outputs: float
+    score: str | None
+    track_adapter: bool
 
     def __init__(
         self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
@@ -104,6 +109,8 @@ class SparsityPlan:
             "rank": lambda v: None if v is None else _check_positive("rank", v),
             "sink_tokens": lambda v: 0 if v == 0 else _check_positive("sink_tokens", v),
             "sparse_outputs": lambda v: _check_fraction("sparse_outputs", v),
+            "score": check_score,
+            "track_adapter": lambda v: check_flag("track_adapter", v),
         }
         for key in _OWN_KEYS:
             value = checks.get(key, lambda v: v)(values[key])
@@ -147,7 +154,7 @@ class SparsityPlan:
         Args:
             table: its token policy and ``channel_multiple`` are taken over.
             flops: keep at most this share of the base FLOPs of a sparse token, at the least loss.
-            max_loss: the regions' loss changes sum to at most this, at the least FLOPs.
+            max_loss: the regions' absolute loss changes sum to at most this, at the least FLOPs.
             options: further attributes of the plan, such as ``start_step``.
 
         Raises:

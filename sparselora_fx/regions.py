@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.layout import Atom, ChannelMap, merge_atoms, split_atoms
+from sparselora_fx.scores import Score
 
 if TYPE_CHECKING:
     from sparselora_fx.values import Values
@@ -23,6 +24,8 @@ class Options:
 
     channel_multiple: int = 16
     lora_branch: str = "dense"
+    score: Score = field(default_factory=Score)
+    track_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,17 @@ class SiteSpec:
 
     ffn: float
     attention: float
+    known: tuple[str, ...] = ()  # names of the vectors that the marker carries besides factors
 
     def encode(self) -> str:
         """A string that `decode` reads back exactly."""
-        return f"{self.ffn!r},{self.attention!r}"
+        return ",".join([repr(self.ffn), repr(self.attention), *self.known])
 
     @staticmethod
     def decode(text: str) -> SiteSpec:
         """Inverse of `encode`."""
-        ffn, attention = text.split(",")
-        return SiteSpec(float(ffn), float(attention))
+        ffn, attention, *known = text.split(",")
+        return SiteSpec(float(ffn), float(attention), tuple(known))
 
 
 @dataclass(eq=False)
@@ -60,6 +64,7 @@ class Site:
     spec: SiteSpec
     out_features: int
     in_features: int
+    known: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.known` names
     adapter_adds: dict[fx.Node, fx.Node] = field(
         default_factory=dict
     )  # addition -> the LoRA branch it adds

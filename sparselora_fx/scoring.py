@@ -24,8 +24,17 @@ _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
 _REPLAYED = NORMS | {"mean", "sum", "var", "std", "normalize"}
 
 
-def can_score(node: fx.Node, values: Values) -> bool:
-    """Whether `Replay` can rebuild a node from its producers' approximations."""
+def can_score(node: fx.Node, values: Values, known: dict[fx.Node, bool]) -> bool:
+    """Whether `Replay` can rebuild a node from its producers' approximations.
+
+    ``known`` keeps the answers, as consumers all along a residual stream ask about the same nodes.
+    """
+    if node not in known:
+        known[node] = _can_score(node, values, known)
+    return known[node]
+
+
+def _can_score(node: fx.Node, values: Values, known: dict[fx.Node, bool]) -> bool:
     value = values.get(node)
     if not isinstance(value, Channels):
         return False
@@ -33,12 +42,12 @@ def can_score(node: fx.Node, values: Values) -> bool:
         return value.ports[0].layout is not None and channel_map(value.ports[0].layout) is not None
     held = [source for source in node.all_input_nodes if source in values]
     if completes_site(node, value):
-        return can_score(held[0], values)
+        return can_score(held[0], values, known)
     name = op_name(node)
     if not (name in _SEEN_THROUGH or name in _REPLAYED or is_pointwise(node)):
         return False
     others = [source for source in node.all_input_nodes if source not in values]
-    return all(can_score(source, values) for source in held) and not any(
+    return all(can_score(source, values, known) for source in held) and not any(
         map(_is_full_width, others)
     )
 
@@ -66,24 +75,24 @@ def side_inputs(node: fx.Node, values: Values) -> set[fx.Node]:
 
 
 class Replay:
-    """Builds the score subgraph of one region: the region's function applied to ``[B, N]``
-    approximations."""
+    """Builds the score subgraph of one region: the region's function applied to approximations
+    ``[rows, N]``. ``reduce`` brings any other tensor of tokens to the same rows."""
 
     def __init__(
         self,
         graph: fx.Graph,
         values: Values,
         approximate: Callable[[Site], fx.Node],
-        token_weight: fx.Node | None,
+        reduce: Callable[[fx.Node], fx.Node],
     ) -> None:
         self.graph = graph
         self.values = values
         self.approximate = approximate
-        self.token_weight = token_weight
+        self.reduce = reduce
         self.done: dict[fx.Node, fx.Node] = {}
 
     def build(self, node: fx.Node) -> fx.Node:
-        """The ``[B, N]`` approximation of a node that holds producers' channels."""
+        """The ``[rows, N]`` approximation of a node that holds producers' channels."""
         if node not in self.done:
             self.done[node] = self._build(node)
         return self.done[node]
@@ -123,10 +132,10 @@ class Replay:
         example = tensor(node)
         if example is None:
             return node
+        leading = example.shape[:-1]
+        if leading and not all(isinstance(size, int) and size == 1 for size in leading):
+            return self.reduce(node)
         detached = self.graph.call_method("detach", (node,))
         if example.dim() <= 1:
             return detached
-        leading = example.shape[:-1]
-        if all(isinstance(size, int) and size == 1 for size in leading):
-            return self.graph.call_method("reshape", (detached, (example.shape[-1],)))
-        return self.graph.call_function(OPS.pool_tokens.default, (detached, self.token_weight))
+        return self.graph.call_method("reshape", (detached, (example.shape[-1],)))

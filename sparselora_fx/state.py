@@ -7,11 +7,13 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sparselora_fx._torch import in_backward
+from sparselora_fx.errors import CompileError
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.ops import OPS
 from sparselora_fx.pipeline import GraphReport, SiteReport
@@ -23,7 +25,14 @@ from sparselora_fx.weights import GatherLayout
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 
 
-Mark = tuple[str, str, str, str]  # names on a module: parameter, its two factor buffers, its spec
+class Mark(NamedTuple):
+    """Names on a module: a frozen parameter, the buffers put beside it, its spec."""
+
+    param: str
+    a: str
+    b: str
+    known: tuple[str, ...]
+    spec: str
 
 
 _DENSE = SiteSpec(0.0, 0.0).encode()
@@ -44,6 +53,7 @@ class Phase:
         self.tokens: list[Tensor] = []
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.shift = True
+        self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.key = next(_keys)
         _PHASES[self.key] = self
 
@@ -69,6 +79,8 @@ class State:
     phase: Phase = field(default_factory=Phase)
     active: bool = True
     inside: bool = False  # a compiled call of the model is under way
+    forced: float | None = None  # the share while `ahead` compiles for it
+    ahead: bool = False  # compile the levels to come before the next training call
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
@@ -81,10 +93,9 @@ class State:
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     layout: GatherLayout = field(default_factory=GatherLayout)
+    known: dict[str, tuple[str, ...]] = field(default_factory=dict)  # words of further vectors
 
     def __post_init__(self) -> None:
-        shares = {share for _, share in self.plan.ramp} or {1.0}
-        self.levels = sorted({*shares, 1.0} - {0.0})
         self.names = self._names()
 
     def name_of(self, weight: Tensor) -> str | None:
@@ -99,9 +110,20 @@ class State:
         held = {w.name: w.module._parameters.get(w.param) for w in self.frozen}
         return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
 
+    def shares(self) -> list[float]:
+        """Every share that the schedule takes as it is driven now, rising."""
+        plan = self.plan
+        if self.step is None:
+            return [1.0]
+        stages = {share for _, share in plan.ramp} or {1.0}
+        dense = plan.start_step or plan.end_step is not None or plan.ramp
+        return sorted({*stages, 0.0} if dense else stages)
+
     def share(self) -> float:
         """The share of the plan's sparsity that is on now: 0 is dense."""
         plan = self.plan
+        if self.forced is not None:
+            return self.forced
         if self.step is not None:
             return share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
         if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
@@ -114,7 +136,11 @@ class State:
             )
         return 1.0
 
-    def mark(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def mark(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Put a hook on every module that owns a frozen weight, and factors on those that the plan
         makes sparse.
 
@@ -124,7 +150,12 @@ class State:
         owners: dict[nn.Module, list[Mark]] = {}
         for weight in self.frozen:
             names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
-            owners.setdefault(weight.module, []).append((weight.param, *names, spec_name(weight)))
+            sparse = max(self.sparsity[weight.name]) > 0
+            more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
+            self.known[weight.name] = tuple(more)
+            buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
+            mark = Mark(weight.param, *names, buffers, spec_name(weight))
+            owners.setdefault(weight.module, []).append(mark)
             if max(self.sparsity[weight.name]) == 0:
                 continue
             like = weight.weight
@@ -160,13 +191,15 @@ class State:
         self.share_set = None
         for weight in self.frozen:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
-            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own).encode()
+            words = self.known.get(weight.name, ()) if max(own) > 0 else ()
+            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own, words).encode()
 
-    def mark_logits(self, module: nn.Module | None) -> None:
-        """Put a hook on the output embedding, if given: it says which of its rows carry a label."""
-        if module is not None:
-            hook = _label_hook(self.phase.key)
-            self.handles.append(module.register_forward_pre_hook(hook))
+    def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
+        name = f"_sparselora_{word}_{weight.param}"
+        placed = values.to(device=weight.weight.device)
+        weight.module.register_buffer(name, placed, persistent=False)
+        self.buffers.append((weight.module, name))
+        return name
 
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
@@ -192,6 +225,7 @@ class State:
             for name, site in zip(names, region.sites, strict=True):
                 if name is not None:
                     self.seen[name] = Seen(site, where, region.kind, kept)
+                    self.phase.sliced.add(id(args[site.weight]))
         for site in report.dense:
             name = self.name_of(args[site.weight])
             if name is not None:
@@ -204,6 +238,7 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
+            _refuse_recomputation(module, _PHASES.get(key), marks)
             return None
         phase = _PHASES[key]
         if args and isinstance(args[0], Tensor):
@@ -216,29 +251,28 @@ def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
     return hook
 
 
-def _label_hook(key: int) -> Any:
-    """A forward pre-hook that passes a module's input through a `label_rows` marker, while being
-    traced."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not torch.compiler.is_compiling():
-            return None
-        phase = _PHASES[key]
-        if not phase.labels or not args or not isinstance(args[0], Tensor):
-            return None
-        labels, idx, pos = phase.labels
-        return (OPS.label_rows(args[0], labels, idx, pos, phase.shift), *args[1:])
-
-    return hook
+def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
+    """Raise where a backward pass runs a module again outside compiled code: that forward would be
+    dense although the first one was sliced, and gradients silently wrong."""
+    if phase is None or not phase.sliced or not in_backward():
+        return
+    words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
+    if any(spec != _DENSE and weight in phase.sliced for spec, weight in words):
+        raise CompileError(
+            "a backward pass of this model runs its layers again, outside what torch.compile "
+            "compiled (a reversible layer, say), where they are not sliced; give those layers "
+            "sparsity 0 in the plan, or switch the recomputation off"
+        )
 
 
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
-    for param, a, b, spec in marks:
+    for param, a, b, names, spec in marks:
         words = getattr(module, spec)
         if words != _DENSE:
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
-            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words)
+            known = [getattr(module, name) for name in names]
+            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
     return x
 
 

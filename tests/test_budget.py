@@ -37,7 +37,7 @@ def every_choice(table: slx.SensitivityTable) -> list[tuple[int, float]]:
     """(saved, harm) of all combinations, by enumeration."""
     groups: dict[str, list[tuple[int, float]]] = {}
     for row in table.rows:
-        groups.setdefault(row.region, [(0, 0.0)]).append((row.saved, max(0.0, row.loss_change)))
+        groups.setdefault(row.region, [(0, 0.0)]).append((row.saved, abs(row.loss_change)))
     return [
         (sum(s for s, _ in combination), sum(h for _, h in combination))
         for combination in itertools.product(*groups.values())
@@ -45,7 +45,7 @@ def every_choice(table: slx.SensitivityTable) -> list[tuple[int, float]]:
 
 
 def totals(choice: budget.Choice) -> tuple[int, float]:
-    return sum(r.saved for r in choice.rows), sum(max(0.0, r.loss_change) for r in choice.rows)
+    return sum(r.saved for r in choice.rows), sum(abs(r.loss_change) for r in choice.rows)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -73,9 +73,10 @@ def test_greedy_would_be_wrong_here() -> None:
     assert [row.region for row in budget.choose(table, flops=0.5).rows] == ["c"]
 
 
-def test_gains_do_not_pay_for_harm() -> None:
-    table = table_of([("gain", 0.5, -1.0, 100), ("harm", 0.5, 0.5, 100)])
-    assert [r.region for r in budget.choose(table, max_loss=0.1).rows] == ["gain"]
+def test_gains_neither_pay_for_harm_nor_come_free() -> None:
+    table = table_of([("gain", 0.5, -1.0, 100), ("harm", 0.5, 0.5, 100), ("calm", 0.5, -0.1, 9)])
+    assert [r.region for r in budget.choose(table, max_loss=0.6).rows] == ["harm", "calm"]
+    assert [r.region for r in budget.choose(table, flops=0.9).rows] == ["harm"]
 
 
 def test_a_nan_loss_is_no_choice() -> None:

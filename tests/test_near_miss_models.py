@@ -87,3 +87,70 @@ def test_a_linear_on_something_else_than_tokens(tokens: str) -> None:
         why = reasons(table)
         assert set(why) == {"pool_up.base", "pool_down.base"}
         assert all("token grid" in reason for reason in why.values()), why
+
+
+class TimeMajor(nn.Module):
+    """An FFN on tokens that are laid out ``[length, samples]`` or ``[samples, 1, length]``."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(oracle.VOCABULARY, WIDTH).requires_grad_(False)
+        self.up, self.down = Adapted(WIDTH, HIDDEN), Adapted(HIDDEN, WIDTH)
+        self.layout = layout
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        x = self.embedding(input_ids)
+        h = x[:, None] if self.layout == "extra" else x.transpose(0, 1)
+        h = h.reshape(-1, WIDTH) if self.layout == "flat" else h
+        y = self.down(F.silu(self.up(h)))
+        y = y.view(x.shape[1], x.shape[0], WIDTH) if self.layout == "flat" else y
+        y = y[:, 0] if self.layout == "extra" else y.transpose(0, 1)
+        weight = torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
+        return SimpleNamespace(
+            loss=((x + y) * weight * (labels >= -100)[..., None]).square().mean()
+        )
+
+
+@pytest.mark.parametrize("layout", ["major", "flat"])
+def test_tokens_in_another_order_than_the_labels_stay_dense(layout: str) -> None:
+    torch.manual_seed(0)
+    model = TimeMajor(layout).double().train()
+    ids = oracle.batch()["input_ids"]
+    data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
+    plan = slx.SparsityPlan(0.5, tokens="context", start_step=0, channel_multiple=1)
+    got = oracle.run_compiled(model, data, plan, restore=False)
+    table = slx.explain(model)
+    slx.restore(model)
+    assert got.record.sites == {}, table
+    assert all("token grid" in reason for reason in reasons(table).values()), table
+    oracle.assert_close(got, oracle.step(model, data), 1e-9)
+
+
+def _masked_on(context: Tensor, linear: nn.Linear, role: str, chosen: Tensor) -> Any:
+    mask = torch.zeros(linear.weight.shape[0 if role == "out" else 1], dtype=linear.weight.dtype)
+    mask[chosen] = 1
+
+    def forward(x: Tensor) -> Tensor:
+        cut = x * mask if role == "in" else x
+        masked = F.linear(cut, linear.weight) * (1 if role == "in" else mask)
+        return torch.where(context[:, None], masked, F.linear(x, linear.weight)) + linear.bias
+
+    return forward
+
+
+def test_tokens_with_a_dimension_more_are_sliced() -> None:
+    """Tokens 0 to 6 and the last one predict nothing that carries loss: they alone are sparse."""
+    torch.manual_seed(0)
+    model = TimeMajor("extra").double().train()
+    ids = oracle.batch(padding=0)["input_ids"]
+    data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
+    plan = slx.SparsityPlan(0.5, tokens="context", start_step=0, channel_multiple=1)
+    got = oracle.run_compiled(model, data, plan, restore=False)
+    table = slx.explain(model)
+    slx.restore(model)
+    assert set(got.record.sites) == {"up.base", "down.base"}, table
+    position = torch.arange(13)
+    for name, (role, chosen) in got.record.sites.items():
+        linear: Any = model.get_submodule(name)
+        linear.forward = _masked_on((position < 7) | (position == 12), linear, role, chosen)
+    oracle.assert_close(got, oracle.step(model, data), 1e-9)

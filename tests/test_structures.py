@@ -251,3 +251,50 @@ def test_random_draws_and_writes_keep_their_order(body: Any) -> None:
     record, table = check(lambda: Net(body))
     assert record.sites == {}, table
     assert "computed after its first producer" in table
+
+
+# ---------------------------------------------------------------- functions with their own backward
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad * s * (1 + x * (1 - s))
+
+
+class Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.softmax(-1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (grad - (grad * y).sum(-1, keepdim=True))
+
+
+def own_pointwise(net: Any, x: Tensor) -> Tensor:
+    return net.out(Swish.apply(net.a(x)) * net.b(x))
+
+
+def own_mixing(net: Any, x: Tensor) -> Tensor:
+    return net.out(Softmax.apply(net.a(x)) * net.b(x))
+
+
+def test_a_pointwise_function_with_its_own_backward_is_sliced() -> None:
+    record, table = check(lambda: Net(own_pointwise))
+    assert set(record.sites) == {"a.base", "b.base", "out.base"}, table
+
+
+def test_a_function_that_mixes_channels_stays_dense() -> None:
+    record, table = check(lambda: Net(own_mixing))
+    assert record.sites == {}, table

@@ -1,0 +1,137 @@
+"""The forward that `compile` puts on a model: what each call is, and how it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparselora_fx.ahead import run_ahead
+from sparselora_fx.errors import CompileError
+from sparselora_fx.state import State
+from sparselora_fx.tokens import call_arguments, split_tokens
+from sparselora_fx.trimming import label_rows
+
+# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
+# one.
+_UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
+
+
+class CompiledForward:
+    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
+    model's own forward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: State,
+        compiled: Callable[..., Any],
+        *,
+        compile_eval: bool,
+        precompile: bool,
+        trim_logits: bool,
+    ) -> None:
+        functools.update_wrapper(self, model.forward)  # first: it copies attributes over
+        self.trim_logits = trim_logits
+        self.model = model
+        self.state = state
+        self.compiled = compiled
+        self.compile_eval = compile_eval
+        self.precompile = state.ahead = precompile
+        self.original: Callable[..., Any] = model.forward
+        self.replaced = model.__dict__.get("forward")
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.base_forward = base.forward if base is not model else self.original
+        config = getattr(base, "config", None)
+        self.cacheable = _takes_use_cache(self.base_forward, config)
+        # One token grid would have to serve two stacks of other lengths: every token is sparse
+        # then.
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        kind = str(getattr(base, "loss_type", None) or type(base).__name__)
+        self.shift = not any(word in kind for word in _UNSHIFTED)
+        # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
+        # into that one, our backend would never see the graph, and all would be dense.
+        self.step = torch.compiler.disable(self._step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        measured = state.measured is not None
+        if not state.active or not (self.model.training or self.compile_eval or measured):
+            return self.original(*args, **kwargs)
+        return self.step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """One compiled call, and before it those that compile ahead."""
+        state = self.state
+        if state.ahead and self.model.training and torch.is_grad_enabled():
+            run_ahead(state, lambda: self._run(args, dict(kwargs)))
+        before = state.graphs
+        out = self._run(args, kwargs)
+        # Other sizes than before: the levels to come need graphs for them too.
+        state.ahead |= self.precompile and self.model.training and state.graphs > before
+        return out
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One compiled call."""
+        state = self.state
+        arguments = call_arguments(self.base_forward, args, kwargs)
+        if self.model.training and _decodes(arguments):
+            return self.original(*args, **kwargs)
+        self._set_phase(arguments)
+        unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
+        stepping = self.model.training or state.measured is not None
+        if self.cacheable and stepping and unset:
+            kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
+        state.inside = True
+        try:
+            result = self.compiled(*args, **kwargs)
+            state.stepped |= bool(state.share_set)
+            return result
+        finally:
+            state.inside = False
+
+    def _set_phase(self, arguments: Mapping[str, Any]) -> None:
+        """Decide what this call is: dense, or sparse at some level on some tokens."""
+        state, phase = self.state, self.state.phase
+        share = state.share() if self.model.training else 0.0
+        share = 1.0 if state.measured else share
+        tokens = None
+        if share and not self.encoder_decoder:
+            tokens = split_tokens(state.plan, arguments, shift=self.shift)
+        empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
+        sparse = bool(share) and not empty
+        if state.measured and sparse:
+            state.set_sparsity(state.measured)
+        else:
+            state.set_share(share if sparse else 0.0)
+        phase.tokens = tokens.tensors() if sparse and tokens is not None else []
+        phase.shift, phase.labels = self.shift, []
+        if self.trim_logits and sparse and tokens is not None:
+            phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise CompileError(
+            "a compiled model cannot be deep-copied: its forward belongs to this very object; "
+            "call sparselora_fx.restore(model), copy it, then compile each copy"
+        )
+
+
+def _decodes(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
+    where it is called on a model in training mode."""
+    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
+    return bool(cached) and not torch.is_grad_enabled()
+
+
+def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
+    """Whether a forward knows ``use_cache``: by name, or (transformers) among its open keywords."""
+    known = inspect.signature(forward).parameters
+    if "use_cache" in known:
+        return True
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    text = getattr(config, "text_config", None)  # of a model that also hears or sees
+    return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
