@@ -103,8 +103,7 @@ def _quiet() -> None:
 
 
 class _OurContexts(logging.Filter):
-    """Drops torch's remark that a context function was passed to a checkpoint: it was not the
-    user who passed it. It is lost for a user who does, too: it is a remark on in-place ops."""
+    """Drops torch's remark on a context function, which the user did not pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()

@@ -55,8 +55,7 @@ def compile(
     Raises:
         CompileError: no module, no frozen weight, a meta weight, an unknown word, no block.
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
-        PlanError: the plan names unknown layers, or cannot be carried out.
-        In every case the model is left exactly as it was.
+        PlanError: the plan names unknown layers, or cannot be carried out. The model stays as it was.
     """
     _check_words(model, estimator, backend, lora_branch)
     assert estimator is not None

@@ -40,8 +40,7 @@ _DENSE = SiteSpec(0.0, 0.0).encode()
 _OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
 
 # Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes
-# of whatever it reaches
-# through a module for fixed, and token lists change size with every batch.
+# of whatever it reaches through a module for fixed, and token lists change size with every batch.
 _PHASES: dict[int, Phase] = {}
 _keys = itertools.count()
 
@@ -51,8 +50,7 @@ class Phase:
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
-        self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
-        self.shift = True
+        self.labels, self.shift = list[Tensor](), True  # labels, their token list; see trimming
         self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.key = next(_keys)
         _PHASES[self.key] = self
