@@ -28,7 +28,6 @@ from sparselora_fx.pipeline import run
 from sparselora_fx.regions import Options
 from sparselora_fx.state import State
 from sparselora_fx.tokens import split_tokens
-from sparselora_fx.trimming import mark_logits
 
 assert autograd.LIBRARY is not None  # importing it registers the derivatives
 TOPK = ops.OPS.topk_channels.default
@@ -144,7 +143,7 @@ def capture(
     inputs = {name: value.to("meta") for name, value in batch.items()}
     state = _marked(model, batch, plan, rank) if plan else None
     if state is not None and trim_logits:
-        mark_logits(state, model.get_output_embeddings())  # type: ignore[operator]
+        state.mark_logits(model.get_output_embeddings())  # type: ignore[operator]
         state.phase.labels = _label_list(state, batch, inputs["labels"])
     try:
         torch.compiler.reset()

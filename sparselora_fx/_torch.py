@@ -24,8 +24,7 @@ KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
 # A phase, a token-length class and a plan level each make a graph; torch's default is 8.
 _RECOMPILES = 256
 
-# Ops that Inductor sees through: their eager bodies are pointwise, gathers and small reductions,
-# which it fuses.
+# Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows",
     "topk_channels", "pool_tokens", "low_rank_norms",
@@ -103,7 +102,7 @@ def _quiet() -> None:
 
 
 class _OurContexts(logging.Filter):
-    """Drops torch's remark on a context function, which the user did not pass."""
+    """Drop torch's remark on a context function, which the user did not pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()

@@ -20,7 +20,7 @@ from sparselora_fx.regional import compile_blocks, repeated_blocks, restore_bloc
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
-from sparselora_fx.trimming import mark_logits, output_embedding
+from sparselora_fx.trimming import output_embedding
 
 
 def compile(
@@ -48,17 +48,16 @@ def compile(
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
-        trim_logits: what follows the last attention only for tokens with loss; logits are None.
-
+        trim_logits: in sparse steps compute what follows the last attention only for tokens whose
+            prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
     A compiled model is restored first, as is another one (with a warning) that shares frozen
     linears with it. Training calls get `use_cache=False` unless told otherwise.
     Raises:
-        CompileError: no module, no frozen weight, a meta weight, an unknown word, no block.
+        CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
-        PlanError: the plan names unknown layers, or cannot be carried out. The model stays as it was.
+        PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
-    _check_words(model, estimator, backend, lora_branch)
-    assert estimator is not None
+    estimator = _check_words(model, estimator, backend, lora_branch)
     plan, frozen, sparsity = _checked(model, estimator, plan)
     score = estimator.score_of(plan.score)
     blocks = repeated_blocks(frozen) if regional else []
@@ -67,15 +66,12 @@ def compile(
     state = State(model, plan, sparsity, frozen)
     options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
     runner = make_backend(state, backend, options)
-    whole = model.forward
-    run = whole if regional else _torch.compile_callable(whole, runner, dynamic)
-    forward = CompiledForward(
-        model, state, run, compile_eval=compile_eval, precompile=precompile, trim_logits=trim_logits
-    )
+    run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
+    forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(estimator.factors, estimator.vectors(frozen, score))
-    mark_logits(state, head)
-    model.__dict__.update({ATTRIBUTE: state, "forward": forward})
+    state.mark_logits(head)
+    model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 
 
@@ -142,7 +138,8 @@ def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:
         restore(other.model)
 
 
-def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> None:
+def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> SVDEstimator:
+    """The estimator, if the words that came with it are known."""
     if not isinstance(model, nn.Module):
         raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(estimator, SVDEstimator):
@@ -155,6 +152,7 @@ def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> 
         raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
     if lora_branch not in ("dense", "sparse"):
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
+    return estimator
 
 
 def _checked(

@@ -30,18 +30,17 @@ class CompiledForward:
         model: nn.Module,
         state: State,
         compiled: Callable[..., Any],
-        *,
         compile_eval: bool,
         precompile: bool,
         trim_logits: bool,
     ) -> None:
         functools.update_wrapper(self, model.forward)  # first: it copies attributes over
-        self.trim_logits = trim_logits
         self.model = model
         self.state = state
         self.compiled = compiled
         self.compile_eval = compile_eval
         self.precompile = state.ahead = precompile
+        self.trim_logits = trim_logits
         self.original: Callable[..., Any] = model.forward
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

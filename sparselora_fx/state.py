@@ -3,19 +3,15 @@ reported."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparselora_fx._torch import in_backward
-from sparselora_fx.errors import CompileError
 from sparselora_fx.frozen import FrozenWeight
-from sparselora_fx.ops import OPS
+from sparselora_fx.hooks import Mark, Phase, label_hook, site_hook
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
@@ -23,37 +19,7 @@ from sparselora_fx.schedule import share_at
 from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
-
-
-class Mark(NamedTuple):
-    """Names on a module: a frozen parameter, the buffers put beside it, its spec."""
-
-    param: str
-    a: str
-    b: str
-    known: tuple[str, ...]
-    spec: str
-
-
-_DENSE = SiteSpec(0.0, 0.0).encode()
-
 _OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
-
-# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes
-# of whatever it reaches through a module for fixed, and token lists change size with every batch.
-_PHASES: dict[int, Phase] = {}
-_keys = itertools.count()
-
-
-class Phase:
-    """What hooks read while a graph is traced: the token lists of the present call."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self.labels, self.shift = list[Tensor](), True  # labels, their token list; see trimming
-        self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
-        self.key = next(_keys)
-        _PHASES[self.key] = self
 
 
 @dataclass
@@ -166,7 +132,7 @@ class State:
                 weight.module.register_buffer(name, placed, persistent=False)
                 self.buffers.append((weight.module, name))
         for module, marks in owners.items():
-            hook = _site_hook(self.phase.key, tuple(marks))
+            hook = site_hook(self.phase.key, tuple(marks))
             hook.__dict__[_OWNER] = self
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
@@ -199,6 +165,12 @@ class State:
         self.buffers.append((weight.module, name))
         return name
 
+    def mark_logits(self, module: nn.Module | None) -> None:
+        """Put a hook on the output embedding, if given: it says which of its rows carry a label."""
+        if module is not None:
+            hook = label_hook(self.phase.key)
+            self.handles.append(module.register_forward_pre_hook(hook))
+
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
         for handle in self.handles:
@@ -208,7 +180,7 @@ class State:
             module._non_persistent_buffers_set.discard(name)
         for weight in self.frozen:
             weight.module.__dict__.pop(spec_name(weight), None)
-        _PHASES.pop(self.phase.key, None)
+        self.phase.close()
         self.handles.clear()
         self.buffers.clear()
         self.layout.restore()
@@ -228,50 +200,6 @@ class State:
             name = self.name_of(args[site.weight])
             if name is not None:
                 self.seen[name] = Seen(site)
-
-
-def _site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
-    """A forward pre-hook that passes a module's input through one `site` marker per weight, while
-    being traced."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling():
-            _refuse_recomputation(module, _PHASES.get(key), marks)
-            return None
-        phase = _PHASES[key]
-        if args and isinstance(args[0], Tensor):
-            return (_marked(module, args[0], phase, marks), *args[1:]), kwargs
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor):
-                return args, {**kwargs, name: _marked(module, value, phase, marks)}
-        return None
-
-    return hook
-
-
-def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
-    """Raise where a backward pass runs a module again outside compiled code: that forward would be
-    dense although the first one was sliced, and gradients silently wrong."""
-    if phase is None or not phase.sliced or not in_backward():
-        return
-    words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
-    if any(spec != _DENSE and weight in phase.sliced for spec, weight in words):
-        raise CompileError(
-            "a backward pass of this model runs its layers again, outside what torch.compile "
-            "compiled (a reversible layer, say), where they are not sliced; give those layers "
-            "sparsity 0 in the plan, or switch the recomputation off"
-        )
-
-
-def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
-    for param, a, b, names, spec in marks:
-        words = getattr(module, spec)
-        if words != _DENSE:
-            weight = getattr(module, param)
-            factor_a, factor_b = getattr(module, a), getattr(module, b)
-            known = [getattr(module, name) for name in names]
-            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
-    return x
 
 
 def marked_by(frozen: Iterable[FrozenWeight]) -> list[State]:

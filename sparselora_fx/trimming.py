@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparselora_fx.errors import CompileError
-from sparselora_fx.ops import OPS
-from sparselora_fx.state import _PHASES, State
 from sparselora_fx.tokens import Tokens
 
 
@@ -39,22 +36,3 @@ def output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:
             "a module, so it is not known where its logits are made; leave trim_logits out"
         )
     return head
-
-
-def mark_logits(state: State, module: nn.Module | None) -> None:
-    """Put a hook on the output embedding, if given: traced, it passes the module's input through a
-    `label_rows` marker, which says which of its rows carry a label."""
-    if module is None:
-        return
-    key = state.phase.key
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not torch.compiler.is_compiling():
-            return None
-        now = _PHASES[key]
-        if not now.labels or not args or not isinstance(args[0], Tensor):
-            return None
-        labels, idx, pos = now.labels
-        return (OPS.label_rows(args[0], labels, idx, pos, now.shift), *args[1:])
-
-    state.handles.append(module.register_forward_pre_hook(hook))

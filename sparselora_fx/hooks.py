@@ -1,0 +1,111 @@
+"""Hooks that put markers into a graph while it is traced, and what they read.
+
+Dynamo guards what hooks read, not whether they are there: see docs/decisions/0005.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_fx._torch import in_backward
+from sparselora_fx.errors import CompileError
+from sparselora_fx.ops import OPS
+from sparselora_fx.regions import SiteSpec
+
+
+class Mark(NamedTuple):
+    """Names on a module: a frozen parameter, the buffers put beside it, its spec."""
+
+    param: str
+    a: str
+    b: str
+    known: tuple[str, ...]
+    spec: str
+
+
+_DENSE = SiteSpec(0.0, 0.0).encode()
+
+# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of
+# whatever it reaches through a module for fixed, and token lists change size with every batch.
+_PHASES: dict[int, Phase] = {}
+_keys = itertools.count()
+
+
+class Phase:
+    """What hooks read while a graph is traced: the token lists of the present call."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
+        self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
+        self.shift = True
+        self.key = next(_keys)
+        _PHASES[self.key] = self
+
+    def close(self) -> None:
+        """Forget the phase; hooks that read it are gone."""
+        _PHASES.pop(self.key, None)
+
+
+def site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
+    """A forward pre-hook that passes a module's input through one `site` marker per weight, while
+    being traced."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_recomputation(module, _PHASES.get(key), marks)
+            return None
+        phase = _PHASES[key]
+        if args and isinstance(args[0], Tensor):
+            return (_marked(module, args[0], phase, marks), *args[1:]), kwargs
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return args, {**kwargs, name: _marked(module, value, phase, marks)}
+        return None
+
+    return hook
+
+
+def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
+    """Raise where a backward pass runs a module again outside compiled code: that forward would be
+    dense although the first one was sliced, and gradients silently wrong."""
+    if phase is None or not phase.sliced or not in_backward():
+        return
+    words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
+    if any(spec != _DENSE and weight in phase.sliced for spec, weight in words):
+        raise CompileError(
+            "a backward pass of this model runs its layers again, outside what torch.compile "
+            "compiled (a reversible layer, say), where they are not sliced; give those layers "
+            "sparsity 0 in the plan, or switch the recomputation off"
+        )
+
+
+def label_hook(key: int) -> Any:
+    """A forward pre-hook that passes a module's input through a `label_rows` marker, while being
+    traced."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not torch.compiler.is_compiling():
+            return None
+        phase = _PHASES[key]
+        if not phase.labels or not args or not isinstance(args[0], Tensor):
+            return None
+        labels, idx, pos = phase.labels
+        return (OPS.label_rows(args[0], labels, idx, pos, phase.shift), *args[1:])
+
+    return hook
+
+
+def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
+    for param, a, b, names, spec in marks:
+        words = getattr(module, spec)
+        if words != _DENSE:
+            weight = getattr(module, param)
+            factor_a, factor_b = getattr(module, a), getattr(module, b)
+            known = [getattr(module, name) for name in names]
+            x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
+    return x
