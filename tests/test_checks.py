@@ -83,7 +83,9 @@ def test_mixed_devices(check: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(checks.gather,), (checks.scatter, N), (checks.wgrad, N)], ids=lambda a: str(a[0])
+    "arguments",
+    [(checks.gather,), (checks.scatter, N), (checks.wgrad, N)],
+    ids=lambda a: a[0].__name__,
 )
 def test_mixed_devices_of_an_index(arguments: tuple[Any, ...]) -> None:
     check, *rest = arguments
