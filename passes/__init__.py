@@ -1,9 +1,8 @@
 """The pass pipeline: one file a pass, in the order below.
 
 A pass is a plain function ``(rewrite: Rewrite) -> int`` that returns how many changes it made. The
-runner
-(`sparselora_fx.pipeline`) times it, logs it, checks the graph after it and can leave it out; a
-pass does its one thing.
+runner (`sparselora_fx.pipeline`) times it, logs it, checks the graph after it and can leave it out;
+a pass does its one thing.
 """
 
 if __name__ != "sparselora_fx.passes":

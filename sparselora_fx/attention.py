@@ -1,8 +1,8 @@
 """Recognise attention in any of its spellings, from the channels of its operands.
 
 Fused (`scaled_dot_product_attention`, `flex_attention`) or written out (scores = q k^T, any
-pointwise function and
-softmax, then probabilities times v). Nothing here looks at module or class names.
+pointwise function and softmax, then probabilities times v). Nothing here looks at module or class
+names.
 """
 
 from __future__ import annotations

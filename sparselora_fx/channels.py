@@ -2,8 +2,7 @@
 operation.
 
 The result tells, for each node, which sites' channels it holds and in which layout. A node with no
-value is one that
-no rule knows: whoever reads channels there sees all of them.
+value is one that no rule knows: whoever reads channels there sees all of them.
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ def explain(model: nn.Module) -> str:
     """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the
     reason it is dense.
 
-    Filled by the graphs that ran, so call it after a training step; before one, each line tells
-    the plan.
-    Raises `CompileError` if the model is not compiled.
+    Filled by the graphs that ran, so call it after a training step; before one, each line tells the
+    plan. Raises `CompileError` if the model is not compiled.
     """
     state = get_state(model)
     rows = [("frozen linear", "shape", "region", "kept", "status")]

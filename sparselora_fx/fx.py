@@ -122,10 +122,9 @@ class _Recorder(TorchDispatchMode):
 def is_pointwise(node: fx.Node) -> bool:
     """Whether a call computes each output element from the matching input elements alone.
 
-    Asked of the operator library itself: the call is run on tiny meta tensors, and every ATen op
-    it dispatches
-    to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is recognised,
-    without a table.
+    Asked of the operator library itself: the call is run on tiny meta tensors, and every ATen op it
+    dispatches to must carry ``torch.Tag.pointwise``. So any user-written function of such ops is
+    recognised, without a table.
     """
     if _applies_function(node):
         return _has_pointwise_bodies(node)

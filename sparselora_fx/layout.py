@@ -1,14 +1,11 @@
 """Where the channels of a linear's output went: a small algebra of strided layouts.
 
 A tensor that was made from a linear's output by moving data only (view, transpose, slice, chunk,
-expand, cat, ...)
-holds, at each position, one row of that linear's weight. For every layout that models use, the row
-is an affine
-function of the position: ``row = offset + sum(stride_i * index_i)``. A dimension is a tuple of
-atoms, outermost
-first, so that a reshape never loses the structure (a `repeat_kv` is an atom of stride 0). Token
-dimensions carry
-atoms of stride None. This is the layout idea of CuTe, restricted to what tracing channels needs.
+expand, cat, ...) holds, at each position, one row of that linear's weight. For every layout that
+models use, the row is an affine function of the position: ``row = offset + sum(stride_i *
+index_i)``. A dimension is a tuple of atoms, outermost first, so that a reshape never loses the
+structure (a `repeat_kv` is an atom of stride 0). Token dimensions carry atoms of stride None. This
+is the layout idea of CuTe, restricted to what tracing channels needs.
 """
 
 from __future__ import annotations

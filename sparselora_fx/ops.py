@@ -124,8 +124,7 @@ def scatter_channels(y: Tensor, idx: Tensor, n: int) -> Tensor:
     """``x[T, N]`` with ``x[..., idx] = y[T, S]`` and zeros elsewhere.
 
     Written as a gather through the inverse index, which is pointwise: a compiler fuses it into its
-    neighbours,
-    where a scatter would be a kernel of its own.
+    neighbours, where a scatter would be a kernel of its own.
     """
     where = torch.full((n,), -1, dtype=torch.int64, device=idx.device)
     where = where.scatter(0, idx, torch.arange(idx.shape[0], device=idx.device))
@@ -226,8 +225,7 @@ def site(
     and the vectors that its score needs into the graph.
 
     ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their
-    inverses
-    (`sparselora_fx.tokens.Tokens`).
+    inverses (`sparselora_fx.tokens.Tokens`).
     """
     for grid in tokens[::2]:  # the counted tokens, and each list's inverse
         _agree(x, grid)

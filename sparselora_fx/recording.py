@@ -46,10 +46,9 @@ class Recording:
 def record(model: nn.Module) -> Iterator[Recording]:
     """Record the channel choices of every training call made in the block.
 
-    Blocks may nest: each records every call made in it.
-    Costs nothing but the copies: compiled graphs always return their selections. Raises
-    `CompileError` if the model
-    was not compiled with `sparselora_fx.compile`.
+    Blocks may nest: each records every call made in it. Costs nothing but the copies: compiled
+    graphs always return their selections. Raises `CompileError` if the model was not compiled with
+    `sparselora_fx.compile`.
     """
     state, recording = get_state(model), Recording()
     state.recorders.append(recording)

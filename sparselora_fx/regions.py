@@ -230,8 +230,7 @@ class Rewrite:
 
 def kept_channels(channels: int, sparsity: float, multiple: int) -> int:
     """``k = max(1, floor(N * (1 - s)))`` rounded up to ``multiple``, never more than N (paper
-    section 3; DESIGN: multiples
-    of 16 keep a gathered row aligned)."""
+    section 3; multiples of 16 keep a gathered row aligned)."""
     exact = max(1, int(channels * (1 - sparsity) + 1e-9))
     return min(channels, -(-exact // multiple) * multiple)
 

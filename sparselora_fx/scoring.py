@@ -1,8 +1,8 @@
 """Replay a region's own function on low-rank approximations, to score its channels.
 
 The score of a channel is its column norm over pooled tokens (paper section 3; shapes: B samples, N
-channels):
-FFN ``||f(W~1 x, W~2 x, ...)||``, queries and keys ``||W~q x|| * ||W~k x||``, values ``||W~v x||``.
+channels): FFN ``||f(W~1 x, W~2 x, ...)||``, queries and keys ``||W~q x|| * ||W~k x||``, values
+``||W~v x||``.
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     step before it begins.
 
     Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
-    resuming from a checkpoint
-    need nothing more. Raises `CompileError` at the start of training if no module of the model is
-    compiled.
+    resuming from a checkpoint need nothing more. Raises `CompileError` at the start of training if
+    no module of the model is compiled.
     """
 
     def on_train_begin(

@@ -1,9 +1,9 @@
 """When a template may be used, and when it is worth trying unbenchmarked. Every rule has a name and
 a sentence.
 
-Preconditions that no rule can check while compiling (eager ops check them):
-``idx`` is int64, in range and on the device of its weight; it holds no duplicate.
-``SPARSELORA_DEBUG_BOUNDS=1`` makes the kernels assert the range.
+Preconditions that no rule can check while compiling (eager ops check them): ``idx`` is int64, in
+range and on the device of its weight; it holds no duplicate. ``SPARSELORA_DEBUG_BOUNDS=1`` makes
+the kernels assert the range.
 """
 
 from __future__ import annotations
