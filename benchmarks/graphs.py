@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.published import LORA_RANK, LORA_TARGETS
-from sparselora_fx import SparsityPlan, autograd, ops
+from sparselora_fx import SparsityPlan, autograd, ops, scores
 from sparselora_fx.frozen import frozen_weights
 from sparselora_fx.passes import PIPELINE
 from sparselora_fx.pipeline import run
@@ -52,7 +52,8 @@ class Counted(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if getattr(target, "namespace", "") == "sparselora":
-            target = getattr(ops, target._opname)
+            name = target._opname
+            target = getattr(ops, name, None) or getattr(scores, name)
         return super().call_function(target, args, kwargs)
 
     def total(self) -> int:

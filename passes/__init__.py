@@ -8,7 +8,6 @@ a pass does its one thing.
 if __name__ != "sparselora_fx.passes":
     raise ImportError("import sparselora_fx.passes, not passes: this folder is part of the package")
 
-from sparselora_fx.passes.batch_adapters import batch_adapters
 from sparselora_fx.passes.canonicalize import canonicalize
 from sparselora_fx.passes.clean_up import clean_up
 from sparselora_fx.passes.find_regions import find_regions
@@ -30,7 +29,6 @@ PIPELINE = (
     trim_logits,  # loss on the rows that carry a label
     sink_takes,  # context and output tokens apart, padding not at all
     sink_gathers,  # compute only what the choice keeps
-    batch_adapters,  # down-projections of LoRA branches on one input: one matmul
     clean_up,  # erase what is unread
 )
 

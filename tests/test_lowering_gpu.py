@@ -84,7 +84,7 @@ def test_without_a_gpu_every_cell_says_not_measured(monkeypatch: pytest.MonkeyPa
         assert {row[f"{kind}_ms"] for kind in gpu.KINDS} == {gpu.NOT_MEASURED}
         assert "roofline_share" not in row
     lines = gpu.table(found).splitlines()
-    cells = [line for line in lines if line.startswith(("| sliced", "| ffn"))]
+    cells = [line for line in lines if line.startswith(("| sliced", "| ffn", "| attention"))]
     assert len(cells) == len(found["kernels"]) + len(found["regions"])
     assert all(line.count(gpu.NOT_MEASURED) >= 3 for line in cells)
 

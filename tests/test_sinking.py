@@ -68,26 +68,3 @@ def test_gate_and_up_share_one_take(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, _ = rewritten(monkeypatch, model, ragged(), plan)
     assert count(graph, OPS.sliced_linear.default) == 2
     assert count(graph, OPS.take_tokens.default) == 2  # context rows, output rows
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_down_projections_on_one_input_are_one_matmul(
-    monkeypatch: pytest.MonkeyPatch, dropout: float
-) -> None:
-    model = oracle.llama(
-        layers=1, targets=oracle.ATTENTION_TARGETS, dropout=dropout, dtype=torch.float64
-    )
-    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
-    joint, report = rewritten(monkeypatch, model, ragged(), plan)
-    assert report.counts["batch_adapters"] == (0 if dropout else 3)
-    assert count(joint, torch.cat) >= (0 if dropout else 1)
-
-
-def test_joined_down_projections_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = oracle.llama(layers=2, dtype=torch.float64)
-    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
-    joint = oracle.run_compiled(model, ragged(), plan)
-    without = tuple(p for p in backend.PIPELINE if p.__name__ != "batch_adapters")
-    monkeypatch.setattr(backend, "PIPELINE", without)
-    # transformers normalises in fp32, so a last-place difference is worth 1e-7 of that.
-    oracle.assert_close(joint, oracle.run_compiled(model, ragged(), plan), 2e-6)
