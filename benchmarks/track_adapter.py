@@ -26,7 +26,7 @@ from benchmarks.demo import MODEL, Batch, collate, encode
 from benchmarks.overlap import overlaps
 from benchmarks.word_problems import generate
 
-SPARSITIES = (0.5, 0.75, 0.9)
+SPARSITIES = (0.75, 0.9)
 RANK = 8
 
 
