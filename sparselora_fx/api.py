@@ -16,7 +16,12 @@ from sparselora_fx.forward import CompiledForward
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
-from sparselora_fx.regional import compile_blocks, repeated_blocks, restore_blocks
+from sparselora_fx.regional import (
+    compile_blocks,
+    give_back_forward,
+    repeated_blocks,
+    restore_blocks,
+)
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
@@ -88,12 +93,7 @@ def restore(model: nn.Module) -> nn.Module:
     state.active = False
     restore_blocks(state)
     state.unmark()
-    forward = model.__dict__.get("forward")
-    if isinstance(forward, CompiledForward):
-        if forward.replaced is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = forward.replaced
+    give_back_forward(model, CompiledForward)
     del model.__dict__[ATTRIBUTE]
     return model
 

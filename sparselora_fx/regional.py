@@ -66,10 +66,16 @@ def compile_blocks(
 def restore_blocks(state: State) -> None:
     """Give the blocks their own forwards back."""
     for block in state.blocks.values():
-        forward = block.__dict__.get("forward")
-        if isinstance(forward, CompiledBlock):
-            if forward.replaced is None:
-                del block.__dict__["forward"]
-            else:
-                block.__dict__["forward"] = forward.replaced
+        give_back_forward(block, CompiledBlock)
     state.blocks.clear()
+
+
+def give_back_forward(module: nn.Module, ours: type) -> None:
+    """Put back the ``forward`` that stood on a module before one of type ``ours`` replaced it."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, ours):
+        return
+    del module.__dict__["forward"]
+    replaced = getattr(forward, "replaced", None)
+    if replaced is not None:
+        module.__dict__["forward"] = replaced

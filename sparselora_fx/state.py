@@ -120,17 +120,15 @@ class State:
             buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
             mark = Mark(weight.param, *names, buffers, spec_name(weight))
             owners.setdefault(weight.module, []).append(mark)
-            if max(self.sparsity[weight.name]) == 0:
+            if not sparse:
                 continue
             like = weight.weight
             none = like.new_empty(
                 0, 0
             )  # an estimator may know producers only; consumers are not scored
             known = factors.get(weight.canonical, (none, none))
-            for name, factor in zip(names, known, strict=True):
-                placed = factor.to(device=like.device, dtype=like.dtype)
-                weight.module.register_buffer(name, placed, persistent=False)
-                self.buffers.append((weight.module, name))
+            for word, factor in zip("ab", known, strict=True):
+                self._attach(weight, word, factor.to(like.dtype))
         for module, marks in owners.items():
             hook = site_hook(self.phase.key, tuple(marks))
             hook.__dict__[_OWNER] = self
