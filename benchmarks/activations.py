@@ -7,6 +7,7 @@ other authors, other words, other habits.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ DEMO, MINILM = "demo_model", "all-MiniLM-L6-v2"
 MODELS = (DEMO, MINILM)
 LENGTH, TEXTS = 128, 8  # tokens of a text at most, texts of a batch
 Batch = dict[str, Tensor]
+_library_docstrings = functools.cache(standard_library_docstrings)
 
 
 @dataclass
@@ -67,6 +69,7 @@ def load(name: str) -> tuple[nn.Module, Any]:
     return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+@functools.cache
 def torch_docstrings() -> list[str]:
     """Every docstring of 80 characters or more in PyTorch's Python sources, in path order."""
     spec = importlib.util.find_spec("torch")
@@ -104,7 +107,7 @@ def batches(tokenizer: Any, texts: list[str], count: int) -> list[Batch]:
 
 def calibration_batches(tokenizer: Any, count: int) -> list[Batch]:
     """Docstrings of the standard library."""
-    return batches(tokenizer, standard_library_docstrings(), count)
+    return batches(tokenizer, _library_docstrings(), count)
 
 
 def test_batches(tokenizer: Any, count: int) -> list[Batch]:
