@@ -13,7 +13,9 @@ from sparselora_fx.passes.clean_up import clean_up
 from sparselora_fx.passes.find_regions import find_regions
 from sparselora_fx.passes.find_sites import find_sites
 from sparselora_fx.passes.insert_predictor import insert_predictor
+from sparselora_fx.passes.join_adapters import join_adapters
 from sparselora_fx.passes.order_producers import order_producers
+from sparselora_fx.passes.orient_adapters import orient_adapters
 from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
 from sparselora_fx.passes.slice_sites import slice_sites
@@ -30,6 +32,8 @@ PIPELINE = (
     sink_takes,  # context and output tokens apart, padding not at all
     sink_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread
+    join_adapters,  # LoRA down-projections of one input: one matmul
+    orient_adapters,  # LoRA up-projections: the layout whose gradients are fast
 )
 
 __all__ = ["PIPELINE"]

@@ -90,6 +90,16 @@ def writes(node: fx.Node) -> bool:
     return in_place or augmented or flagged or not node.users
 
 
+def cuts_gradient(node: fx.Node) -> bool:
+    """Whether a node makes floating-point values that need no gradient from values that do: a
+    ``detach``, or work under ``no_grad``."""
+    made = tensor(node)
+    if made is None or made.requires_grad or not made.dtype.is_floating_point:
+        return False
+    sources = (tensor(n) for n in node.all_input_nodes if not is_shape_query(node))
+    return any(source is not None and source.requires_grad for source in sources)
+
+
 def reads_shape_only(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node uses one of its inputs for its sizes, dtype or device alone."""
     if op_name(node) in ("expand_as", "view_as", "reshape_as", "type_as"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import fx
 
+from sparselora_fx.fx import cuts_gradient
 from sparselora_fx.layout import Atom, ChannelMap, merge_atoms, split_atoms
 from sparselora_fx.scores import Score
 
@@ -70,6 +71,7 @@ class Site:
     )  # addition -> the LoRA branch it adds
     bias_adds: set[fx.Node] = field(default_factory=set)  # additions of a bias outside the linear
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
+    adapter_weights: set[fx.Node] = field(default_factory=set)  # trained matrices they read
 
     @property
     def cast(self) -> torch.dtype | None:
@@ -219,9 +221,11 @@ class Rewrite:
     values: Values = field(default_factory=dict)  # set by find_regions
     counts: dict[str, int] = field(default_factory=dict)  # changes made, by pass
     unread: frozenset[fx.Node] = frozenset()  # nodes nobody read before any pass ran
+    cuts_gradients: bool = False  # the model itself keeps some value's gradient from flowing back
 
     def __post_init__(self) -> None:
         self.unread = frozenset(node for node in self.gm.graph.nodes if not node.users)
+        self.cuts_gradients = any(cuts_gradient(node) for node in self.gm.graph.nodes)
 
     @property
     def graph(self) -> fx.Graph:

@@ -1,0 +1,49 @@
+"""Give LoRA up-projections the layout whose gradient matmuls are fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.regions import Rewrite
+
+_NARROW = 4  # an up-projection is at least this many times wider than its input
+
+
+def orient_adapters(rewrite: Rewrite) -> int:
+    """Let LoRA up-projections read a column-major copy of their weight, on a CPU. Returns the
+    linears changed.
+
+    Before:  y: [T, N] = linear(z: [T, r], B)         dB = gy^T z: [N, T] x [T, r];  gz = gy B
+    After:   y: [T, N] = linear(z, t(contiguous(t(B))))
+                                                      dB = (z^T gy)^T: [r, T] x [T, N]
+    Keeps:   every value and gradient, up to the rounding of another blocking. Autograd derives the
+             gradient of a matmul's second operand by its strides. With few columns the first form
+             is slow on a CPU: 1.33 ms against 0.22 for dB, and 0.70 against 0.29 for gz (T 1024,
+             N 512, r 8, fp32, one thread, MKL of torch 2.13). The copy is N * r values.
+    Skips:   graphs without a rewritten region, which stay what plain torch.compile makes of them;
+             weights with a bias; other devices.
+    """
+    if not rewrite.regions:
+        return 0
+    weights = {weight for site in rewrite.sites for weight in site.adapter_weights}
+    found = [node for node in rewrite.graph.nodes if _is_up_projection(node, weights)]
+    for node in found:
+        weight = argument(node, 1, "weight")
+        with rewrite.graph.inserting_before(node):
+            stored = rewrite.graph.call_function(torch.t, (weight,))
+            stored = rewrite.graph.call_method("contiguous", (stored,))
+            columns = rewrite.graph.call_function(torch.t, (stored,))
+        node.replace_input_with(weight, columns)
+    return len(found)
+
+
+def _is_up_projection(node: fx.Node, weights: set[fx.Node]) -> bool:
+    if op_name(node) != "linear" or argument(node, 2, "bias") is not None:
+        return False
+    weight = argument(node, 1, "weight")
+    example = tensor(weight)
+    if weight not in weights or example is None or example.dim() != 2:
+        return False
+    return example.device.type == "cpu" and int(example.shape[1]) * _NARROW <= int(example.shape[0])
