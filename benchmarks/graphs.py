@@ -72,6 +72,24 @@ class Counted(fx.Interpreter):
         """FLOPs that serve nothing but the choice of channels."""
         return sum(self.flops.get(node, 0) for node in self.serving())
 
+    def attention(self) -> int:
+        """FLOPs of attention products: fused ones, or the batched matmuls they fall apart into."""
+        words = ("scaled_dot_product", "aten.bmm")
+        return sum(f for n, f in self.flops.items() if any(w in str(n.target) for w in words))
+
+    def of_size(self, size: int) -> int:
+        """FLOPs of the matmuls that read or make a tensor with a dimension of ``size``."""
+        return sum(
+            flops
+            for node, flops in self.flops.items()
+            if flops and any(size in _shape(n) for n in (node, *node.all_input_nodes))
+        )
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
 
 def llama(
     shape: dict[str, Any], layers: int, *, classify: bool = False, rank: int = LORA_RANK

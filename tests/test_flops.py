@@ -52,8 +52,11 @@ def predictor(ffn: float, attention: float) -> int:
 
 
 def test_dense_equals_the_count_by_hand() -> None:
-    counter = Counter(SHAPE, BATCH)
-    assert counter.stack((DENSE, DENSE)).total == by_hand([DENSE, DENSE], trained_below=False)
+    cost = Counter(SHAPE, BATCH).stack((DENSE, DENSE))
+    assert cost.total == by_hand([DENSE, DENSE], trained_below=False)
+    samples, length, _ = BATCH
+    assert cost.head == 2 * 2 * samples * length * 64 * 112
+    assert cost.attention == 2 * 2 * samples * 4 * length * length * 16 * (2 + 4)
 
 
 @pytest.mark.parametrize("level", [(0.9, 0.0), (0.0, 0.5), LEVEL])
