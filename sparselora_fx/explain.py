@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparselora_fx.frozen import frozen_stacks
 from sparselora_fx.recording import get_state
 from sparselora_fx.state import State
 
+_STACK = "dense: a stack of matrices, one for each expert or head, is no linear"
 _UNREACHED = (
     "its module did not run, an adapter computes another weight from this one, or a graph break "
     "inside a checkpointed block left the block to plain PyTorch"
@@ -15,7 +17,7 @@ _UNREACHED = (
 
 def explain(model: nn.Module) -> str:
     """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the
-    reason it is dense.
+    reason it is dense. Frozen stacks of matrices (experts) follow.
 
     Filled by the graphs that ran, so call it after a training step; before one, each line tells the
     plan. Raises `CompileError` if the model is not compiled.
@@ -26,15 +28,17 @@ def explain(model: nn.Module) -> str:
         _row(state, weight.name, f"{weight.out_features}x{weight.in_features}")
         for weight in state.frozen
     ]
+    count = len(rows) - 1
+    rows += [
+        (name, "x".join(map(str, shape)), "-", "-", _STACK) for name, shape in frozen_stacks(model)
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
         for row in rows
     ]
     done = sum(row[4].startswith("rewritten") for row in rows)
-    lines.append(
-        f"{done} of {len(rows) - 1} frozen linears rewritten; {state.graphs} graphs compiled"
-    )
+    lines.append(f"{done} of {count} frozen linears rewritten; {state.graphs} graphs compiled")
     return "\n".join(lines)
 
 

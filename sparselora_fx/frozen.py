@@ -125,6 +125,24 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
     ]
 
 
+def frozen_stacks(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every frozen parameter that holds several matrices (one per expert, say).
+
+    Such a stack is no linear, so nothing slices it. Kernels of convolutions do not count.
+    """
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) or _is_unused(name):
+            continue
+        for param, value in module._parameters.items():
+            if value is None or value.requires_grad or not value.is_floating_point():
+                continue
+            if value.dim() == 3 and min(value.shape) > 1:
+                path = canonical_path(name)
+                found.setdefault(id(value), (f"{path}.{param}".lstrip("."), tuple(value.shape)))
+    return list(found.values())
+
+
 def fingerprint_of(weight: torch.Tensor) -> str:
     """``"<N>x<K>:<hash>"`` of a logical ``[N, K]`` weight.
 

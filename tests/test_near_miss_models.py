@@ -154,3 +154,27 @@ def test_tokens_with_a_dimension_more_are_sliced() -> None:
         linear: Any = model.get_submodule(name)
         linear.forward = _masked_on((position < 7) | (position == 12), linear, role, chosen)
     oracle.assert_close(got, oracle.step(model, data), 1e-9)
+
+
+class Experts(nn.Module):
+    """A router over three experts whose matrices are one parameter, beside a plain FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Net(plain)
+        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) * 0.2, requires_grad=False)
+        self.kernel = nn.Conv1d(WIDTH, WIDTH, 3, padding=1).requires_grad_(False)
+        self.router = nn.Linear(WIDTH, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.router(x).softmax(-1)
+        mixed = torch.einsum("blk,eko,ble->blo", x, self.experts, share)
+        return self.ffn(x) + mixed + self.kernel(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_stack_of_experts_is_dense_and_says_so() -> None:
+    record, table = check(Experts)
+    assert set(record.sites) == {"ffn.a.base", "ffn.b.base", "ffn.out.base"}, table
+    line = next(line for line in table.splitlines() if line.startswith("experts "))
+    assert "3x24x24" in line and "dense: a stack of matrices" in line, table
+    assert "kernel" not in table and "3 of 3 frozen linears rewritten" in table
