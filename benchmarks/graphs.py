@@ -95,7 +95,7 @@ def llama(
     shape: dict[str, Any], layers: int, *, classify: bool = False, rank: int = LORA_RANK
 ) -> nn.Module:
     """A LoRA Llama (targets of the reference) on the meta device, bf16."""
-    config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, use_cache=False)
+    config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, use_cache=False, pad_token_id=0)
     with torch.device("meta"):
         kind = LlamaForSequenceClassification if classify else LlamaForCausalLM
         base = kind(config)

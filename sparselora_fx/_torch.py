@@ -28,7 +28,7 @@ _RECOMPILES = 256
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows",
     "topk_channels", "pool_tokens", "low_rank_norms",
-    "take_tokens", "place_tokens", "merge_tokens",
+    "take_tokens", "unplace_tokens", "place_tokens", "merge_tokens",
     "sample_tokens", "channel_energy", "low_rank_energy",
 )  # fmt: skip
 # Ops with lowerings of their own; decomposed too where those cannot be installed.

@@ -51,7 +51,7 @@ class View:
         if self.kind == "strided":
             taken = call(OPS.sample_tokens.default, (x, self.token_weight, self.samples))
         elif self.context:
-            taken = call(OPS.take_tokens.default, (x, *self.context))
+            taken = call(OPS.unplace_tokens.default, (x, *self.context))
         else:
             return x
         example = tensor(node)

@@ -87,7 +87,7 @@ def _save_place(ctx: Ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor)
 
 
 def _backward_place(ctx: Ctx, gx: Tensor) -> tuple[Tensor, None, None]:
-    return OPS.take_tokens(gx, *ctx.saved_tensors), None, None
+    return OPS.unplace_tokens(gx, *ctx.saved_tensors), None, None
 
 
 def _save_merge(ctx: Ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -96,13 +96,14 @@ def _save_merge(ctx: Ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _backward_merge(ctx: Ctx, gx: Tensor) -> tuple[Tensor | None, ...]:
     y_idx, y_pos, z_idx, z_pos = ctx.saved_tensors
-    gy = OPS.take_tokens(gx, y_idx, y_pos)
-    gz = OPS.take_tokens(gx, z_idx, z_pos)
+    gy = OPS.unplace_tokens(gx, y_idx, y_pos)
+    gz = OPS.unplace_tokens(gx, z_idx, z_pos)
     return gy, gz, None, None, None, None
 
 
 for _name, _setup, _backward in (
     ("take_tokens", _save_take, _backward_take),
+    ("unplace_tokens", _save_take, _backward_take),
     ("place_tokens", _save_place, _backward_place),
     ("merge_tokens", _save_merge, _backward_merge),
 ):

@@ -54,6 +54,7 @@ def _(y: Tensor, idx: Tensor, n: int) -> Tensor:
     return y.new_empty(*y.shape[:-1], n)
 
 
+@torch.library.register_fake("sparselora::unplace_tokens", lib=LIBRARY)
 @torch.library.register_fake("sparselora::take_tokens", lib=LIBRARY)
 def _(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     return x.new_empty(idx.shape[0], x.shape[-1])

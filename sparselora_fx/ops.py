@@ -57,6 +57,7 @@ _define("channel_rows(Tensor channels, int inner, int outer_stride, int[] offset
 _define("topk_channels(Tensor scores, int k) -> Tensor")
 _define("pool_tokens(Tensor x, Tensor? token_weight) -> Tensor")
 _define("take_tokens(Tensor x, Tensor idx, Tensor pos) -> Tensor")
+_define("unplace_tokens(Tensor x, Tensor idx, Tensor pos) -> Tensor")
 _define("place_tokens(Tensor y, Tensor idx, Tensor pos) -> Tensor")
 _define(
     "merge_tokens(Tensor y, Tensor z, Tensor y_idx, Tensor y_pos, Tensor z_idx, Tensor z_pos)"
@@ -169,19 +170,28 @@ def pool_tokens(x: Tensor, token_weight: Tensor | None) -> Tensor:
 
 @_eager("take_tokens")
 def take_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 gives a row of
-    zeros.
+    """``y[P, K] = x[B, L, K]`` at flat token indices ``idx[P]``; an index of -1 repeats the list's
+    first token.
 
+    A repeated row is one that the model computes anyway, so no function has a value or a derivative
+    there that it would not have otherwise; nothing reads it (its transpose is `place_tokens`).
     ``pos[B, L]`` is the inverse of idx (-1: not taken); x may also be flat, ``[B*L, K]``.
     """
+    safe = torch.where(idx >= 0, idx, idx[:1].clamp(min=0))
+    return x.flatten(0, -2).index_select(0, safe)
+
+
+@_eager("unplace_tokens")
+def unplace_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
+    """As `take_tokens`, but an index of -1 gives a row of zeros: the transpose of `place_tokens`,
+    and what sums over tokens."""
     rows = x.flatten(0, -2).index_select(0, idx.clamp(min=0))
     return torch.where((idx >= 0)[:, None], rows, 0)
 
 
 @_eager("place_tokens")
 def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
-    """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere: the transpose of
-    `take_tokens`."""
+    """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere."""
     rows = y.index_select(0, pos.flatten().clamp(min=0)).view(*pos.shape, y.shape[1])
     return torch.where((pos >= 0)[..., None], rows, 0)
 

@@ -43,6 +43,7 @@ def unchosen(width: int, idx: Tensor) -> Tensor:
 
 TAKEN = torch.tensor([4, 1, -1])  # tokens of a [2, 3] grid; -1 is a row of zeros
 OTHERS = torch.tensor([0, 5])
+LISTED = torch.tensor([4, 1])
 
 
 def inverse(idx: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ def samples(dtype: torch.dtype, kept: Any, grad: bool) -> dict[str, tuple[Any, .
         "channel_rows": (chosen(8, 3), 4, 16, [0, 4, 8]),
         "topk_channels": (values(N, dtype=dtype), 4),
         "pool_tokens": (x3, mask),
-        "take_tokens": (values(2, 3, K, dtype=dtype, grad=grad), TAKEN, inverse(TAKEN)),
+        "take_tokens": (values(2, 3, K, dtype=dtype, grad=grad), LISTED, inverse(LISTED)),
+        "unplace_tokens": (values(2, 3, K, dtype=dtype, grad=grad), TAKEN, inverse(TAKEN)),
         "place_tokens": (values(3, K, dtype=dtype, grad=grad), TAKEN, inverse(TAKEN)),
         "merge_tokens": (
             values(3, K, dtype=dtype, grad=grad),
@@ -98,7 +100,7 @@ def samples(dtype: torch.dtype, kept: Any, grad: bool) -> dict[str, tuple[Any, .
 
 NAMES = list(samples(torch.float64, 1, False))
 DIFFERENTIABLE = ["sliced_linear", "sliced_linear_in", "gather_channels", "scatter_channels"]
-DIFFERENTIABLE += ["take_tokens", "place_tokens", "merge_tokens"]
+DIFFERENTIABLE += ["take_tokens", "unplace_tokens", "place_tokens", "merge_tokens"]
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -167,6 +169,9 @@ def plain(name: str, arguments: tuple[Any, ...]) -> Tensor:
                 [c // inner * stride + c % inner + o for o in offsets for c in x.tolist()]
             )
         case "take_tokens":
+            flat = x.flatten(0, 1)
+            return torch.stack([flat[i] if i >= 0 else flat[y[0]] for i in y.tolist()])
+        case "unplace_tokens":
             flat = x.flatten(0, 1)
             return torch.stack([flat[i] if i >= 0 else flat[0] * 0 for i in y.tolist()])
         case "place_tokens":
@@ -304,3 +309,15 @@ def test_the_marker_is_an_identity() -> None:
     assert torch.equal(out, x)
     out.sum().backward()
     assert (x.grad == 1).all()
+
+
+def test_a_list_is_padded_with_rows_that_the_model_computes_anyway() -> None:
+    x = torch.randn(2, 3, K, dtype=torch.float64, requires_grad=True)
+    taken = OPS.take_tokens(x, TAKEN, inverse(TAKEN))
+    assert torch.equal(taken, x.flatten(0, 1)[[4, 1, 4]])
+    taken.abs().sqrt().sum().backward()
+    expected = torch.zeros(6, K, dtype=torch.float64)
+    expected[[4, 1]] = (x.sign() / x.abs().sqrt() / 2).flatten(0, 1)[[4, 1]].detach()
+    assert x.grad is not None and torch.allclose(x.grad.flatten(0, 1), expected)
+    nothing = torch.full((2,), -1)
+    assert torch.equal(OPS.take_tokens(x, nothing, inverse(nothing)), x.flatten(0, 1)[[0, 0]])

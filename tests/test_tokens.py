@@ -90,6 +90,42 @@ def check(
         assert oracle.difference(got.gradients[name], gradient) <= 1e-9, name
 
 
+def root(x: Tensor) -> Tensor:
+    return x.abs().sqrt()
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)  # type: ignore[no-any-return]
+
+
+def safe_root(x: Tensor) -> Tensor:
+    """`root`, with a derivative of 0 at 0."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).abs().sqrt())
+
+
+def test_a_function_whose_derivative_is_infinite_at_zero() -> None:
+    """Padding a token list makes no zeros that the function would meet."""
+    data = ragged()
+    model = oracle.llama(targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    mlp = next(m for m in model.modules() if hasattr(m, "act_fn"))
+    mlp.act_fn = Function(root)
+    plan = slx.SparsityPlan({"mlp": 0.5}, start_step=0, channel_multiple=1)
+    got = oracle.run_compiled(model, data, plan)
+    assert len(got.record.sites) == 3
+    mlp.act_fn = Function(safe_root)  # the masked channels of the reference are zeros
+    by_token(model, got.record, predicting(data), "dense")
+    expected = oracle.step(model, {**data, "use_cache": False})
+    oracle.assert_close(got, expected, 1e-9)
+
+
 @pytest.mark.parametrize("lora_branch", ["dense", "sparse"])
 @pytest.mark.parametrize("targets", ["all-linear", oracle.ATTENTION_TARGETS])
 def test_context_tokens_are_sparse_and_output_tokens_dense(targets: Any, lora_branch: str) -> None:
