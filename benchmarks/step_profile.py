@@ -29,8 +29,10 @@ from benchmarks.step_time import BASELINE, OURS, Peer
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl", "mkldnn")
 ATTENTION = ("scaled_dot_product", "flash_attention")
 SELECTION = ("aten::topk", "aten::sort")
-MOVING = ("take_tokens", "unplace_tokens", "merge_tokens", "place_tokens", "gather_channels", "scatter_channels",
-          "sliced_linear")  # fmt: skip
+MOVING = (
+    "take_tokens", "unplace_tokens", "merge_tokens", "place_tokens", "gather_channels",
+    "scatter_channels", "sliced_linear",
+)  # fmt: skip
 KINDS = ("matmul", "small matmul", "attention", "selection", "loss", "moving", "pointwise",
          "other ATen")  # fmt: skip
 
