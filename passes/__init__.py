@@ -12,6 +12,7 @@ from sparselora_fx.passes.canonicalize import canonicalize
 from sparselora_fx.passes.clean_up import clean_up
 from sparselora_fx.passes.find_regions import find_regions
 from sparselora_fx.passes.find_sites import find_sites
+from sparselora_fx.passes.insert_observers import insert_observers
 from sparselora_fx.passes.insert_predictor import insert_predictor
 from sparselora_fx.passes.join_adapters import join_adapters
 from sparselora_fx.passes.order_producers import order_producers
@@ -36,4 +37,6 @@ PIPELINE = (
     orient_adapters,  # LoRA up-projections: the layout whose gradients are fast
 )
 
-__all__ = ["PIPELINE"]
+DENSE_PHASE = (insert_observers,)  # of a graph with observers and no site
+
+__all__ = ["DENSE_PHASE", "PIPELINE"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
 from sparselora_fx.backend import make_backend
+from sparselora_fx.dense_phase import begin
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.forward import CompiledForward
@@ -45,7 +46,8 @@ def compile(
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`).
+        estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`); None with
+            a plan that says ``calibrate="dense_phase"``.
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
         backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
@@ -62,13 +64,16 @@ def compile(
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
-    estimator = _check_words(model, estimator, backend, lora_branch)
-    plan, frozen, sparsity = _checked(model, estimator, plan)
+    plan = _check_words(model, estimator, plan, backend, lora_branch)
+    frozen, sparsity = _checked(model, estimator, plan)
+    collector = None
+    if estimator is None:
+        estimator, collector = begin(model, plan, frozen, sparsity)
     score = estimator.score_of(plan.score)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, plan, sparsity, frozen)
+    state = State(model, plan, sparsity, frozen, collector=collector)
     options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
@@ -138,34 +143,44 @@ def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:
         restore(other.model)
 
 
-def _check_words(model: Any, estimator: Any, backend: str, lora_branch: str) -> SVDEstimator:
-    """The estimator, if the words that came with it are known."""
+def _check_words(
+    model: Any, estimator: Any, plan: Any, backend: str, lora_branch: str
+) -> SparsityPlan:
+    """The plan, if the words that came with it are known and it has an estimator to go with."""
     if not isinstance(model, nn.Module):
         raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(estimator, SVDEstimator):
+    plan = SparsityPlan.default() if plan is None else plan
+    checked: SparsityPlan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
+    given = isinstance(estimator, SVDEstimator)
+    if not given and not (estimator is None and checked.calibrate):
         raise CompileError(
-            f"estimator must be an SVDEstimator, got {type(estimator).__name__}; "
-            "build one with sparselora_fx.SVDEstimator.build(model, rank=8)"
+            f"estimator must be an SVDEstimator, got {type(estimator).__name__}; build one with "
+            "sparselora_fx.SVDEstimator.build(model, rank=8), or leave it out and let the dense "
+            "first steps make one: plan=SparsityPlan(..., calibrate='dense_phase')"
+        )
+    if given and checked.calibrate:
+        raise CompileError(
+            f"an estimator was given, and the plan says calibrate={checked.calibrate!r}, which makes "
+            "one in training; leave one of them out"
         )
     if backend not in _torch.BACKENDS:
         allowed = ", ".join(map(repr, _torch.BACKENDS))
         raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
     if lora_branch not in ("dense", "sparse"):
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
-    return estimator
+    return checked
 
 
 def _checked(
-    model: nn.Module, estimator: SVDEstimator, plan: Any
-) -> tuple[SparsityPlan, list[FrozenWeight], dict[str, Sparsity]]:
-    """The plan, the model's frozen weights and the sparsity of each, if all fit together."""
-    plan = SparsityPlan.default() if plan is None else plan
-    plan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
+    model: nn.Module, estimator: SVDEstimator | None, plan: SparsityPlan
+) -> tuple[list[FrozenWeight], dict[str, Sparsity]]:
+    """The model's frozen weights and the sparsity of each, if all fit together."""
     frozen = _frozen_on_device(model)
-    estimator.check(model)
+    if estimator is not None:
+        estimator.check(model)
     sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
     _check_multiple(plan, frozen, sparsity)
-    return plan, frozen, sparsity
+    return frozen, sparsity
 
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from sparselora_fx import _torch
-from sparselora_fx.passes import PIPELINE
+from sparselora_fx.passes import DENSE_PHASE, PIPELINE
 from sparselora_fx.pipeline import GraphReport, run
 from sparselora_fx.regions import Options
 from sparselora_fx.state import State
@@ -21,8 +21,11 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         state.graphs += 1
-        report = run(gm, options, PIPELINE)
-        compiled = _torch.backend_compile(name, gm, inputs, rewritten=report is not None)
+        # A graph that is observed is otherwise left as it is, and compiled as it would be.
+        observed = bool(state.phase.picked)
+        report = run(gm, options, DENSE_PHASE if observed else PIPELINE)
+        rewritten = report is not None and not observed
+        compiled = _torch.backend_compile(name, gm, inputs, rewritten=rewritten)
         return compiled if report is None else _Rewritten(compiled, report, state)
 
     return backend
@@ -50,6 +53,8 @@ class _Rewritten:
                 self.observed.add(who)
                 self.state.observe(self.report, args)
         own = len(outputs) - self.report.extra
+        if self.report.observed:
+            self.state.collect(self.report, args, outputs[own:])
         for recorder in self.state.recorders:
             recorder.add(self.report, args, outputs[own:], self.state)
         return outputs[:own]

@@ -87,7 +87,7 @@ def calibrate(
             moment = moments.pop(id(group[0]))
             if not moment.count:
                 continue
-            found += [(w, *_finish(w, moment, ranks[w.canonical], settings)) for w in group]
+            found += [(w, *finish(w, moment, ranks[w.canonical], settings)) for w in group]
     if not found:
         raise EstimatorError(
             "calibration reached no frozen weight: every token is padding (attention_mask 0), or "
@@ -96,9 +96,14 @@ def calibrate(
     return found
 
 
-def _finish(
+def finish(
     w: FrozenWeight, moment: Moment, rank: int, settings: Settings
 ) -> tuple[Factors | None, Statistics]:
+    """Factors (None without a full moment) and statistics of a weight, from what it read.
+
+    Raises:
+        EstimatorError: inf or NaN in the weight or in the moment.
+    """
     none = moment.total.new_empty(0)
     kept = (moment.square(), moment.share / moment.count, column_norms(w.logical()))
     if not moment.full:

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .calibration import Settings, calibrate
+from .calibration import Found, Settings, calibrate
 from .errors import EstimatorError
 from .estimator_file import Contents, read, write
 from .frozen import FrozenWeight, fingerprint_of, frozen_weights, shown
 from .moments import DAMPING, Statistics, column_norms
 from .scores import DEFAULT, DEFAULT_CALIBRATED, Score, parse_score
 from .spft import read_spft
-from .svd import Factors, compute_device, factor_group, groups_of, ranks_of
+from .svd import Factors, compute_device, plain_factors, ranks_of
 
 
 @dataclass
@@ -91,15 +90,11 @@ class SVDEstimator:
         weights = _checked_weights(model)
         ranks = ranks_of(weights, rank)
         settings = Settings(damping, layers_per_pass, seed, progress)
-        found = (
-            () if calibration is None else calibrate(model, weights, ranks, calibration, settings)
-        )
-        statistics = {w.canonical: known for w, _, known in found}
-        factors = {w.canonical: pair for w, pair, _ in found if pair is not None}
-        plain = [w for w in weights if w.canonical not in factors]
-        factors |= _plain_factors(plain, ranks, compute_device(device), seed, progress=progress)
-        prints = {w.canonical: fingerprint_of(w.logical()) for w in weights}
-        return cls({name: factors[name] for name in prints}, prints, seed, statistics=statistics)
+        found: Iterable[Found] = ()
+        if calibration is not None:
+            found = calibrate(model, weights, ranks, calibration, settings)
+        place = compute_device(device)
+        return assemble(weights, found, ranks, seed=seed, place=place, progress=progress)
 
     @classmethod
     def from_spft(
@@ -265,19 +260,25 @@ def _checked_weights(model: nn.Module) -> list[FrozenWeight]:
     return weights
 
 
-def _plain_factors(
+def assemble(
     weights: list[FrozenWeight],
+    found: Iterable[Found],
     ranks: Mapping[str, int],
-    place: torch.device | None,
-    seed: int,
     *,
-    progress: bool,
-) -> dict[str, Factors]:
-    """Truncated SVDs of the weights themselves, by canonical name."""
-    factors: dict[str, Factors] = {}
-    with tqdm(total=len(weights), desc="estimator", unit="weight", disable=not progress) as bar:
-        for group in groups_of(weights, ranks, place):
-            pairs = factor_group(group, ranks[group[0].canonical], place, seed)
-            factors.update(zip((w.canonical for w in group), pairs, strict=True))
-            bar.update(len(group))
-    return factors
+    seed: int = 0,
+    place: torch.device | None = None,
+    progress: bool = True,
+    complete: bool = True,
+) -> SVDEstimator:
+    """The estimator of some weights: what calibration found of them, plain SVDs of the others."""
+    found = list(found)
+    factors = {w.canonical: pair for w, pair, _ in found if pair is not None}
+    plain = [w for w in weights if w.canonical not in factors]
+    factors |= plain_factors(plain, ranks, place, seed, progress=progress)
+    return SVDEstimator(
+        {w.canonical: factors[w.canonical] for w in weights},
+        {w.canonical: fingerprint_of(w.logical()) for w in weights},
+        seed,
+        complete,
+        {w.canonical: known for w, _, known in found},
+    )

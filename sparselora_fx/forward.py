@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparselora_fx.ahead import run_ahead
 from sparselora_fx.errors import CompileError
 from sparselora_fx.state import State
-from sparselora_fx.tokens import call_arguments, split_tokens
+from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
 from sparselora_fx.trimming import label_rows
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
@@ -88,7 +88,7 @@ class CompiledForward:
         state.inside = True
         try:
             result = self.compiled(*args, **kwargs)
-            state.stepped |= bool(state.share_set)
+            state.stepped |= state.words_set is not None and state.words_set[0] > 0
             return result
         finally:
             state.inside = False
@@ -98,19 +98,34 @@ class CompiledForward:
         state, phase = self.state, self.state.phase
         share = state.share() if self.model.training else 0.0
         share = 1.0 if state.measured else share
+        calibrating = state.collector is not None and self.model.training and not state.measured
         tokens = None
-        if share and not self.encoder_decoder:
+        if (share or calibrating) and not self.encoder_decoder:
             tokens = split_tokens(state.plan, arguments, shift=self.shift)
         empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
         sparse = bool(share) and not empty
+        if share and calibrating and state.forced is None:
+            state.end_dense_phase()
+        observed = calibrating and not sparse
+        phase.picked = self._observe(tokens, arguments) if observed else []
         if state.measured and sparse:
             state.set_sparsity(state.measured)
         else:
-            state.set_share(share if sparse else 0.0)
+            state.set_share(share if sparse else 0.0, observed=observed)
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
         phase.shift, phase.labels = self.shift, []
         if self.trim_logits and sparse and tokens is not None:
             phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
+
+    def _observe(self, tokens: Tokens | None, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """What is observed of a dense call. Calls that compile ahead, and those without gradients,
+        run the same graphs and do not count."""
+        state = self.state
+        assert state.collector is not None
+        counting = state.forced is None and torch.is_grad_enabled()
+        device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
+        device = device or next(self.model.parameters()).device
+        return state.collector.begin(tokens, device, counting=counting)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(

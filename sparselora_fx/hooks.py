@@ -28,6 +28,7 @@ class Mark(NamedTuple):
 
 
 _DENSE = SiteSpec(0.0, 0.0).encode()
+OBSERVED = "observed"  # the spec of a site that is dense now, and whose input is observed
 
 # Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of
 # whatever it reaches through a module for fixed, and token lists change size with every batch.
@@ -41,6 +42,7 @@ class Phase:
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
         self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
+        self.picked: list[Tensor] = []  # which rows to observe, while the sites' specs say so
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.shift = True
         self.key = next(_keys)
@@ -52,8 +54,8 @@ class Phase:
 
 
 def site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
-    """A forward pre-hook that passes a module's input through one `site` marker per weight, while
-    being traced."""
+    """A forward pre-hook that passes a module's input through one `site` (or `observed`) marker per
+    weight, while being traced."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
@@ -76,7 +78,8 @@ def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[M
     if phase is None or not phase.sliced or not in_backward():
         return
     words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
-    if any(spec != _DENSE and weight in phase.sliced for spec, weight in words):
+    dense = (_DENSE, OBSERVED)
+    if any(spec not in dense and weight in phase.sliced for spec, weight in words):
         raise CompileError(
             "a backward pass of this model runs its layers again, outside what torch.compile "
             "compiled (a reversible layer, say), where they are not sliced; give those layers "
@@ -103,7 +106,10 @@ def label_hook(key: int) -> Any:
 def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...]) -> Tensor:
     for param, a, b, names, spec in marks:
         words = getattr(module, spec)
-        if words != _DENSE:
+        if words == OBSERVED:
+            if len(marks) == 1:  # of several weights it is not known which reads the input
+                x = OPS.observed(x, getattr(module, param), phase.picked)
+        elif words != _DENSE:
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
             known = [getattr(module, name) for name in names]

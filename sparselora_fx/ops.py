@@ -70,6 +70,8 @@ _define(
     "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec,"
     " Tensor[]? known=None) -> Tensor(a)"
 )
+# The marker of the dense phase: an identity on x that says which rows to observe. Removed too.
+_define("observed(Tensor(a) x, Tensor weight, Tensor[] picked) -> Tensor(a)")
 # The marker before the logits: an identity on x that says which rows carry a label. Removed too.
 _define("label_rows(Tensor(a) x, Tensor labels, Tensor idx, Tensor pos, bool shift) -> Tensor(a)")
 
@@ -238,7 +240,15 @@ def site(
     inverses (`sparselora_fx.tokens.Tokens`).
     """
     for grid in tokens[::2]:  # the counted tokens, and each list's inverse
-        _agree(x, grid)
+        agree(x, grid)
+    return x.view_as(x)
+
+
+@torch.library.impl(LIBRARY, "observed", "CompositeImplicitAutograd")
+def observed(x: Tensor, weight: Tensor, picked: list[Tensor]) -> Tensor:
+    """Identity on x, which a frozen weight reads. ``picked`` is `dense_phase.Picked.tensors`."""
+    if len(picked) > 1:
+        agree(x, picked[1])
     return x.view_as(x)
 
 
@@ -250,11 +260,11 @@ def label_rows(x: Tensor, labels: Tensor, idx: Tensor, pos: Tensor, shift: bool)
     whose prediction ``labels[B, L]`` carries loss: label t+1 of token t with ``shift``, else label
     t.
     """
-    _agree(x, pos)
+    agree(x, pos)
     return x.view_as(x)
 
 
-def _agree(x: Tensor, grid: Tensor) -> bool:
+def agree(x: Tensor, grid: Tensor) -> bool:
     """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that
     sizes are equal."""
     if x.dim() == 3:

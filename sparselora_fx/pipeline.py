@@ -3,6 +3,7 @@ Knows no pass by name."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import time
@@ -14,12 +15,12 @@ from torch import fx
 
 from sparselora_fx import _torch
 from sparselora_fx.fx import bodies, op_name
-from sparselora_fx.regions import Options, Region, Rewrite
+from sparselora_fx.regions import Observed, Options, Region, Rewrite
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[[Rewrite], int]
-_MARKERS = ("site", "label_rows")  # a graph with neither is left to the backend untouched
+_MARKERS = ("site", "label_rows", "observed")  # a graph with none is left to the backend untouched
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class RegionReport:
 
 
 @dataclass(frozen=True)
+class ObservedReport:
+    """An input that is observed: the graph inputs that hold the weights reading it, and the extra
+    outputs that hold its rows and (if only the graph knows them) their indices."""
+
+    weights: tuple[int, ...]
+    rows: int
+    taken: int | None
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """Everything the passes did to one graph. ``extra`` outputs follow the graph's own."""
 
@@ -54,6 +65,7 @@ class GraphReport:
     dense: list[SiteReport]
     counts: dict[str, int]
     extra: int
+    observed: list[ObservedReport]
 
 
 @dataclass
@@ -65,6 +77,12 @@ class _Lifted:
         default_factory=list
     )
     skips: list[tuple[fx.Node, str]] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
+
+    def tensors(self) -> list[fx.Node]:
+        """All that the graph must return, in a fixed order; some may come twice."""
+        chosen = [tensor for _, _, tensors in self.regions for tensor in tensors.values()]
+        return chosen + [tensor for seen in self.observed for tensor in seen.tensors]
 
 
 def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphReport | None:
@@ -124,6 +142,7 @@ def _lift(
                 tensors[choice.name] = choice.selection
             lifted.regions.append((region, weights, tensors))
         lifted.skips += [(skip.weight, skip.reason) for skip in own.skips]
+        lifted.observed += own.observed
     for node, body, operands in list(bodies(gm)):
         inner = done[body] if body in done else _lift_body(body, rewrites, done)
         _lift_call(gm, node, body, operands, inner, lifted)
@@ -140,8 +159,7 @@ def _lift_body(
     own = output.args[0]
     own = tuple(own) if isinstance(own, list | tuple) else (own,)
     body.meta["sparselora_own_outputs"] = len(own)
-    extra = [tensor for _, _, tensors in inner.regions for tensor in tensors.values()]
-    output.args = ((*own, *extra),)
+    output.args = ((*own, *inner.tensors()),)
     return inner
 
 
@@ -154,15 +172,19 @@ def _lift_call(
     outer: _Lifted,
 ) -> None:
     inputs = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
-    at = body.meta["sparselora_own_outputs"]
+    places = itertools.count(body.meta["sparselora_own_outputs"])
     after = call.next
+
+    def got() -> fx.Node:
+        with gm.graph.inserting_before(after):
+            return gm.graph.call_function(operator.getitem, (call, next(places)))
+
     for region, weights, tensors in inner.regions:
-        got: dict[Any, fx.Node] = {}
-        for key in tensors:
-            with gm.graph.inserting_before(after):
-                got[key] = gm.graph.call_function(operator.getitem, (call, at))
-            at += 1
-        outer.regions.append((region, {s: inputs[w] for s, w in weights.items()}, got))
+        outside = {key: got() for key in tensors}
+        outer.regions.append((region, {s: inputs[w] for s, w in weights.items()}, outside))
+    for seen in inner.observed:
+        reading = tuple(inputs[weight] for weight in seen.weights)
+        outer.observed.append(Observed(reading, got(), got() if seen.taken else None))
     outer.skips += [(inputs[weight], reason) for weight, reason in inner.skips]
 
 
@@ -172,9 +194,11 @@ def _report(
     """Make every selection an output of the top graph and describe it by index."""
     index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     extra: dict[fx.Node, int] = {}
+    for node in lifted.tensors():
+        extra.setdefault(node, len(extra))
     regions = []
     for region, weights, tensors in lifted.regions:
-        place = {key: extra.setdefault(node, len(extra)) for key, node in tensors.items()}
+        place = {key: extra[node] for key, node in tensors.items()}
         consumer = region.consumer.site
         sites = [
             SiteReport(index[weights[s]], "in" if s is consumer else "out", rows=place[s])
@@ -183,6 +207,14 @@ def _report(
         choices = {c.name: (place[c.name], c.kept, c.channels) for c in region.choices}
         regions.append(RegionReport(region.kind, sites, choices))
     dense = [SiteReport(index[weight], "dense", reason) for weight, reason in lifted.skips]
+    observed = [
+        ObservedReport(
+            tuple(index[weight] for weight in seen.weights),
+            extra[seen.rows],
+            None if seen.taken is None else extra[seen.taken],
+        )
+        for seen in lifted.observed
+    ]
     output = gm.graph.output_node()
     own = output.args[0]
     assert isinstance(own, list | tuple)
@@ -191,7 +223,7 @@ def _report(
     for rewrite in rewrites.values():
         for name, changes in rewrite.counts.items():
             counts[name] = counts.get(name, 0) + changes
-    return GraphReport(regions, dense, counts, len(extra))
+    return GraphReport(regions, dense, counts, len(extra), observed)
 
 
 def _finish(gm: fx.GraphModule) -> None:

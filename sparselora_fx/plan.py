@@ -16,7 +16,7 @@ from .budget import choose
 from .errors import PlanError
 from .frozen import FrozenWeight, block_positions, suffix_distance
 from .hints import nearest, unknown_layer
-from .schedule import When, check_ramp, check_schedule
+from .schedule import When, check_calibrate, check_ramp, check_schedule
 from .scores import check_flag, check_score
 from .sensitivity_table import SensitivityTable
 
@@ -25,6 +25,7 @@ _DEFAULT = "default"
 _DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
     "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
+    "calibrate": None,
 }  # fmt: skip
 _OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
@@ -62,6 +63,7 @@ class SparsityPlan:
         sparse_outputs: this fraction of the output tokens is sparse after all, evenly spread.
         score: what makes a channel worth keeping, see `scores.WORDS`; None: as the estimator allows
         track_adapter: score with W + s B A as it is now, not with the frozen W alone.
+        calibrate: "dense_phase": build the estimator from what the dense first steps read; or None.
     """
 
     sparsity: float | dict[str, float] | str
@@ -75,6 +77,7 @@ class SparsityPlan:
     sparse_outputs: float
     score: str | None
     track_adapter: bool
+    calibrate: str | None
 
     def __init__(
         self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
@@ -111,6 +114,7 @@ class SparsityPlan:
             "sparse_outputs": lambda v: _check_fraction("sparse_outputs", v),
             "score": check_score,
             "track_adapter": lambda v: check_flag("track_adapter", v),
+            "calibrate": check_calibrate,
         }
         for key in _OWN_KEYS:
             value = checks.get(key, lambda v: v)(values[key])

@@ -209,6 +209,20 @@ class Skip:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """Rows of what some frozen weights read, in the dense phase. ``taken`` are the rows' indices
+    where only the graph knows them."""
+
+    weights: tuple[fx.Node, ...]  # placeholders, in the order of the forward
+    rows: fx.Node
+    taken: fx.Node | None
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        return [self.rows] if self.taken is None else [self.rows, self.taken]
+
+
 @dataclass(eq=False)
 class Rewrite:
     """One graph on its way through the passes."""
@@ -218,6 +232,7 @@ class Rewrite:
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
     values: Values = field(default_factory=dict)  # set by find_regions
     counts: dict[str, int] = field(default_factory=dict)  # changes made, by pass
     unread: frozenset[fx.Node] = frozenset()  # nodes nobody read before any pass ran

@@ -56,6 +56,16 @@ def check_ramp(ramp: Any) -> tuple[tuple[When, float], ...]:
     return tuple(stages)
 
 
+def check_calibrate(value: Any) -> str | None:
+    """When a plan calibrates: "dense_phase", or None (never)."""
+    if value is None or (isinstance(value, str) and value == "dense_phase"):
+        return value
+    raise PlanError(
+        f"calibrate is {value!r}; allowed: 'dense_phase' (from what the dense first steps read), "
+        "or None (pass an estimator to sparselora_fx.compile)"
+    )
+
+
 def share_at(
     step: int,
     total: int | None,

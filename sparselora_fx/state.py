@@ -4,14 +4,18 @@ reported."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sparselora_fx._torch import in_backward
+from sparselora_fx.dense_phase import Collector
+from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
-from sparselora_fx.hooks import Mark, Phase, label_hook, site_hook
+from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
@@ -51,7 +55,9 @@ class State:
     graphs: int = 0
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
-    share_set: float | None = None  # the share of the plan's sparsity that the sites' specs say
+    # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
+    words_set: tuple[float, bool] | None = None
+    collector: Collector | None = None  # of a plan that calibrates in the dense phase
     warned: bool = False
     stepped: bool = False  # a sparse training call has run to its end
     handles: list[Any] = field(default_factory=list)
@@ -135,14 +141,20 @@ class State:
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
-    def set_share(self, share: float) -> None:
-        """Tell every site how sparse it is: ``share`` times the plan's sparsity."""
-        if share != self.share_set:
-            self.set_sparsity(
-                {name: Sparsity(s.ffn * share, s.attention * share)
-                 for name, s in self.sparsity.items()}
-            )  # fmt: skip
-            self.share_set = share
+    def set_share(self, share: float, *, observed: bool = False) -> None:
+        """Tell every site how sparse it is: ``share`` times the plan's sparsity. With ``observed``
+        (and a share of 0) those that the plan makes sparse are told that their input is looked
+        at."""
+        if (share, observed) == self.words_set:
+            return
+        self.set_sparsity(
+            {name: Sparsity(s.ffn * share, s.attention * share)
+             for name, s in self.sparsity.items()}
+        )  # fmt: skip
+        for weight in self.frozen if observed else ():
+            if max(self.sparsity[weight.name]) > 0:
+                weight.module.__dict__[spec_name(weight)] = OBSERVED
+        self.words_set = (share, observed)
 
     def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
         """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense.
@@ -150,7 +162,7 @@ class State:
         The words stand on each module, where Dynamo guards them: a graph depends on its own
         sites' sparsity only, so blocks that are compiled one by one share what they have in common.
         """
-        self.share_set = None
+        self.words_set = None
         for weight in self.frozen:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
             words = self.known.get(weight.name, ()) if max(own) > 0 else ()
@@ -162,6 +174,37 @@ class State:
         weight.module.register_buffer(name, placed, persistent=False)
         self.buffers.append((weight.module, name))
         return name
+
+    def place(self, estimator: SVDEstimator) -> None:
+        """Put an estimator's factors and vectors where `mark` has put others of the same shapes.
+
+        In place, so that graphs compiled for those stay right; what the estimator lacks is zero.
+        """
+        assert self.collector is not None
+        vectors = estimator.vectors(self.frozen, self.collector.score)
+        with torch.no_grad():
+            for weight in (w for w in self.frozen if max(self.sparsity[w.name]) > 0):
+                pair = estimator.factors[weight.canonical]
+                values = {"a": pair.a, "b": pair.b, **vectors[weight.canonical]}
+                for word in ("a", "b", *self.known[weight.name]):
+                    buffer = weight.module._buffers[f"_sparselora_{word}_{weight.param}"]
+                    assert buffer is not None
+                    known = values.get(word, buffer.new_zeros(0))
+                    buffer.copy_(known) if len(known) else buffer.zero_()
+
+    def end_dense_phase(self) -> None:
+        """Build and place the factors, unless that was done; before the first sparse call."""
+        if self.collector is not None and self.collector.estimator is None:
+            self.place(self.collector.build())
+
+    def collect(self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor]) -> None:
+        """Count what a graph observed; what a backward computes again was counted before."""
+        if self.collector is None or in_backward():
+            return
+        for seen in report.observed:
+            names = [name for i in seen.weights if (name := self.name_of(args[i])) is not None]
+            taken = None if seen.taken is None else extra[seen.taken]
+            self.collector.add(names, extra[seen.rows], taken)
 
     def mark_logits(self, module: nn.Module | None) -> None:
         """Put a hook on the output embedding, if given: it says which of its rows carry a label."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from .errors import EstimatorError
 from .frozen import FrozenWeight, shown, suffix_distance
@@ -193,3 +194,21 @@ def compute_device(device: str | torch.device | None) -> torch.device | None:
     if device is not None:
         return torch.device(device)
     return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def plain_factors(
+    weights: list[FrozenWeight],
+    ranks: Mapping[str, int],
+    place: torch.device | None,
+    seed: int,
+    *,
+    progress: bool,
+) -> dict[str, Factors]:
+    """Truncated SVDs of the weights themselves, by canonical name."""
+    factors: dict[str, Factors] = {}
+    with tqdm(total=len(weights), desc="estimator", unit="weight", disable=not progress) as bar:
+        for group in groups_of(weights, ranks, place):
+            pairs = factor_group(group, ranks[group[0].canonical], place, seed)
+            factors.update(zip((w.canonical for w in group), pairs, strict=True))
+            bar.update(len(group))
+    return factors
