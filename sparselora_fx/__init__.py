@@ -13,6 +13,7 @@ from sparselora_fx.errors import (
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.explain import explain
 from sparselora_fx.plan import SparsityPlan
+from sparselora_fx.progress import load_calibration, save_calibration
 from sparselora_fx.recording import Recording, record
 from sparselora_fx.sensitivity import sensitivity
 from sparselora_fx.sensitivity_table import SensitivityTable
@@ -31,8 +32,10 @@ __all__ = [
     "SparsityPlan",
     "compile",
     "explain",
+    "load_calibration",
     "record",
     "restore",
+    "save_calibration",
     "sensitivity",
     "step",
     "warm_up",

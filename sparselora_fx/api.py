@@ -10,7 +10,7 @@ from torch import nn
 
 from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
 from sparselora_fx.backend import make_backend
-from sparselora_fx.dense_phase import begin
+from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.forward import CompiledForward
@@ -46,40 +46,35 @@ def compile(
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: low-rank factors of the frozen weights (`SVDEstimator.build(model)`); None with
-            a plan that says ``calibrate="dense_phase"``.
+        estimator: factors of the frozen weights (`SVDEstimator.build`); None if the plan calibrates
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
         backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
-        dynamic: as in `torch.compile`; None: the second batch length switches to dynamic sizes.
+        dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
         trim_logits: in sparse steps compute what follows the last attention only for tokens whose
             prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
-    A compiled model is restored first, as is another one (with a warning) that shares frozen
-    linears with it. Training calls get `use_cache=False` unless told otherwise.
+    What is compiled of it is restored first. Training calls get `use_cache=False` unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
-    plan = _check_words(model, estimator, plan, backend, lora_branch)
-    frozen, sparsity = _checked(model, estimator, plan)
-    collector = None
-    if estimator is None:
-        estimator, collector = begin(model, plan, frozen, sparsity)
-    score = estimator.score_of(plan.score)
+    checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
+    found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
+    score = found.score_of(checked.score)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, plan, sparsity, frozen, collector=collector)
-    options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    state = State(model, checked, sparsity, frozen, collector=collector)
+    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
-    state.mark(estimator.factors, estimator.vectors(frozen, score))
+    state.mark(found.factors, found.vectors(frozen, score))
     state.mark_logits(head)
     model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
@@ -160,8 +155,8 @@ def _check_words(
         )
     if given and checked.calibrate:
         raise CompileError(
-            f"an estimator was given, and the plan says calibrate={checked.calibrate!r}, which makes "
-            "one in training; leave one of them out"
+            f"an estimator was given, and the plan says calibrate={checked.calibrate!r}, which "
+            "makes one in training; leave one of them out"
         )
     if backend not in _torch.BACKENDS:
         allowed = ", ".join(map(repr, _torch.BACKENDS))
@@ -172,15 +167,16 @@ def _check_words(
 
 
 def _checked(
-    model: nn.Module, estimator: SVDEstimator | None, plan: SparsityPlan
-) -> tuple[list[FrozenWeight], dict[str, Sparsity]]:
-    """The model's frozen weights and the sparsity of each, if all fit together."""
+    model: nn.Module, estimator: SVDEstimator | None, plan: Any, backend: str, lora_branch: str
+) -> tuple[SparsityPlan, list[FrozenWeight], dict[str, Sparsity]]:
+    """The plan, the model's frozen weights and the sparsity of each, if all fit together."""
+    plan = _check_words(model, estimator, plan, backend, lora_branch)
     frozen = _frozen_on_device(model)
     if estimator is not None:
         estimator.check(model)
     sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
     _check_multiple(plan, frozen, sparsity)
-    return frozen, sparsity
+    return plan, frozen, sparsity
 
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:

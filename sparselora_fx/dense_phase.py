@@ -115,6 +115,13 @@ class Collector:
         self.forget()
         return self.estimator
 
+    def describe(self) -> str:
+        """A line for `explain`."""
+        reached = len(self._reached() if self.estimator is None else self.estimator.statistics)
+        what = f"{self.calls} dense calls observed, {reached} of {len(self.weights)} linears"
+        then = "built from them" if self.estimator else "to be built before the first sparse call"
+        return f"calibration: {what} reached; factors {then}"
+
     def forget(self) -> None:
         """Free the moments."""
         self.moments, self.readers, self.picked = {}, {}, None
@@ -152,13 +159,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def begin(
+def first_estimator(
     model: nn.Module,
+    given: SVDEstimator | None,
     plan: SparsityPlan,
     frozen: list[FrozenWeight],
     sparsity: Mapping[str, Sparsity],
 ) -> tuple[SVDEstimator, Collector | None]:
-    """An estimator whose factors are still zero, and the collector that will make the true one.
+    """The estimator that was given; or one whose factors are still zero, and the collector that
+    will make the true one.
 
     A plan that is sparse from its first step leaves nothing to observe: the paper's estimator then,
     with a warning, and no collector.
@@ -166,6 +175,8 @@ def begin(
     Raises:
         EstimatorError: the plan's rank exceeds every weight.
     """
+    if given is not None:
+        return given, None
     weights = [w for w in frozen if max(sparsity[w.name]) > 0]
     rank = plan.rank or DEFAULT_RANK
     if not weights:
@@ -174,7 +185,7 @@ def begin(
         warnings.warn(
             f"calibrate='dense_phase', but start_step={plan.start_step!r} leaves no dense step to "
             "observe, so channels are predicted from a plain SVD of the weights; let the plan "
-            "start dense, such as start_step=0.05, or pass SVDEstimator.build(model, calibration=...)",
+            "start dense, such as start_step=0.05, or pass an estimator",
             stacklevel=4,
         )
         return SVDEstimator.build(model, rank), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,6 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         for name, parts in table.items()
         for part, tensor in parts._asdict().items()
     }
-    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in named.items()}
     header: dict[str, Any] = {
         "format": _FORMAT,
         "version": _CALIBRATED if contents.statistics else _PLAIN,
@@ -54,7 +54,15 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     }
     if contents.statistics:
         header["calibrated"] = list(contents.statistics)
-    header["checksum"] = _checksum(header, tensors)
+    write_tensors(path, header, named)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], header: dict[str, Any], named: Mapping[str, Tensor]
+) -> None:
+    """Write tensors and a JSON header with a checksum over both, replacing ``path`` atomically."""
+    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in named.items()}
+    header = {**header, "checksum": _checksum(header, tensors)}
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -65,17 +73,28 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         raise EstimatorError(f"cannot write the estimator to {str(path)!r}: {error}") from error
 
 
-def read(path: str | os.PathLike[str]) -> Contents:
-    """Read what `write` wrote; `EstimatorError` for anything else."""
+def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The header (whatever it is) and the tensors of a file; see `check_sum`."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-        header = json.loads(metadata.get("sparselora_fx", "null"))
+        return json.loads(metadata.get("sparselora_fx", "null")), tensors
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise EstimatorError(
             f"cannot read the estimator {str(path)!r}: {error}; build and save it again"
         ) from error
+
+
+def check_sum(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse a header and tensors that are not those that were written together."""
+    if header.get("checksum") != _checksum(header, tensors):
+        raise EstimatorError("is damaged (its checksum differs)")
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Read what `write` wrote; `EstimatorError` for anything else."""
+    header, tensors = read_tensors(path)
     try:
         return _contents(header, tensors)
     except EstimatorError as error:
@@ -117,8 +136,7 @@ def _contents(header: Any, tensors: dict[str, Tensor]) -> Contents:
             if missing
             else "has tensors without a fingerprint"
         )
-    if header.get("checksum") != _checksum(header, tensors):
-        raise EstimatorError("is damaged (its checksum differs)")
+    check_sum(header, tensors)
     return Contents(
         {n: Factors(*(tensors[f"{n}.{part}"] for part in Factors._fields)) for n in prints},
         prints,

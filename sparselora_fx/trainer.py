@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparselora_fx.api import step
 from sparselora_fx.errors import CompileError
+from sparselora_fx.progress import calibration_file, load_calibration, save_calibration
+from sparselora_fx.recording import get_state
 from sparselora_fx.state import ATTRIBUTE
 
 
@@ -17,26 +22,76 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     step before it begins.
 
     Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
-    resuming from a checkpoint need nothing more. Raises `CompileError` at the start of training if
-    no module of the model is compiled.
+    resuming from a checkpoint need nothing more. With a plan that calibrates in the dense phase,
+    what was collected (later: the estimator) is saved in each checkpoint and loaded on resume.
+    Raises `CompileError` at the start of training if no module of the model is compiled.
+
+    Args:
+        resume_from: the checkpoint that training resumes from, where it is not
+            ``checkpoint-<step>`` in the Trainer's ``output_dir``.
     """
+
+    def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
+        self.resume_from = resume_from
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._drive(state, kwargs["model"])
+        model = self._drive(state, kwargs["model"])
+        if state.global_step > 0 and get_state(model).collector is not None:
+            self._resume(args, state, model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._drive(state, kwargs["model"])
 
-    def _drive(self, state: TrainerState, model: nn.Module) -> None:
-        for module in model.modules():
-            if ATTRIBUTE in module.__dict__:
-                step(module, state.global_step, state.max_steps)
-                return
-        raise CompileError(
-            "SparsityCallback found no compiled model; "
-            "call sparselora_fx.compile(model, estimator) before the Trainer"
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = _compiled(kwargs["model"])
+        if get_state(model).collector is None:
+            return
+        folder = _checkpoint(args, state)
+        if folder.is_dir():
+            save_calibration(model, calibration_file(folder))
+        else:
+            warnings.warn(
+                f"there is no {str(folder)!r} to save the dense phase's calibration in; call "
+                "sparselora_fx.save_calibration(model, file) from a callback of your own",
+                stacklevel=2,
+            )
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        given = self.resume_from or args.resume_from_checkpoint
+        folder = Path(given) if isinstance(given, str | os.PathLike) else _checkpoint(args, state)
+        file = calibration_file(folder)
+        if file.is_file():
+            load_calibration(model, file)
+            return
+        warnings.warn(
+            f"training resumes at step {state.global_step}, and {str(folder)!r} holds no "
+            f"{file.name}: what the dense phase had collected before is lost. What it still reads "
+            "is used; if it is over, a plain SVD of the weights. If the checkpoint is elsewhere, "
+            "pass SparsityCallback(resume_from=its folder)",
+            stacklevel=2,
         )
+
+    def _drive(self, state: TrainerState, model: nn.Module) -> nn.Module:
+        found = _compiled(model)
+        step(found, state.global_step, state.max_steps)
+        return found
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            return module
+    raise CompileError(
+        "SparsityCallback found no compiled model; "
+        "call sparselora_fx.compile(model, estimator) before the Trainer"
+    )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
