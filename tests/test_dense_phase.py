@@ -232,6 +232,26 @@ def test_the_switch_compiles_the_sparse_graph_and_no_other() -> None:
     assert graphs == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_observing_adds_no_graph_for_other_lengths(dynamic: bool | None) -> None:
+    counts = []
+    for calibrate in (False, True):
+        model = oracle.llama()
+        if calibrate:
+            compiled(model, plan_of(start=9), dynamic=dynamic)
+        else:
+            late = slx.SparsityPlan(KEYS, start_step=9)
+            slx.compile(
+                model, oracle.estimator_of(model), plan=late, backend="eager", dynamic=dynamic
+            )
+        for n, length in enumerate((16, 9, 128, 30)):  # 2 * 128 tokens: as many as rows are taken
+            slx.step(model, n)
+            oracle.step(model, oracle.batch(2, length))
+        counts.append(get_state(model).graphs)
+        torch.compiler.reset()
+    assert counts[1] == counts[0] <= 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_keep_moments_in_float32(dtype: torch.dtype) -> None:
     model, data = oracle.llama(dtype=dtype), batches(2)
