@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,8 @@ def compile(
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: factors of the frozen weights (`SVDEstimator.build`); None if the plan calibrates
+        estimator: factors of the frozen weights (`SVDEstimator.build`); None: the dense steps that
+            the plan begins with make it, as with ``calibrate="dense_phase"``.
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
         backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
@@ -146,14 +148,15 @@ def _check_words(
         raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     plan = SparsityPlan.default() if plan is None else plan
     checked: SparsityPlan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
-    given = isinstance(estimator, SVDEstimator)
-    if not given and not (estimator is None and checked.calibrate):
+    if estimator is None:
+        checked = replace(checked, calibrate="dense_phase")
+    elif not isinstance(estimator, SVDEstimator):
         raise CompileError(
             f"estimator must be an SVDEstimator, got {type(estimator).__name__}; build one with "
             "sparselora_fx.SVDEstimator.build(model, rank=8), or leave it out and let the dense "
-            "first steps make one: plan=SparsityPlan(..., calibrate='dense_phase')"
+            "first steps make one"
         )
-    if given and checked.calibrate:
+    elif checked.calibrate:
         raise CompileError(
             f"an estimator was given, and the plan says calibrate={checked.calibrate!r}, which "
             "makes one in training; leave one of them out"

@@ -44,7 +44,8 @@ class Collector:
         moments: by the canonical name of the first weight of those that read one input.
         readers: the canonical names of all weights that read it, under the same key.
         calls: how many calls were observed.
-        estimator: set by `build`; nothing is collected after it.
+        first: the number of the first of them, from which their rows follow.
+        estimator: set by `build`; nothing is collected after it, unless `reopen` is called.
     """
 
     weights: dict[str, FrozenWeight]
@@ -53,6 +54,7 @@ class Collector:
     moments: dict[str, Moment] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     calls: int = 0
+    first: int = 0
     estimator: SVDEstimator | None = None
     counting: bool = False  # whether what the present call reads counts
     picked: Picked | None = None
@@ -65,7 +67,7 @@ class Collector:
     def begin(self, tokens: Tokens | None, device: torch.device, *, counting: bool) -> list[Tensor]:
         """What the graphs of a dense call are told; see `observing.pick`."""
         self.counting = counting and self.estimator is None
-        self.picked = pick(tokens, device, self.calls)
+        self.picked = pick(tokens, device, self.first + self.calls)
         self.calls += self.counting
         return self.picked.tensors
 
@@ -114,6 +116,14 @@ class Collector:
         log.info("factors from %d observed calls took %.1f s", self.calls, seconds)
         self.forget()
         return self.estimator
+
+    def reopen(self, step: int) -> None:
+        """Collect anew from an optimizer step on: the factors in use stay until `build` makes
+        others. Nothing of what was collected before has a part in it, so a resumed run observes
+        what an uninterrupted one would."""
+        if self.estimator is not None:
+            self.forget()
+            self.estimator, self.calls, self.first = None, 0, step
 
     def describe(self) -> str:
         """A line for `explain`."""

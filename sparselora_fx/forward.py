@@ -123,6 +123,8 @@ class CompiledForward:
         state = self.state
         assert state.collector is not None
         counting = state.forced is None and torch.is_grad_enabled()
+        if counting and state.step is not None and state.refreshes():
+            state.collector.reopen(state.step[0])
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
         device = device or next(self.model.parameters()).device
         return state.collector.begin(tokens, device, counting=counting)

@@ -16,7 +16,7 @@ from .budget import choose
 from .errors import PlanError
 from .frozen import FrozenWeight, block_positions, suffix_distance
 from .hints import nearest, unknown_layer
-from .schedule import When, check_calibrate, check_ramp, check_schedule
+from .schedule import When, check_calibrate, check_ramp, check_refresh, check_schedule
 from .scores import check_flag, check_score
 from .sensitivity_table import SensitivityTable
 
@@ -25,7 +25,7 @@ _DEFAULT = "default"
 _DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
     "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
-    "calibrate": None,
+    "calibrate": None, "refresh": None,
 }  # fmt: skip
 _OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
@@ -64,6 +64,7 @@ class SparsityPlan:
         score: what makes a channel worth keeping, see `scores.WORDS`; None: as the estimator allows
         track_adapter: score with W + s B A as it is now, not with the frozen W alone.
         calibrate: "dense_phase": build the estimator from what the dense first steps read; or None.
+        refresh: calibrate again every n steps, from n / 20 dense ones (see `schedule.refreshes`).
     """
 
     sparsity: float | dict[str, float] | str
@@ -78,6 +79,7 @@ class SparsityPlan:
     score: str | None
     track_adapter: bool
     calibrate: str | None
+    refresh: int | None
 
     def __init__(
         self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
@@ -115,6 +117,7 @@ class SparsityPlan:
             "score": check_score,
             "track_adapter": lambda v: check_flag("track_adapter", v),
             "calibrate": check_calibrate,
+            "refresh": lambda v: check_refresh(v, values["calibrate"]),
         }
         for key in _OWN_KEYS:
             value = checks.get(key, lambda v: v)(values[key])

@@ -44,6 +44,7 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": _FORMAT,
         "version": _VERSION,
         "calls": collector.calls,
+        "first": collector.first,
         "readers": collector.readers,
         "counts": {key: moment.count for key, moment in collector.moments.items()},
         "full": {key: moment.full for key, moment in collector.moments.items()},
@@ -115,7 +116,8 @@ def _take_over(collector: Collector, header: dict[str, Any], tensors: dict[str, 
             held.copy_(tensors[f"{key}.{part}"])
         moments[key] = moment
     collector.moments, collector.readers = moments, dict(header["readers"])
-    collector.calls, collector.estimator = header["calls"], None
+    collector.calls, collector.first = header["calls"], header["first"]
+    collector.estimator = None
 
 
 def _print(collector: Collector, name: str) -> str:

@@ -66,6 +66,23 @@ def check_calibrate(value: Any) -> str | None:
     )
 
 
+def check_refresh(value: Any, calibrate: Any) -> int | None:
+    """After how many steps a plan calibrates again, or None (never)."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise PlanError(f"refresh is {value!r}; allowed: a number of steps >= 2, or None")
+    if calibrate is None:
+        raise PlanError("refresh calibrates again; it needs calibrate='dense_phase' in the plan")
+    return value
+
+
+def refreshes(step: int, every: int | None) -> bool:
+    """Whether a step that would be sparse runs dense, to be observed: of each ``every`` steps,
+    counted from step 0, the first twentieth (at least one), as much as a start_step of 0.05."""
+    return every is not None and step % every < -(-every // 20)
+
+
 def share_at(
     step: int,
     total: int | None,

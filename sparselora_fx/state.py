@@ -19,7 +19,7 @@ from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
-from sparselora_fx.schedule import share_at
+from sparselora_fx.schedule import refreshes, share_at
 from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
@@ -95,7 +95,8 @@ class State:
         if self.forced is not None:
             return self.forced
         if self.step is not None:
-            return share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
+            share = share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
+            return 0.0 if share and self.refreshes() else share
         if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
             self.warned = True
             warnings.warn(
@@ -105,6 +106,12 @@ class State:
                 stacklevel=4,
             )
         return 1.0
+
+    def refreshes(self) -> bool:
+        """Whether the present step is one of those that calibrate again."""
+        if self.step is None or self.collector is None:
+            return False
+        return refreshes(self.step[0], self.plan.refresh)
 
     def mark(
         self,
