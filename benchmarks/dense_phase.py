@@ -1,6 +1,8 @@
 """What calibrating in the dense phase costs, and how good the channels are that come of it.
 
-    python -m benchmarks.dense_phase --json F [--preset cpu-small] [--pairs 30] [--steps 5 20]
+    python -m benchmarks.dense_phase --json F [--parts cost quality drift] [--seeds 3]
+
+Each part replaces its own entry in the file.
 
 **Cost.** Two models of one preset in their dense phase, with and without observing, take turns,
 A B A B. ``ratio`` is the median over pairs of the time with over the time without, on the processor
@@ -11,6 +13,10 @@ quartiles. ``pause_s`` is what the switch takes, ``moments_mib`` what is held un
 then choose channels for test problems: with the factors of that dense phase, with those of an
 offline calibration on 8 batches made before training, and with plain SVDs. Reported: the mean
 overlap with the true top k.
+
+**Drift.** The same after sparse training (all tokens, feed-forward regions at 0.9) that began with
+a dense phase of 5 steps, without refreshes and with one every 20 steps; and the mean loss of the
+last ten steps, all of them sparse.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +107,61 @@ class _Runner:
             self.times.append((after[0] - before[0], after[1] - before[1]))
 
 
+def fine_tune(model: nn.Module, batches: list[dict[str, Any]], rate: float) -> list[float]:
+    """AdamW steps as the compiled plan says, one per batch; their losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for n, batch in enumerate(batches):
+        slx.step(model, n)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    slx.step(model, len(batches))
+    return losses
+
+
+def regions_of(model: nn.Module) -> dict[str, float]:
+    """Every feed-forward region at 0.9."""
+    return {f"layers.{i}.mlp": 0.9 for i in range(model.config.num_hidden_layers)}
+
+
+def drift(steps: int, seed: int, rate: float) -> list[dict[str, Any]]:
+    """Overlap and loss after sparse training, with and without refreshes."""
+    rows = []
+    training = batches_of("train", steps, 16, seed)
+    (test,) = batches_of("test", 1, 32, seed)
+    for refresh in (None, 20):
+        model = load(seed)
+        plan = slx.SparsityPlan(
+            regions_of(model), tokens="all", start_step=5, rank=RANK,
+            calibrate="dense_phase", refresh=refresh,
+        )  # fmt: skip
+        slx.compile(model, plan=plan, backend="eager")
+        losses = fine_tune(model, training, rate)
+        slx.step(model, steps + 1)  # sparse also where `steps` is a refresh
+        row = _row(model, test, "dense phase")
+        row |= {"refresh": refresh, "loss": round(statistics.mean(losses[-10:]), 4)}
+        rows.append({"steps": steps, "seed": seed, **row})
+        slx.restore(model)
+        torch.compiler.reset()
+    return rows
+
+
 def quality(steps: int, seed: int, rate: float) -> list[dict[str, Any]]:
     """Overlap after a dense phase of some steps of 16 problems each."""
     model = load(seed)
     training = batches_of("train", max(steps, 8), 16, seed)
     (test,) = batches_of("test", 1, 32, seed)
-    regions = {f"layers.{i}.mlp": 0.9 for i in range(model.config.num_hidden_layers)}
+    regions = regions_of(model)
     offline = slx.SVDEstimator.build(model, RANK, calibration=training[:8], progress=False)
     plain = slx.SVDEstimator.build(model, RANK, progress=False)
     plan = slx.SparsityPlan(
         regions, tokens="all", start_step=steps, rank=RANK, calibrate="dense_phase"
     )
     slx.compile(model, plan=plan, backend="eager")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    for n, batch in enumerate(training[:steps]):
-        slx.step(model, n)
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    slx.step(model, steps)
+    fine_tune(model, training[:steps], rate)
     rows = [_row(model, test, "dense phase")]
     late = slx.SparsityPlan(regions, tokens="all", start_step=0)
     for name, estimator in (("offline calibration", offline), ("plain SVD", plain)):
@@ -137,23 +180,34 @@ def _row(model: nn.Module, test: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "cost": lambda args: cost(PRESETS[args.preset], args.pairs),
+    "quality": lambda args: [
+        row for n in (5, 20) for seed in range(args.seeds) for row in quality(n, seed, args.rate)
+    ],
+    "drift": lambda args: [
+        row for seed in range(args.seeds) for row in drift(args.steps, seed, args.rate)
+    ],
+}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu-small")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--steps", type=int, nargs="*", default=[5, 20], help="of the dense phase")
+    parser.add_argument("--steps", type=int, default=100, help="of the training in 'drift'")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
-    found: dict[str, Any] = {"cost": cost(PRESETS[args.preset], args.pairs), "quality": []}
-    print(found["cost"], flush=True)
-    for steps in args.steps:
-        for seed in range(args.seeds):
-            found["quality"] += quality(steps, seed, args.rate)
-    found |= {"machine": measuring.machine("cpu"), "versions": measuring.versions()}
-    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    for part in args.parts:
+        found[part] = PARTS[part](args)
+        print(part, found[part], flush=True)
+        found |= {"machine": measuring.machine("cpu"), "versions": measuring.versions()}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
