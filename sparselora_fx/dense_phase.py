@@ -85,7 +85,7 @@ class Collector:
         if not len(rows):
             return
         key = weights[0].canonical
-        with torch.no_grad():
+        with torch.no_grad(), _exact(rows.device):
             if key not in self.moments:
                 norms = column_norms(weights[0].logical())
                 self.moments[key] = Moment(norms, full=key in self.full)
@@ -103,15 +103,17 @@ class Collector:
         missing = [w.name for w in self.weights.values() if w.canonical not in self._reached()]
         self._report(missing)
         found: list[Found] = []
+        weights = list(self.weights.values())
         bar = tqdm(self.moments, desc="factors from the dense phase", delay=_PATIENCE, unit="input")
-        for key in bar:
-            for name in self.readers[key]:
-                w = self.by_canonical[name]
-                found.append((w, *finish(w, self.moments[key], self.ranks[name], _SETTINGS)))
-        self.estimator = assemble(
-            list(self.weights.values()), found, self.ranks, place=compute_device(None),
-            progress=False, complete=False,
-        )  # fmt: skip
+        with torch.no_grad(), _exact(weights[0].weight.device):
+            for key in bar:
+                for name in self.readers[key]:
+                    w = self.by_canonical[name]
+                    found.append((w, *finish(w, self.moments[key], self.ranks[name], _SETTINGS)))
+            self.estimator = assemble(
+                weights, found, self.ranks, place=compute_device(None),
+                progress=False, complete=False,
+            )  # fmt: skip
         seconds = time.perf_counter() - start
         log.info("factors from %d observed calls took %.1f s", self.calls, seconds)
         self.forget()
@@ -162,6 +164,11 @@ class Collector:
             f"the dense phase did not reach {_some(missing)}: plain SVDs of these weights are used",
             stacklevel=3,
         )
+
+
+def _exact(device: torch.device) -> torch.autocast:
+    """No autocast: calls of the model, in which all this happens, may be inside the user's."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparselora_fx as slx
 from sparselora_fx.dense_phase import Collector
 from sparselora_fx.frozen import frozen_weights
-from sparselora_fx.moments import Moment
+from sparselora_fx.moments import DAMPING, Moment, aware_factors
 from sparselora_fx.recording import get_state
 
 KEYS = {"layers.0.mlp": 0.5, "layers.0.self_attn": 0.5}
@@ -263,6 +263,36 @@ def test_half_precision_weights_keep_moments_in_float32(dtype: torch.dtype) -> N
     estimator = collector_of(model).estimator
     assert estimator is not None and estimator.calibrated
     assert {pair.a.dtype for pair in estimator.factors.values()} == {dtype}
+
+
+def test_under_autocast_moments_and_factors_stay_in_float32() -> None:
+    """The call, and with it the sums and the factorisation, run inside the user's autocast."""
+    model, data = oracle.llama(), batches(1)[0]
+    read: list[Tensor] = []
+    gate = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj.base_layer")
+    hook = gate.register_forward_pre_hook(lambda _, args: read.append(args[0].detach()))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**data)
+    hook.remove()
+    x = read[0][data["attention_mask"].bool()].double()
+    compiled(model, plan_of(start=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        slx.step(model, 0)
+        oracle.step(model, data)
+        moment = moments_of(model)[f"{SITE}mlp.gate_proj"]
+        slx.step(model, 1)
+        oracle.step(model, data)
+    assert moment.second.dtype == torch.float32
+    covariance = torch.cov(x.t(), correction=0)
+    assert oracle.difference(moment.covariance(), covariance) <= 1e-5
+    # The factors are those of that moment, computed outside autocast.
+    w = next(w for w in frozen_weights(model) if w.canonical == f"{SITE}mlp.gate_proj")
+    expected, _, _ = aware_factors(
+        w.logical(), moment.mean(), moment.covariance(), 4, damping=DAMPING, seed=0
+    )
+    estimator = collector_of(model).estimator
+    assert estimator is not None
+    assert torch.equal(estimator.factors[w.canonical].a, expected.a)
 
 
 def test_state_dict_and_restore() -> None:
