@@ -1,6 +1,7 @@
 """How much of what matters do estimators and scores find? Output errors on held-out text.
 
     python -m benchmarks.estimator_quality --json F [--details F] [--plot F.png] [--loss]
+        [--cost large] [--no-measure]
 
 Rows, one per model, estimator, score, sparsity and rank, averaged over the feed-forward regions and
 the test batches; channels are chosen batch by batch, as in training. ``svd``: factors of the
@@ -14,6 +15,7 @@ see `quality.judge`. ``loss`` is the mean over seeds of `benchmarks.quality_loss
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -168,31 +170,43 @@ def add_losses(rows: list[Row], results: dict[str, Any]) -> None:
         row["loss"] = None if found is None else round(statistics.mean(found), 4)
 
 
-def run(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and details."""
-    start = time.perf_counter()
+def run(args: argparse.Namespace, earlier: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and details; what is not asked for stays as the files have it."""
     losses = args.json.with_name(f"{args.json.stem}_loss.json")
     if args.loss:
         quality_loss.complete(losses, args)
-    seconds: dict[str, float] = {}
-    rows: list[Row] = []
-    for name in args.models:
-        before = time.perf_counter()
-        rows += measure(name, args)
-        seconds[name] = round(time.perf_counter() - before, 1)
+    if args.measure:
+        rows, details = measure_all(args)
+    else:
+        rows, details = (
+            json.loads(file.read_text(encoding="utf-8")) for file in (args.json, earlier)
+        )
     if losses.exists():
         add_losses(rows, json.loads(losses.read_text(encoding="utf-8")))
-    details: dict[str, Any] = {
-        "settings": {key: str(value) if isinstance(value, Path) else value
-                     for key, value in vars(args).items()} | {"draws": DRAWS, "seed": 0},
+    if args.cost:
+        details["score_cost"] = score_cost.measure(args.cost)
+    return rows, details
+
+
+def measure_all(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of all models, and what is said beside them."""
+    rows: list[Row] = []
+    marks = [(time.perf_counter(), time.process_time())]
+    for name in args.models:
+        rows += measure(name, args)
+        marks.append((time.perf_counter(), time.process_time()))
+    wall, cpu = ([round(b - a, 1) for a, b in itertools.pairwise(clock)]
+                 for clock in zip(*marks, strict=True))  # fmt: skip
+    keys = ("models", "ranks", "test_batches", "calibration_batches")
+    return rows, {
+        "settings": {key: getattr(args, key) for key in keys} | {"draws": DRAWS, "seed": 0},
         "gap_closed_at_rank_8": gaps(rows),
         "on_the_task": on_the_task(args) if activations.DEMO in args.models else [],
-        "score_cost": score_cost.measure(args.cost) if args.cost else None,
-        "seconds": seconds | {"all": round(time.perf_counter() - start, 1)},
+        "seconds": dict(zip(args.models, wall, strict=True)),
+        "cpu_seconds": dict(zip(args.models, cpu, strict=True)),
         "machine": measuring.machine("wall"),
         "versions": measuring.versions(),
-    }  # fmt: skip
-    return rows, details
+    }
 
 
 def write(path: Path, rows: list[Row], details: dict[str, Any], to: Path) -> None:
@@ -225,15 +239,17 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--test-batches", type=int, default=4)
     parser.add_argument("--calibration-batches", type=int, default=16)
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
+                        help="--no-measure keeps the rows of the file")  # fmt: skip
     parser.add_argument("--cost", default="", metavar="SHAPE", choices=score_cost.SHAPES,
                         help="time the scores too, at this shape")  # fmt: skip
     parser.add_argument("--loss", action=argparse.BooleanOptionalAction, default=False,
                         help="do the fine-tuning runs that <json>_loss.json lacks")  # fmt: skip
     quality_loss.add_arguments(parser)
     args = parser.parse_args()
-    rows, details = run(args)
-    write(args.json, rows, details, args.details
-          or args.json.with_name(f"{args.json.stem}_details.json"))  # fmt: skip
+    beside = args.details or args.json.with_name(f"{args.json.stem}_details.json")
+    rows, details = run(args, beside)
+    write(args.json, rows, details, beside)
     if args.plot:
         plot(rows, args.plot)
     show(rows, details["gap_closed_at_rank_8"])

@@ -40,6 +40,7 @@ VARIANTS = (
     ("random", None),
     ("static", "prior+weighted"),
     ("calibrated on the task", DEFAULT_CALIBRATED),
+    ("svd", "strided+weighted"),
     ("svd", "tokens"),
     ("calibrated", f"{DEFAULT_CALIBRATED}+normalised"),
 )
@@ -64,7 +65,7 @@ def runs(seeds: int) -> list[Run]:
         found.append(Run("dense", None, None, None, seed))
         for s, (estimator, score) in itertools.product(SPARSITIES, VARIANTS):
             found.append(Run(estimator, score, s, "context", seed))
-        for estimator, score in VARIANTS[:5]:
+        for estimator, score in VARIANTS[:6]:
             found.append(Run(estimator, score, STRESS, "all", seed))
     return found
 

@@ -98,7 +98,7 @@ def test_errors_are_those_of_the_masked_output() -> None:
 
 
 FEW = {
-    "svd": ("pooled", "tokens"),
+    "svd": ("pooled", "tokens", "strided+weighted"),
     "calibrated": ("strided+prior+weighted", "strided+prior+weighted+normalised"),
     "static": ("prior", "prior+weighted"),
 }
