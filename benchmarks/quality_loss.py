@@ -44,6 +44,7 @@ VARIANTS = (
     ("svd", "tokens"),
     ("calibrated", f"{DEFAULT_CALIBRATED}+normalised"),
 )
+STRESSED = (*VARIANTS[:6], ("calibrated", "strided+weighted"), VARIANTS[7])
 SETTINGS = ("steps", "batch", "rate", "tests", "calibration")
 
 
@@ -65,7 +66,7 @@ def runs(seeds: int) -> list[Run]:
         found.append(Run("dense", None, None, None, seed))
         for s, (estimator, score) in itertools.product(SPARSITIES, VARIANTS):
             found.append(Run(estimator, score, s, "context", seed))
-        for estimator, score in VARIANTS[:6]:
+        for estimator, score in STRESSED:
             found.append(Run(estimator, score, STRESS, "all", seed))
     return found
 
