@@ -72,12 +72,14 @@ class Published:
 
 
 def plan_of(levels: Iterable[tuple[float, float]], tokens: str, multiple: int = 16) -> SparsityPlan:
-    """A plan from the ``(ffn, attention)`` sparsity of each layer, sparse from the first step."""
+    """A plan from the ``(ffn, attention)`` sparsity of each layer, sparse from the first step, with
+    the paper's score."""
     sparsity: dict[str, float] = {}
     for i, (ffn, attention) in enumerate(levels):
         sparsity[f"layers.{i}.mlp"] = ffn
         sparsity[f"layers.{i}.self_attn"] = attention
-    return SparsityPlan(sparsity, tokens=tokens, start_step=0, channel_multiple=multiple, rank=RANK)
+    options = {"channel_multiple": multiple, "rank": RANK, "score": "pooled"}
+    return SparsityPlan(sparsity, tokens=tokens, start_step=0, **options)
 
 
 def _at(levels: dict[float, tuple[int, ...]], layer: int) -> float:

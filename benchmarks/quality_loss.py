@@ -97,11 +97,12 @@ def estimators(model: Any, args: argparse.Namespace) -> dict[str, slx.SVDEstimat
 
 
 def plan_of(run: Run, layers: int) -> slx.SparsityPlan | None:
-    """Every feed-forward region but the first one; None: dense."""
+    """Every feed-forward region but the first one (noise is scored as "pooled"); None: dense."""
     if run.s is None:
         return None
     regions = {f"layers.{i}.mlp": run.s for i in range(1, layers)}
-    return slx.SparsityPlan(regions, score=run.score, **(POLICY | {"tokens": run.tokens}))
+    options = POLICY | {"tokens": run.tokens, "score": run.score or "pooled"}
+    return slx.SparsityPlan(regions, **options)
 
 
 def complete(path: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -32,8 +32,8 @@ WORDS = {
 _CONTEXT = ("pooled", "tokens", "strided")
 _ROPE = ("rope_half", "rope_interleaved")
 _SAMPLES = 64
-DEFAULT = "pooled"  # for factors alone: the paper's
-DEFAULT_CALIBRATED = "strided+prior+weighted"  # docs/estimator.md says why
+DEFAULT = "strided+weighted"  # for factors alone; docs/estimator.md says why
+DEFAULT_CALIBRATED = "strided+prior+weighted"  # the same page
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 

@@ -116,12 +116,17 @@ def v_score(x: Tensor, mask: Tensor, factors: Any) -> Tensor:
 SCORES = {"ffn": ffn_score, "qk": qk_score, "v": v_score}
 
 
+def scored(plan: dict[str, float]) -> slx.SparsityPlan:
+    """A plan with the score that is computed again here."""
+    return slx.SparsityPlan(plan, tokens="all", start_step=0, channel_multiple=1, score="pooled")
+
+
 def check(
     model: nn.Module, plan: dict[str, float], backend: str = "aot_eager", **options: bool
 ) -> slx.Recording:
     """Gradients equal the oracle's and each layer's choice equals its own."""
     data = oracle.batch()
-    got = oracle.run_compiled(model, data, oracle.plan_of(plan), backend, **options)
+    got = oracle.run_compiled(model, data, scored(plan), backend, **options)
     expected = oracle.reference_step(model, data, got.record)
     # transformers normalises and computes the loss in fp32: plain torch.compile(backend="inductor")
     # of this very model differs from eager by 5e-7, with no linear rewritten. Ten times that is the
@@ -192,6 +197,6 @@ def test_inductor_under_checkpointing() -> None:
 def test_inductor_under_checkpointing_with_dropout() -> None:
     """The compiler draws its own random numbers: only choices and finiteness are checked."""
     model, data = model_of(dropout=0.1, checkpointing=False), oracle.batch()
-    got = oracle.run_compiled(model, data, oracle.plan_of(EVEN), "inductor")
+    got = oracle.run_compiled(model, data, scored(EVEN), "inductor")
     assert len(got.record.selections) == 2 * LAYERS
     assert all(torch.isfinite(gradient).all() for gradient in got.gradients.values())

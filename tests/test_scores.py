@@ -324,7 +324,7 @@ def test_context_tokens_alone_count() -> None:
 def test_the_default_follows_the_estimator() -> None:
     model, data = oracle.llama(dtype=torch.float64), oracle.batch()
     for estimator, words in (
-        (oracle.estimator_of(model), "pooled"),
+        (oracle.estimator_of(model), "strided+weighted"),
         (calibrated(model), "strided+prior+weighted"),
     ):
         default, named = (

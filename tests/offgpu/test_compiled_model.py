@@ -74,9 +74,9 @@ def test_step_of_a_compiled_model(choice: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def assert_predictors_are_small(gpu: FakeGPU, choices: int) -> None:
-    """Pooling, norms and top-k: three kernels per choice beside its matmuls, and no sync with the
+    """Sampling, energies and top-k: three kernels per choice beside its matmuls, and no sync with the
     host."""
-    names = ("pool_tokens", "low_rank_norms", "topk_channels")
+    names = ("sample_tokens", "channel_energy", "low_rank_energy", "topk_channels")
     (forward,) = [code for is_backward, code in gpu.codes if not is_backward]
     launched = re.findall(r"^ +(triton_\w+)\.run\(", forward, re.MULTILINE)
     predictor = [name for name in launched if any(part in name for part in names)]
