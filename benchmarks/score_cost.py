@@ -1,11 +1,13 @@
 """What a score costs: its time for one SwiGLU region, beside the paper's pooled score.
 
 The score's nodes are cut from the rewritten graph, compiled by Inductor by themselves, and run on
-random values: time depends on shapes alone. Scores take turns; a ratio is the median over turns.
+random values: time depends on shapes alone. Scores take turns, in a new order each turn as one
+leaves its memory and caches to the next; a ratio is the median over turns, of processor time.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from functools import partial
 from typing import Any
@@ -29,6 +31,7 @@ VARIANTS = (
     BASE,
     ("svd", "tokens"),
     ("svd", "strided"),
+    ("svd", "strided+weighted"),
     ("calibrated", "prior+weighted"),
     ("calibrated", "strided"),
     ("calibrated", "strided+prior"),
@@ -52,11 +55,12 @@ def measure(shape: str, turns: int = 15) -> dict[str, Any]:
         for _ in range(2):
             runs[name, score]()
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    shuffle = random.Random(0)
     for _ in range(turns):
-        for key, run in runs.items():
-            start = now()
-            run()
-            times[key].append(now() - start)
+        for key in shuffle.sample(list(runs), len(runs)):
+            start = now("cpu")
+            runs[key]()
+            times[key].append(now("cpu") - start)
     rows = [
         {
             "estimator": name, "score": score,

@@ -70,7 +70,10 @@ def measure(
         for sparsity in SPARSITIES:
             regions = {f"layers.{i}.mlp": sparsity for i in range(model.config.num_hidden_layers)}
             for track in (False, True):
-                plan = slx.SparsityPlan(regions, tokens="all", start_step=0, track_adapter=track)
+                score = "pooled" if name == "svd" else None  # the paper's, or the default
+                plan = slx.SparsityPlan(
+                    regions, tokens="all", start_step=0, score=score, track_adapter=track
+                )
                 slx.compile(model, estimator, plan=plan, backend="eager")
                 found = overlaps(model, batch).values()
                 slx.restore(model)

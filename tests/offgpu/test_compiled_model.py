@@ -49,8 +49,12 @@ def gradients(model: torch.nn.Module, **options: Any) -> dict[str, torch.Tensor]
     return {"loss": loss.detach(), **found}
 
 
-@pytest.mark.parametrize("choice", ["template", "fallback"])
-def test_step_of_a_compiled_model(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("choice", "score", "kernels"), [("template", "strided+weighted", 5), ("fallback", "pooled", 3)]
+)
+def test_step_of_a_compiled_model(
+    choice: str, score: str, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = FakeGPU(choice=choice)
 
     def fake(name: str, gm: Any, inputs: Any, *, rewritten: bool) -> Any:
@@ -59,7 +63,7 @@ def test_step_of_a_compiled_model(choice: str, monkeypatch: pytest.MonkeyPatch) 
     def eager(name: str, gm: Any, inputs: Any, *, rewritten: bool) -> Any:
         return gm.forward
 
-    plan = {"tokens": "all", "start_step": 0}
+    plan = {"tokens": "all", "start_step": 0, "score": score}
     monkeypatch.setattr(_torch, "backend_compile", eager)
     expected = gradients(build(), **plan)
     torch.compiler.reset()
@@ -70,15 +74,19 @@ def test_step_of_a_compiled_model(choice: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
     kinds = {line.split(":")[0] for line in gpu.choices if "sparselora" in line}
     assert {"sliced_linear", "sliced_linear_in", "sliced_linear_dgrad"} <= kinds, gpu.choices
-    assert_predictors_are_small(gpu, choices=3)  # queries with keys, values, feed-forward
+    # queries with keys, values, feed-forward
+    assert_predictors_are_small(gpu, at_most=3 * kernels)
 
 
-def assert_predictors_are_small(gpu: FakeGPU, choices: int) -> None:
-    """Sampling, energies and top-k: three kernels per choice beside its matmuls, and no sync with the
-    host."""
-    names = ("sample_tokens", "channel_energy", "low_rank_energy", "topk_channels")
+def assert_predictors_are_small(gpu: FakeGPU, at_most: int) -> None:
+    """Pooling or sampling, norms and top-k: few kernels beside the choices' matmuls, and no sync
+    with the host."""
+    names = (
+        "pool_tokens", "low_rank_norms", "topk_channels", "sample_tokens", "channel_energy",
+        "low_rank_energy",
+    )  # fmt: skip
     (forward,) = [code for is_backward, code in gpu.codes if not is_backward]
     launched = re.findall(r"^ +(triton_\w+)\.run\(", forward, re.MULTILINE)
     predictor = [name for name in launched if any(part in name for part in names)]
-    assert 0 < len(predictor) <= 3 * choices, predictor
+    assert 0 < len(predictor) <= at_most, predictor
     assert ".item()" not in forward and ".cpu()" not in forward
