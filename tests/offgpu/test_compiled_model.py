@@ -50,7 +50,8 @@ def gradients(model: torch.nn.Module, **options: Any) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    ("choice", "score", "kernels"), [("template", "strided+weighted", 5), ("fallback", "pooled", 3)]
+    ("choice", "score", "kernels"),
+    [("template", "strided+weighted", 13), ("fallback", "pooled", 10)],
 )
 def test_step_of_a_compiled_model(
     choice: str, score: str, kernels: int, monkeypatch: pytest.MonkeyPatch
@@ -74,13 +75,12 @@ def test_step_of_a_compiled_model(
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
     kinds = {line.split(":")[0] for line in gpu.choices if "sparselora" in line}
     assert {"sliced_linear", "sliced_linear_in", "sliced_linear_dgrad"} <= kinds, gpu.choices
-    # queries with keys, values, feed-forward
-    assert_predictors_are_small(gpu, at_most=3 * kernels)
+    assert_predictors_are_small(gpu, at_most=kernels)
 
 
 def assert_predictors_are_small(gpu: FakeGPU, at_most: int) -> None:
-    """Pooling or sampling, norms and top-k: few kernels beside the choices' matmuls, and no sync
-    with the host."""
+    """Pooling or sampling, norms and top-k of three choices (queries with keys, values,
+    feed-forward): few kernels beside their matmuls, and no sync with the host."""
     names = (
         "pool_tokens", "low_rank_norms", "topk_channels", "sample_tokens", "channel_energy",
         "low_rank_energy",
