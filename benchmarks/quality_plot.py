@@ -9,7 +9,7 @@ RANK = 8
 LINES = {
     ("random", None): ("random channels", "#888888", ":"),
     ("svd", "pooled"): ("plain SVD, pooled (the paper's)", "#c23b22", "-"),
-    ("svd", "tokens"): ("plain SVD, every token", "#e8923a", "--"),
+    ("svd", "strided+weighted"): ("plain SVD, default score", "#e8923a", "-"),
     ("calibrated", "strided"): ("calibrated factors alone", "#5a8fd0", "--"),
     ("static", "prior+weighted"): ("static: the prior alone, weighted", "#3a9d5d", "--"),
     ("calibrated", "strided+prior+weighted"): ("calibrated, default score", "#1f3d7a", "-"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import sparselora_fx as slx
-from benchmarks import estimator_quality, quality_loss, score_cost
+from benchmarks import estimator_quality, quality_loss, quality_plot, score_cost
 from benchmarks.activations import FeedForward, Seen
 from benchmarks.quality import Ffn, ScoreGraph, judge
 from sparselora_fx.scores import parse_score
@@ -154,6 +154,17 @@ def test_gaps_are_shares_of_the_way(rows: list[estimator_quality.Row]) -> None:
     (row,) = [row for row in rows if row["score"] == "prior+weighted" and row["s"] == 0.9]
     expected = (ends["random"] - row["error"]) / (ends["random"] - ends["oracle"])
     assert gap["error"] == pytest.approx(expected, abs=1e-3) and gap["error"] <= 1
+
+
+def test_the_plot_draws_what_was_measured(
+    rows: list[estimator_quality.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {(name, word) for name, words in estimator_quality.SCORES.items() for word in words}
+    assert set(quality_plot.LINES) <= known | {("random", None), ("oracle", None)}
+    few = {key: line for key, line in quality_plot.LINES.items() if key[1] != "strided"}
+    monkeypatch.setattr(quality_plot, "LINES", few)  # the rows here lack that score
+    quality_plot.plot(rows, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------ losses
