@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds per model")
     parser.add_argument("--backend", default="aot_eager", choices=("aot_eager", "eager"))
-    parser.add_argument("--quick", action="store_true", help="one compilation a model, not three")
+    parser.add_argument("--quick", action="store_true", help="two compilations a model, not three")
     parser.add_argument("--fresh", action="store_true", help="compute finished rows again")
     parser.add_argument("--keep", action="store_true", help="keep rows of older code too")
     parser.add_argument("--failed", action="store_true", help="only rows with an error or a miss")

@@ -13,17 +13,16 @@ What the matcher does on every architecture of five of transformers' auto-mappin
 random model with LoRA on its linears. Made by `python -m benchmarks.architectures --json --page`
 from [the results](../benchmarks/results/architectures.json); do not edit.
 
-- **plain**: whether `torch.compile` alone trains the model (a quick row compiles the sliced step
-  only; that it trains shows it).
+- **plain**: whether `torch.compile` alone trains the model.
 - **FFN**: frozen linears outside attentions that are sliced, of those that ran. Stacks of experts
   (one weight for all experts) are no linears: they stay dense, and are counted in a column of
   their own. State-space and convolution layers have no region.
 - **attention**: attention modules with a sliced region, of those that ran.
 - **right**: loss and every adapter gradient of a sliced step equal those of the masked-dense step,
   to 1e-9 in fp64 (or to the model's own rounding, where it computes in fp32 inside).
-- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit. Not
-  checked ("-") in quick rows; `tests/test_zero_sparsity.py` checks it, and that no node is
-  rewritten.
+- **zero**: with sparsity 0, loss and gradients are those of plain `torch.compile`, bit for bit.
+  Rows made with `--quick --backend eager` are compared with the model's own eager step first, whose
+  bits that backend should keep, and with plain `torch.compile` if they differ.
 - Rows of the result file carry a hash of the library's sources at their run (`code`) and the
   backend; `python -m benchmarks.architectures` repeats those of other sources.
 - A note that begins with `CompileError` is a refusal: the step raises it, with the remedy.
