@@ -30,6 +30,7 @@ from sparselora_fx.state import State
 from sparselora_fx.tokens import split_tokens
 
 assert autograd.LIBRARY is not None  # importing it registers the derivatives
+SCORE = scores.parse_score(scores.DEFAULT)  # that of factors without calibration
 TOPK = ops.OPS.topk_channels.default
 
 
@@ -148,7 +149,8 @@ def capture(
         return compiler
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        report = run(gm, Options(plan.channel_multiple if plan else 16), PIPELINE)
+        options = Options(plan.channel_multiple if plan else 16, score=SCORE)
+        report = run(gm, options, PIPELINE)
         compiled = aot_module_simplified(
             gm,
             list(inputs),
@@ -176,7 +178,7 @@ def capture(
 
 
 def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank: int) -> State:
-    """Mark a model as `compile` does, with factors that have shapes only."""
+    """Mark a model as `compile` does, with factors and norms that have shapes only."""
     frozen = frozen_weights(model)
     sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
     state = State(model, plan, sparsity, frozen)
@@ -187,7 +189,8 @@ def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank
         )
         for w in frozen
     }
-    state.mark(factors)
+    norms = {w.canonical: {"norms": torch.empty(w.in_features, device="meta")} for w in frozen}
+    state.mark(factors, norms)
     tokens = split_tokens(plan, batch, shift=True)
     assert tokens is not None
     state.set_share(1.0)

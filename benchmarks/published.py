@@ -72,14 +72,12 @@ class Published:
 
 
 def plan_of(levels: Iterable[tuple[float, float]], tokens: str, multiple: int = 16) -> SparsityPlan:
-    """A plan from the ``(ffn, attention)`` sparsity of each layer, sparse from the first step, with
-    the paper's score."""
+    """A plan from the ``(ffn, attention)`` sparsity of each layer, sparse from the first step."""
     sparsity: dict[str, float] = {}
     for i, (ffn, attention) in enumerate(levels):
         sparsity[f"layers.{i}.mlp"] = ffn
         sparsity[f"layers.{i}.self_attn"] = attention
-    options = {"channel_multiple": multiple, "rank": RANK, "score": "pooled"}
-    return SparsityPlan(sparsity, tokens=tokens, start_step=0, **options)
+    return SparsityPlan(sparsity, tokens=tokens, start_step=0, channel_multiple=multiple, rank=RANK)
 
 
 def _at(levels: dict[float, tuple[int, ...]], layer: int) -> float:

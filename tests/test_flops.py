@@ -40,14 +40,13 @@ def by_hand(levels: list[tuple[float, float]], *, trained_below: bool) -> int:
 
 
 def predictor(ffn: float, attention: float) -> int:
-    """FLOPs of the choice of channels: pooled samples for FFN, every token for attention."""
-    samples, length, _ = BATCH
-    d, i, total = 64, 160, 0
+    """FLOPs of the choice of channels, from 64 sampled context tokens."""
+    sampled, d, i, total = 64, 64, 160, 0
     if ffn:
-        total += 2 * 2 * samples * RANK * (d + i)
+        total += 2 * 2 * sampled * RANK * (d + i)
     if attention:
         for n in (64, 32, 32):
-            total += 2 * samples * length * RANK * (d + RANK) + 2 * n * RANK * RANK
+            total += 2 * sampled * RANK * (d + RANK) + 2 * n * RANK * RANK
     return total
 
 
