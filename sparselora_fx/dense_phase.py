@@ -198,7 +198,8 @@ def first_estimator(
     rank = plan.rank or DEFAULT_RANK
     if not weights:
         return SVDEstimator({}, {}, complete=False), None
-    if share_at(0, 1, plan.start_step, plan.end_step, plan.ramp) > 0:
+    sparse_at_once = share_at(0, 1, plan.start_step, plan.end_step, plan.ramp) > 0
+    if sparse_at_once and plan.refresh is None:  # a refresh begins with step 0
         warnings.warn(
             f"calibrate='dense_phase', but start_step={plan.start_step!r} leaves no dense step to "
             "observe, so channels are predicted from a plain SVD of the weights; let the plan "

@@ -86,7 +86,7 @@ class State:
         if self.step is None:
             return [1.0]
         stages = {share for _, share in plan.ramp} or {1.0}
-        dense = plan.start_step or plan.end_step is not None or plan.ramp
+        dense = plan.start_step or plan.end_step is not None or plan.ramp or plan.refresh
         return sorted({*stages, 0.0} if dense else stages)
 
     def share(self) -> float:

@@ -56,6 +56,20 @@ def test_the_factors_follow_what_the_latest_dense_step_read() -> None:
     assert got == expected
 
 
+def test_a_plan_that_starts_sparse_is_refreshed_at_step_0() -> None:
+    model, data = oracle.llama(dtype=torch.float64), batches(2)
+    expected = offline(model, data[:1])
+    slx.compile(model, plan=plan_of(0, refresh=4), backend="eager")
+    for n in range(2):
+        slx.step(model, n)
+        with slx.record(model) as record:
+            oracle.step(model, data[n])
+        assert bool(record.sites) == (n == 1)
+    made = collector_of(model).estimator
+    assert made is not None
+    assert_same(made, expected)
+
+
 def refreshed() -> nn.Module:
     """Dense for three steps, sparse in the fourth, dense again in the fifth."""
     options = {"tokens": "all", "channel_multiple": 1, "rank": 4}
