@@ -163,8 +163,9 @@ def quality(steps: int, seed: int, rate: float) -> list[dict[str, Any]]:
     slx.compile(model, plan=plan, backend="eager")
     fine_tune(model, training[:steps], rate)
     rows = [_row(model, test, "dense phase")]
-    late = slx.SparsityPlan(regions, tokens="all", start_step=0)
-    for name, estimator in (("offline calibration", offline), ("plain SVD", plain)):
+    known = (("offline calibration", offline, None), ("plain SVD, pooled", plain, "pooled"))
+    for name, estimator, score in known:
+        late = slx.SparsityPlan(regions, tokens="all", start_step=0, score=score)
         slx.compile(model, estimator, plan=late, backend="eager")
         rows.append(_row(model, test, name))
     slx.restore(model)
