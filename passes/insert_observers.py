@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from sparselora_fx.fx import tensor
@@ -20,7 +21,7 @@ def insert_observers(rewrite: Rewrite) -> int:
     After:   rows: [n, K] = x.detach().flatten(0, -2)[idx]       picked = [places, counted, idx]
              q = linear(x, wq);  k = linear(x, wk);  ...
              where x has not one row for each token of the batch (T rows, or no token grid at all):
-             taken: i64[n] = places * T // span;  rows = x.detach().flatten(0, -2)[taken]
+             taken: i64[n] = places * T // span;  rows = pad(x.detach().flatten(0, -2))[taken]
     Keeps:   every existing value. What is inserted needs no gradient and writes nothing, so a
              backward that recomputes a block observes nothing twice.
     Skips:   a weight that is computed in the graph.  Source: none, this is ours.
@@ -54,6 +55,7 @@ def _rows(graph: fx.Graph, x: fx.Node, picked: list[fx.Node]) -> _Rows:
     if counted is not None and agree(value, counted):
         return graph.call_method("index_select", (rows, 0, grid[1])), None
     size = graph.call_method("size", (rows, 0))
+    rows = graph.call_function(torch.nn.functional.pad, (rows, (0, 0, 0, 1)))  # for an empty input
     scaled = graph.call_method("mul", (places, size))
     taken = graph.call_method("floor_divide", (scaled, SPAN))
     return graph.call_method("index_select", (rows, 0, taken)), taken

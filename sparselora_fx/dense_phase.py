@@ -82,8 +82,8 @@ class Collector:
         if not weights or not self.counting:
             return
         rows = rows[: self.picked.count] if taken is None else distinct(rows, taken)
-        if not len(rows):
-            return
+        if not len(rows) or (taken is not None and len(rows) == 1 and not bool(rows.any())):
+            return  # no token counts, or an empty input's row of padding
         key = weights[0].canonical
         with torch.no_grad(), _exact(rows.device):
             if key not in self.moments:

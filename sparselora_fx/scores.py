@@ -120,16 +120,20 @@ def _op(schema: str) -> Callable[[Body], Body]:
 def sample_tokens(x: Tensor, counted: Tensor | None, n: int) -> Tensor:
     """``y[n, K]``: n counted tokens of ``x[T, K]``, evenly spaced, the first one included.
 
-    With fewer than n, tokens repeat. ``counted`` is bool over the tokens; None, or of another grid:
-    all count. Source: uniform sampling as in the norm estimates of randomised matrix products.
+    With fewer than n, tokens repeat; without any, rows are zero. ``counted`` is bool over the
+    tokens; None, or of another grid: all count. Source: uniform sampling as in the norm estimates
+    of randomised matrix products.
     """
     rows = x.flatten(0, -2)
+    tokens = rows.shape[0]
     steps = torch.arange(n, device=x.device)
-    if counted is None or not same_tokens(x, counted):
-        return rows.index_select(0, steps * rows.shape[0] // n)
+    if not isinstance(tokens, int) or tokens == 0:  # a compiler fuses the padding into the reading
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    if counted is None or not same_tokens(x, counted) or counted.numel() == 0:
+        return rows.index_select(0, steps * tokens // n)
     order = counted.flatten().cumsum(0)
     wanted = steps * order[-1] // n + 1  # the wanted-th counted token, from 1
-    return rows.index_select(0, torch.searchsorted(order, wanted).clamp(max=rows.shape[0] - 1))
+    return rows.index_select(0, torch.searchsorted(order, wanted).clamp(max=tokens - 1))
 
 
 @_op("channel_energy(Tensor h, Tensor? counted, Tensor? norms, bool normalise) -> Tensor")

@@ -178,3 +178,48 @@ def test_a_stack_of_experts_is_dense_and_says_so() -> None:
     line = next(line for line in table.splitlines() if line.startswith("experts "))
     assert "3x24x24" in line and "dense: a stack of matrices" in line, table
     assert "kernel" not in table and "3 of 3 frozen linears rewritten" in table
+
+
+class Routed(nn.Module):
+    """Two FFNs, each on the tokens of its own; none may be left for one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Net(plain), Net(plain)
+
+    def forward(self, x: Tensor, language: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[language] = self.first(x[language])
+        out[~language] = self.second(x[~language])
+        return out.square().sum()
+
+
+@pytest.mark.parametrize("first", [0, 3, 7])
+@pytest.mark.parametrize("dense_phase", [False, True])
+def test_tokens_that_are_routed_may_be_none(first: int, dense_phase: bool) -> None:
+    torch.manual_seed(0)
+    model = Routed().double().train()
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    language = torch.arange(7).expand(2, 7) < first
+    estimator = None if dense_phase else oracle.estimator_of(model, 3)
+    start = 1 if dense_phase else 0
+    plan = slx.SparsityPlan(0.5, tokens="all", start_step=start, channel_multiple=1)
+    slx.compile(model, estimator, plan=plan, backend="aot_eager")
+    for n in range(2):
+        slx.step(model, n)
+        model.zero_grad()
+        with slx.record(model) as record:
+            loss = model(x, language)
+            loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    slx.restore(model)
+    assert len(record.sites) == 6
+    model.zero_grad()
+    with oracle.masked_reference(model, record):
+        expected = model(x, language)
+        expected.backward()
+    assert oracle.difference(loss, expected) <= 1e-9
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert (got[name] is None) == (p.grad is None), name
+            assert p.grad is None or torch.allclose(got[name], p.grad, atol=1e-12), name

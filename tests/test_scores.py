@@ -44,6 +44,8 @@ def test_sampled_tokens_are_counted_and_evenly_spaced() -> None:
     other = torch.ones(3, 4, dtype=torch.bool)  # another grid: every token counts
     assert OPS.sample_tokens(x, other, 2).flatten().tolist() == [0, 10]
     assert OPS.sample_tokens(x, torch.zeros_like(counted), 3).shape == (3, 1)
+    for grid in (None, counted, counted[:0]):
+        assert OPS.sample_tokens(x[:0], grid, 3).tolist() == [[0], [0], [0]]
 
 
 @pytest.mark.parametrize("normalise", [False, True])
