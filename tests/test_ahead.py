@@ -56,6 +56,7 @@ def test_every_level_compiles_in_the_first_step_and_results_are_bit_equal(region
     assert [n for n in expected if not torch.equal(got[n], expected[n])] == []
 
 
+@pytest.mark.slow
 def test_other_lengths_are_compiled_ahead_too() -> None:
     """The second length makes sizes dynamic in the dense phase; the switch is ready by then."""
     model = compiled(precompile=True, plan=slx.SparsityPlan(

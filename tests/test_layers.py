@@ -154,6 +154,7 @@ def test_gradient_checkpointing(dropout: float) -> None:
     check(model_of(dropout=dropout, checkpointing=False), EVEN)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_with_uneven_layers() -> None:
     check(model_of(checkpointing=False), UNEVEN)
 
@@ -162,12 +163,12 @@ def test_input_require_grads() -> None:
     check(model_of(input_grads=True), EVEN)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_and_input_require_grads(dropout: float) -> None:
     check(model_of(dropout=dropout, checkpointing=False, input_grads=True), EVEN)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_reentrant_checkpointing_is_right_or_refused(dropout: float) -> None:
     model = model_of(dropout=dropout, checkpointing=True, input_grads=True)
     try:

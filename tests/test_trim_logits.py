@@ -128,6 +128,7 @@ def test_a_sum_over_a_number_of_items() -> None:
     compare(model, {**ragged(), "num_items_in_batch": torch.tensor(11)}, plan_of(SPARSE))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing() -> None:
     model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
     model.gradient_checkpointing_enable({"use_reentrant": False})
