@@ -46,8 +46,8 @@ def join_adapters(rewrite: Rewrite) -> int:
 
 
 def _may_write(node: fx.Node) -> bool:
-    ours = getattr(node.target, "namespace", None) == LIBRARY.ns
-    return not ours and node.op not in ("placeholder", "get_attr", "output") and writes(node)
+    ours = getattr(node.target, "namespace", None) == LIBRARY.ns  # unread ones are choices
+    return not ours and writes(node)
 
 
 def _is_down_projection(node: fx.Node, weights: set[fx.Node]) -> bool:

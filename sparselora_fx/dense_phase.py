@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .calibration import Found, Settings, finish
 from .errors import EstimatorError
 from .estimator import SVDEstimator, assemble
-from .frozen import FrozenWeight, fingerprint_of
+from .frozen import FrozenWeight, fingerprint_of, shown
 from .moments import DAMPING, Moment, Statistics, column_norms
 from .observing import Picked, distinct, pick
 from .plan import Sparsity, SparsityPlan
@@ -144,10 +144,11 @@ class Collector:
     def _report(self, missing: list[str]) -> None:
         if not missing:
             return
+        names = shown(missing, quote=False)
         if self.score.prior and not self.score.context:
             raise EstimatorError(
                 f"the plan's score looks at the calibration's prior alone, and the dense phase did "
-                f"not reach {_some(missing)}; give a score that looks at the batch too, such as "
+                f"not reach {names}; give a score that looks at the batch too, such as "
                 "'strided+prior+weighted', drive the schedule, or pass an estimator"
             )
         if len(missing) == len(self.weights):
@@ -161,7 +162,7 @@ class Collector:
             )
             return
         warnings.warn(
-            f"the dense phase did not reach {_some(missing)}: plain SVDs of these weights are used",
+            f"the dense phase did not reach {names}: plain SVDs of these weights are used",
             stacklevel=3,
         )
 
@@ -169,11 +170,6 @@ class Collector:
 def _exact(device: torch.device) -> torch.autocast:
     """No autocast: calls of the model, in which all this happens, may be inside the user's."""
     return torch.autocast(device.type, enabled=False)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def first_estimator(
