@@ -4,12 +4,15 @@ within reach."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx
 
 from sparselora_fx import _torch
+from sparselora_fx.frozen import block_names
 from sparselora_fx.passes import DENSE_PHASE, PIPELINE
+from sparselora_fx.pieces import compile_in_pieces
 from sparselora_fx.pipeline import GraphReport, run
 from sparselora_fx.regions import Options
 from sparselora_fx.state import State
@@ -19,13 +22,19 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
     """A backend for ``torch.compile``. Graphs without a marked site go to the named backend
     untouched."""
 
+    repeated = block_names(state.frozen).values()
+
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         state.graphs += 1
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
         report = run(gm, options, DENSE_PHASE if observed else PIPELINE)
         rewritten = report is not None and not observed
-        compiled = _torch.backend_compile(name, gm, inputs, rewritten=rewritten)
+        compile_graph = partial(_torch.backend_compile, name, rewritten=rewritten)
+        if rewritten:
+            compiled = compile_in_pieces(gm, inputs, repeated, compile_graph)
+        else:
+            compiled = compile_graph(gm, inputs)
         return compiled if report is None else _Rewritten(compiled, report, state)
 
     return backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ _SHAPE_QUERIES = {
     "size", "dim", "numel", "stride", "is_floating_point", "sym_size", "new_empty", "new_zeros",
     "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like",
 }  # fmt: skip
+
+
+_KEYWORDS = ("and_", "or_", "not_", "is_")  # of module operator: named so for the word's sake
 
 
 def op_name(node: fx.Node) -> str:
@@ -83,11 +87,22 @@ def writes(node: fx.Node) -> bool:
     """Whether a call changes one of its inputs, or may do anything else than return a value."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
+    return changes_input(node) or not node.users
+
+
+def changes_input(node: fx.Node) -> bool:
+    """Whether a call changes one of its inputs, by its name, its arguments or its schema."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
     name = op_name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    augmented = name.startswith("__i") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS
+    spelled = name.strip("_")  # "__iadd__", "iadd": as "add", in place
+    augmented = name == "setitem" or (
+        spelled[:1] == "i" and hasattr(operator, f"__{spelled[1:]}__")
+    )
     flagged = bool(node.kwargs.get("inplace") or node.kwargs.get("out") is not None)
-    return in_place or augmented or flagged or not node.users
+    schema = getattr(node.target, "_schema", None)
+    return in_place or augmented or flagged or bool(schema is not None and schema.is_mutable)
 
 
 def cuts_gradient(node: fx.Node) -> bool:

@@ -1,0 +1,289 @@
+"""Compile a graph in pieces, one for each repeated block of the model, and alike pieces once.
+
+The blocks of a deep model give the compiler the same work again and again. Cut between them, the
+graph becomes a chain of pieces; those that compute the same from inputs of the same kind share one
+compiled function, and neighbours that are like no other piece are compiled together. So compile
+time hardly grows with depth, while the trace, the passes and what they know remain those of the
+whole graph.
+
+Before:  embed -> block 0 -> block 1 -> block 2 -> block 3 -> norm, head, loss
+After:   f(embed, block 0) -> g(block 1) -> g(block 2) -> g(block 3) -> h(norm, head, loss)
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from sparselora_fx.fx import changes_input, op_name, value
+
+log = logging.getLogger(__name__)
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Env = dict[fx.Node, Any]  # the fake value of each node that more than one piece reads or returns
+
+_FEWEST = 3  # blocks: with fewer no two are alike, as the first one's input needs no gradient
+_OPENS = ("_enter_autocast", "_vmap_increment_nesting", "_grad_increment_nesting")
+_CLOSES = ("_exit_autocast", "_vmap_decrement_nesting", "_grad_decrement_nesting")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive nodes of a graph as a graph of their own."""
+
+    nodes: list[fx.Node]
+    module: fx.GraphModule
+    inputs: list[fx.Node]  # nodes before the piece, in the order of its placeholders
+    outputs: list[fx.Node]  # nodes of the piece that are read after it, in the order of its results
+
+
+def compile_in_pieces(
+    gm: fx.GraphModule, inputs: Sequence[Any], blocks: Iterable[str], compile_graph: Compiler
+) -> Callable[..., Any]:
+    """Compile ``gm`` with ``compile_graph``: whole, or if blocks repeat, piece by piece.
+
+    Args:
+        gm: a Dynamo graph.
+        inputs: what the graph is compiled with; pieces are compiled with the fake values that
+            Dynamo left on the graph's placeholders.
+        blocks: names of the model's repeated blocks ("model.layers.3").
+        compile_graph: called with a graph and its inputs, as a backend of `torch.compile` is.
+    """
+    runs = _runs(gm, blocks)
+    if runs is None:
+        return compile_graph(gm, inputs)
+    env: Env = {node: value(node) for node in gm.graph.find_nodes(op="placeholder")}
+    keys = _keys(gm, runs, env)
+    if keys is None or len(set(keys)) == len(keys):
+        return compile_graph(gm, inputs)
+    groups = _merged(runs, keys)
+    log.info("%d pieces, %d of them compiled", len(groups), len({key for key, _ in groups}))
+    return _chain(gm, groups, env, compile_graph)
+
+
+def _runs(gm: fx.GraphModule, blocks: Iterable[str]) -> list[list[fx.Node]] | None:
+    """The nodes of the graph between its inputs and its output, cut where a block begins or ends;
+    None if that may not be."""
+    # A value that is written to may be read through another piece's input.
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    if any(changes_input(node) for graph in graphs for node in graph.nodes):
+        return None
+    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    block_of = _block_finder(blocks)
+    runs: list[list[fx.Node]] = [[]]
+    current, depth, grad = "", 0, True
+    seen = set()
+    for node in nodes:
+        block = block_of(node)
+        if block is not None and block != current and not depth and grad:
+            runs.append([])
+            current = block
+            seen.add(block)
+        runs[-1].append(node)
+        name = op_name(node)
+        depth += (name in _OPENS) - (name in _CLOSES)
+        grad = bool(node.args[0]) if name == "_set_grad_enabled" else grad
+    return [run for run in runs if run] if len(seen - {""}) >= _FEWEST else None
+
+
+def _block_finder(blocks: Iterable[str]) -> Callable[[fx.Node], str | None]:
+    """Which block a node was traced in: "" for none of them, None if the node does not say."""
+    known = {f".{name}.": name for name in blocks}
+    found: dict[str, str] = {}
+
+    def block_of(node: fx.Node) -> str | None:
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            return None
+        path = list(stack.values())[-1][0]
+        if path not in found:
+            # "L['self'].__dict__['_modules']['model'].layers.0" and "L['self'].model.layers.0"
+            words = [w for w in re.findall(r"\w+", path) if w not in ("__dict__", "_modules")]
+            dotted = f".{'.'.join(words)}."
+            found[path] = next((name for key, name in known.items() if key in dotted), "")
+        return found[path]
+
+    return block_of
+
+
+def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] | None:
+    """What each piece computes from what; equal keys may share one compiled function. Fills
+    ``env``; None if something else than tensors and sizes goes from piece to piece."""
+    mode = next((found for fake in env.values() if (found := _mode(fake)) is not None), None)
+    if mode is None:
+        return None
+    keys: list[Any] = []
+    results: dict[Any, list[Any]] = {}
+    for run in runs:
+        piece = _extract(gm, run, env)
+        key = (_graph_key(piece.module), tuple(_input_key(env[node]) for node in piece.inputs))
+        if key in results:
+            fakes = results[key]
+        else:
+            with mode:
+                fakes = results[key] = list(piece.module(*(env[node] for node in piece.inputs)))
+        if not all(isinstance(fake, torch.SymInt) or _is_plain(fake) for fake in fakes):
+            return None
+        fakes = [_fresh(fake) for fake in fakes]
+        env.update(zip(piece.outputs, fakes, strict=True))
+        keys.append(key)
+    return keys
+
+
+def _mode(fake: Any) -> Any:
+    """The mode in which a fake tensor is computed with; None if it is none."""
+    return getattr(fake, "fake_mode", None)
+
+
+def _is_plain(example: Any) -> bool:
+    """Whether a value is a fake tensor of the common kind, whose size and strides are all of it."""
+    is_fake = isinstance(example, Tensor) and _mode(example) is not None
+    return is_fake and example.layout is torch.strided
+
+
+def _fresh(fake: Any) -> Any:
+    """A fake tensor like another, and a view of none: two inputs that share memory would be
+    compiled as such."""
+    if not isinstance(fake, Tensor):
+        return fake
+    with _mode(fake):
+        return torch.empty_strided(
+            fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device,
+            requires_grad=fake.requires_grad,
+        )  # fmt: skip
+
+
+def _symbols(example: Any) -> set[Any]:
+    """The symbols in a size, or in a tensor's sizes and strides."""
+    if isinstance(example, Tensor):
+        parts: tuple[Any, ...] = (*example.shape, *example.stride(), example.storage_offset())
+    else:
+        parts = (example,)
+    return {symbol for part in parts for symbol in free_symbols(part)}
+
+
+def _merged(runs: list[list[fx.Node]], keys: list[Any]) -> list[tuple[Any, list[fx.Node]]]:
+    """Runs with their keys; neighbours whose keys are nobody else's become one run."""
+    counts = Counter(keys)
+    groups: list[tuple[Any, list[fx.Node]]] = []
+    alone = False
+    for run, key in zip(runs, keys, strict=True):
+        if alone and counts[key] == 1:
+            groups[-1][1].extend(run)
+        else:
+            groups.append((key, list(run)))
+        alone = counts[key] == 1
+    return groups
+
+
+def _chain(
+    gm: fx.GraphModule,
+    groups: list[tuple[Any, list[fx.Node]]],
+    env: Env,
+    compile_graph: Compiler,
+) -> Callable[..., Any]:
+    """Compile each distinct piece, and return a function of the graph's inputs that calls them in
+    turn."""
+    chain = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        values[node] = chain.placeholder(node.name)
+    compiled: dict[Any, Callable[..., Any]] = {}
+    for key, nodes in groups:
+        piece = _extract(gm, nodes, env)
+        if key not in compiled:
+            compiled[key] = compile_graph(piece.module, [env[node] for node in piece.inputs])
+        call = chain.call_function(_named(compiled[key]), tuple(values[n] for n in piece.inputs))
+        for place, node in enumerate(piece.outputs):
+            values[node] = chain.call_function(_item, (call, place))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        values[node] = chain.get_attr(str(node.target))
+    chain.output(fx.map_arg(gm.graph.output_node().args[0], lambda n: values[n]))
+    module = fx.GraphModule(gm, chain)
+    return module.forward
+
+
+def _item(results: Sequence[Any], place: int) -> Any:
+    return results[place]
+
+
+def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled piece under a name that generated code can use."""
+
+    def piece(*args: Any) -> Any:
+        return compiled(*args)
+
+    return piece
+
+
+def _extract(gm: fx.GraphModule, nodes: list[fx.Node], env: Env) -> _Piece:
+    """A piece of a graph. Its inputs also hold the sizes that the shapes of the others name."""
+    inside = set(nodes)
+    used = [n for node in nodes for n in node.all_input_nodes if n not in inside]
+    attributes = dict.fromkeys(n for n in used if n.op == "get_attr")
+    inputs = list(dict.fromkeys(n for n in used if n.op != "get_attr"))
+    inputs = _sizes(gm, inputs, env) + inputs
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["example_value"] = env.get(node)
+    for node in itertools.chain(attributes, nodes):
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[node] for node in outputs))
+    return _Piece(nodes, fx.GraphModule(gm, graph), inputs, outputs)
+
+
+def _sizes(gm: fx.GraphModule, inputs: list[fx.Node], env: Env) -> list[fx.Node]:
+    """The graph's inputs that are sizes named in the shapes of these, as far as they are not among
+    them."""
+    symbols: set[Any] = set()
+    for node in inputs:
+        symbols |= _symbols(env.get(node))
+    sizes = []
+    for node in gm.graph.find_nodes(op="placeholder") if symbols else ():
+        size = env[node]
+        if isinstance(size, torch.SymInt) and node not in inputs and _symbols(size) & symbols:
+            sizes.append(node)
+    return sizes
+
+
+def _graph_key(gm: fx.GraphModule) -> str:
+    """What a graph computes, in words: the same words, the same results."""
+    place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
+
+    def word(argument: Any) -> Any:
+        return place[argument] if isinstance(argument, fx.Node) else argument
+
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            held = getattr(gm, str(node.target))
+            what = _graph_key(held) if isinstance(held, fx.GraphModule) else str(id(held))
+        elif node.op == "placeholder":
+            what = "input"
+        else:
+            what = f"{node.target} {id(node.target) if callable(node.target) else ''}"
+        args = fx.node.map_aggregate((node.args, node.kwargs), word)
+        lines.append(f"{node.op} {what} {args if node.op != 'placeholder' else ''}")
+    return "\n".join(lines)
+
+
+def _input_key(example: Any) -> Any:
+    if not isinstance(example, Tensor):
+        return str(example)
+    plain = None if _is_plain(example) else id(example)
+    return (
+        plain, str(tuple(example.shape)), str(example.stride()), example.dtype,
+        example.device, example.requires_grad, str(example.storage_offset()),
+    )  # fmt: skip
