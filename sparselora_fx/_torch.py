@@ -36,6 +36,8 @@ _DECOMPOSED = (
     "take_tokens", "unplace_tokens", "place_tokens", "merge_tokens",
     "sample_tokens", "channel_energy", "low_rank_energy",
 )  # fmt: skip
+# The files that hold the ops' bodies, derivatives and lowerings, beside those in lowering/.
+_TRACED = ("_torch", "ops", "scores", "fakes", "autograd", "checks", "settings")
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
 _LOWERED = (
     "sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad",
@@ -261,7 +263,7 @@ def lowering_key() -> str:
     from sparselora_fx import lowering
 
     package = Path(__file__).parent
-    files = [package / f"{name}.py" for name in ("_torch", "ops", "fakes", "autograd")]
+    files = [package / f"{name}.py" for name in _TRACED]
     files += sorted((package / "lowering").rglob("*.py"))
     files += sorted((package / "lowering").rglob("*.jinja"))
     digest = hashlib.sha256(lowering.settings().encode())

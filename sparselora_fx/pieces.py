@@ -121,6 +121,10 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] 
     mode = next((found for fake in env.values() if (found := _mode(fake)) is not None), None)
     if mode is None:
         return None
+    runner = fx.Interpreter(gm, garbage_collect_values=False)
+    runner.env = env
+    for node in gm.graph.find_nodes(op="get_attr"):
+        env[node] = runner.run_node(node)
     keys: list[Any] = []
     results: dict[Any, list[Any]] = {}
     for run in runs:
@@ -130,13 +134,21 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] 
             fakes = results[key]
         else:
             with mode:
-                fakes = results[key] = list(piece.module(*(env[node] for node in piece.inputs)))
+                _propagate(runner, run)
+            fakes = results[key] = [env[node] for node in piece.outputs]
         if not all(isinstance(fake, torch.SymInt) or _is_plain(fake) for fake in fakes):
             return None
         fakes = [_fresh(fake) for fake in fakes]
         env.update(zip(piece.outputs, fakes, strict=True))
         keys.append(key)
     return keys
+
+
+def _propagate(runner: fx.Interpreter, nodes: list[fx.Node]) -> None:
+    """Compute nodes with fake values, and leave these on them: AOTAutograd's cache wants the type
+    of whatever a method is called on."""
+    for node in nodes:
+        runner.env[node] = node.meta["example_value"] = runner.run_node(node)
 
 
 def _mode(fake: Any) -> Any:

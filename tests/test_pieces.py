@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -16,6 +21,22 @@ from sparselora_fx.pieces import compile_in_pieces
 
 LAYERS = 4
 EVEN = {"mlp": 0.75, "self_attn": 0.25}
+
+
+PROGRAM = f"""
+import hashlib, json
+import torch
+from torch._dynamo.utils import counters
+import oracle
+import test_pieces
+got = oracle.run_compiled(
+    test_pieces.model_of("plain"), oracle.batch(), oracle.plan_of({EVEN}), "inductor"
+)
+digest = hashlib.sha256(got.loss.numpy().tobytes())
+for name in sorted(got.gradients):
+    digest.update(got.gradients[name].numpy().tobytes())
+print(json.dumps([digest.hexdigest(), dict(counters["aot_autograd"])]))
+"""
 
 
 class Block(nn.Module):
@@ -224,3 +245,25 @@ def test_inductor_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sizes) == 3
     reference = oracle.reference_step(model_of("plain"), oracle.batch(), got.record)
     oracle.assert_close(got, reference, 1e-5)  # norms are in fp32
+
+
+@pytest.mark.slow
+def test_a_fresh_process_finds_the_pieces(tmp_path: Path) -> None:
+    """Every piece comes from AOTAutograd's cache, and the step is the same, bit for bit."""
+    folder = Path(__file__).parent
+    paths = f"{folder}{os.pathsep}{folder.parent}"
+    settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    steps, counts = [], []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        digest, found = json.loads(done.stdout.splitlines()[-1])
+        steps.append(digest)
+        counts.append((found.get("autograd_cache_miss", 0), found.get("autograd_cache_hit", 0)))
+    assert steps[0] == steps[1]
+    assert counts == [(3, 0), (0, 3)]
