@@ -21,6 +21,7 @@ from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.passes.trim_logits import trim_logits
+from sparselora_fx.passes.trim_queries import trim_queries
 
 PIPELINE = (
     canonicalize,  # one form for what later passes look for
@@ -31,6 +32,8 @@ PIPELINE = (
     slice_sites,  # each site by its masked-dense definition, on the choice only
     trim_logits,  # loss on the rows that carry a label
     sink_takes,  # context and output tokens apart, padding not at all
+    trim_queries,  # attention rows that nobody reads need no query of their own
+    sink_takes,  # those queries, too, for the tokens of one list
     sink_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread
     join_adapters,  # LoRA down-projections of one input: one matmul

@@ -23,7 +23,7 @@ def move(node: fx.Node, name: str, held: Channels) -> Value | None:
     if name in PERMUTES or (name == "getattr" and node.args[1] in ("mT", "T")):
         source = tensor(node.args[0])
         assert source is not None
-        order = _order(node, name, source.dim())
+        order = order_of(node, name, source.dim())
         return None if order is None else permuted(held, order)
     if name in ("expand", "broadcast_to", "expand_as") and out is not None:
         return _map(held, lambda layout: layout.expand(out.shape))
@@ -82,7 +82,8 @@ def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels:
     return replace(held, ports=ports)
 
 
-def _order(node: fx.Node, name: str, rank: int) -> list[int] | None:
+def order_of(node: fx.Node, name: str, rank: int) -> list[int] | None:
+    """Which axis of its input each axis of a permuted value is; None if the call does not say."""
     order = list(range(rank))
     if name == "permute":
         dims: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")

@@ -118,7 +118,7 @@ def _rewrite_all(
         changes = step(rewrite)
         milliseconds = 1e3 * (time.perf_counter() - start)
         log.info("%s: %d changes in %.1f ms", step.__name__, changes, milliseconds)
-        rewrite.counts[step.__name__] = changes
+        rewrite.counts[step.__name__] = rewrite.counts.get(step.__name__, 0) + changes
         if changes:
             gm.graph.lint()
             log.debug("after %s:\n%s", step.__name__, gm.graph)
