@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,31 +88,52 @@ def fresh(variant: str, layers: int, caches: str) -> dict[str, Any]:
     return found | {"variant": variant, "layers": layers}
 
 
-def run(shallow: int, deep: int) -> dict[str, Any]:
-    """Ours whole and by blocks, cold and warm; plain torch.compile, cold; by blocks, deeper."""
+def run(depths: Sequence[int]) -> dict[str, Any]:
+    """Plain `torch.compile` and ours over depth, cold; ours warm at the middle one; the same block
+    by block (``regional=True``) for the first and the last.
+
+    ``cold_ratio`` and ``warm_over_cold`` are those of the middle depth.
+    """
     import peft
     import torch
     import transformers
 
     rows = []
+    seconds: dict[tuple[str, int, str], float] = {}
 
-    def figure(variant: str, layers: int, warm: bool = True) -> float:
+    def figure(variant: str, layers: int, *, warm: bool = False) -> None:
         with tempfile.TemporaryDirectory() as caches:
             for kind in ("cold", "warm") if warm else ("cold",):
                 rows.append(fresh(variant, layers, caches) | {"cache": kind})
+                seconds[variant, layers, kind] = float(rows[-1]["seconds"])
                 print(rows[-1], flush=True)
-        return float(rows[-2 if warm else -1]["seconds"])
 
-    regional = figure("regional", shallow)
-    deeper = figure("regional", deep, warm=False)
-    plain, whole = figure("plain", shallow, warm=False), figure("whole", shallow)
-    warm = {r["variant"]: r["seconds"] for r in rows if r["cache"] == "warm"}
-    return {
-        "cold_ratio": whole / plain,
-        "cold_ratio_regional": regional / plain,
-        f"depth_ratio_{deep}_over_{shallow}": deeper / regional,
-        "warm_over_cold": warm["whole"] / whole,
-        "warm_over_cold_regional": warm["regional"] / regional,
+    shallow, middle, deep = depths
+    for layers in depths:
+        figure("plain", layers)
+        figure("whole", layers, warm=layers == middle)
+    figure("regional", shallow, warm=True)
+    figure("regional", deep)
+    ratios = {n: seconds["whole", n, "cold"] / seconds["plain", n, "cold"] for n in depths}
+    found = {
+        "cold_ratio": ratios[middle],
+        "cold_ratio_by_layers": ratios,
+        f"depth_ratio_{deep}_over_{shallow}": (
+            seconds["whole", deep, "cold"] / seconds["whole", shallow, "cold"]
+        ),
+        "warm_over_cold": seconds["whole", middle, "warm"] / seconds["whole", middle, "cold"],
+        "regional": {
+            "cold_ratio": seconds["regional", shallow, "cold"] / seconds["plain", shallow, "cold"],
+            "depth_ratio": (
+                seconds["regional", deep, "cold"] / seconds["regional", shallow, "cold"]
+            ),
+            "warm_over_cold": (
+                seconds["regional", shallow, "warm"] / seconds["regional", shallow, "cold"]
+            ),
+        },
+    }
+    return found | {
+        "layers": middle,
         "rows": rows,
         "clock": "CPU seconds",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
@@ -124,14 +146,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="result file")
-    parser.add_argument("--shallow", type=int, default=8, help="layers")
-    parser.add_argument("--deep", type=int, default=32, help="layers of the deep model")
+    parser.add_argument("--depths", nargs=3, type=int, default=(8, 16, 32), help="layers")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "LAYERS"), help="one figure, here")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))
         return
-    results = run(args.shallow, args.deep)
+    results = run(args.depths)
     text = json.dumps(results, indent=1) + "\n"
     print(text)
     if args.json:

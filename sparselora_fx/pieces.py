@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from sparselora_fx.fx import changes_input, op_name, value
+from sparselora_fx.cutting import cut
+from sparselora_fx.fx import value
 
 log = logging.getLogger(__name__)
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Env = dict[fx.Node, Any]  # the fake value of each node that more than one piece reads or returns
-
-_FEWEST = 3  # blocks: with fewer no two are alike, as the first one's input needs no gradient
-_OPENS = ("_enter_autocast", "_vmap_increment_nesting", "_grad_increment_nesting")
-_CLOSES = ("_exit_autocast", "_vmap_decrement_nesting", "_grad_decrement_nesting")
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def compile_in_pieces(
         blocks: names of the model's repeated blocks ("model.layers.3").
         compile_graph: called with a graph and its inputs, as a backend of `torch.compile` is.
     """
-    runs = _runs(gm, blocks)
+    runs = cut(gm, blocks)
     if runs is None:
         return compile_graph(gm, inputs)
     env: Env = {node: value(node) for node in gm.graph.find_nodes(op="placeholder")}
@@ -68,51 +64,6 @@ def compile_in_pieces(
     groups = _merged(runs, keys)
     log.info("%d pieces, %d of them compiled", len(groups), len({key for key, _ in groups}))
     return _chain(gm, groups, env, compile_graph)
-
-
-def _runs(gm: fx.GraphModule, blocks: Iterable[str]) -> list[list[fx.Node]] | None:
-    """The nodes of the graph between its inputs and its output, cut where a block begins or ends;
-    None if that may not be."""
-    # A value that is written to may be read through another piece's input.
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    if any(changes_input(node) for graph in graphs for node in graph.nodes):
-        return None
-    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    block_of = _block_finder(blocks)
-    runs: list[list[fx.Node]] = [[]]
-    current, depth, grad = "", 0, True
-    seen = set()
-    for node in nodes:
-        block = block_of(node)
-        if block is not None and block != current and not depth and grad:
-            runs.append([])
-            current = block
-            seen.add(block)
-        runs[-1].append(node)
-        name = op_name(node)
-        depth += (name in _OPENS) - (name in _CLOSES)
-        grad = bool(node.args[0]) if name == "_set_grad_enabled" else grad
-    return [run for run in runs if run] if len(seen - {""}) >= _FEWEST else None
-
-
-def _block_finder(blocks: Iterable[str]) -> Callable[[fx.Node], str | None]:
-    """Which block a node was traced in: "" for none of them, None if the node does not say."""
-    known = {f".{name}.": name for name in blocks}
-    found: dict[str, str] = {}
-
-    def block_of(node: fx.Node) -> str | None:
-        stack = node.meta.get("nn_module_stack")
-        if not stack:
-            return None
-        path = list(stack.values())[-1][0]
-        if path not in found:
-            # "L['self'].__dict__['_modules']['model'].layers.0" and "L['self'].model.layers.0"
-            words = [w for w in re.findall(r"\w+", path) if w not in ("__dict__", "_modules")]
-            dotted = f".{'.'.join(words)}."
-            found[path] = next((name for key, name in known.items() if key in dotted), "")
-        return found[path]
-
-    return block_of
 
 
 def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] | None:
