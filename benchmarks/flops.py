@@ -17,7 +17,10 @@ which is exact and takes a minute a plan instead of the tracing of 32 or 40 laye
 
 ``share`` is ours over dense LoRA's. ``paper`` is the paper's. ``trimmed_share`` is ``share`` with
 ``trim_logits=True``. Details add ``linear_share``: ours over dense with the output head and the
-attention products left out on both sides, which no plan makes sparse.
+attention products left out on both sides, which no plan makes sparse; and memory, from the same
+graphs: ``held_share``, the bytes of activations that live from the forward to the backward (logits
+among them), and ``memory_share``, the same with the model's weights on both sides. That is what is
+allocated when the backward begins, but for the optimizer's state, which is the same for both.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ DENSE: Level = (0.0, 0.0)
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of one step, and parts of ``total``: what chooses channels, the output head's matmuls,
-    and attention products (queries with keys, weights with values)."""
+    and attention products (queries with keys, weights with values). ``held``: bytes of activations
+    that live from the forward to the backward, logits among them."""
 
     total: int
     estimator: int
     head: int
     attention: int
+    held: int
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -83,7 +88,7 @@ class Counter:
             plan = plan_of(levels, self.tokens, self.multiple) if sparse else None
             graphs = capture(model, batch, plan, rank=RANK, trim_logits=trim)
             vocabulary = int(self.shape["vocab_size"])
-            self.known[levels, trim] = cost_of([*graphs[0], *graphs[1]], vocabulary)
+            self.known[levels, trim] = cost_of(*graphs, vocabulary)
         return self.known[levels, trim]
 
     def middle(self, level: Level, first: Level, last: Level) -> Cost:
@@ -100,23 +105,31 @@ class Counter:
             total += self.middle(level, first, last)
         return total
 
-    def trimmed(self, levels: list[Level]) -> int:
-        """FLOPs that ``trim_logits`` takes off: they are in the last layer and the head alone."""
-        level = next((level for level in levels[1:-1] if level != DENSE), None)
-        if level is None or self.classify:
-            return 0
+    def trimmed(self, levels: list[Level]) -> Cost:
+        """What ``trim_logits`` takes off: it is in the last layer and the head alone."""
+        level = next((level for level in levels[1:-1] if level != DENSE), DENSE)
         stack = (levels[0], level, levels[-1])
-        return self.stack(stack).total - self.stack(stack, trim=True).total
+        trim = level != DENSE and not self.classify
+        return self.stack(stack) - self.stack(stack, trim=trim)
 
 
-def cost_of(graphs: list[Counted], vocabulary: int) -> Cost:
+def cost_of(forwards: list[Counted], backwards: list[Counted], vocabulary: int) -> Cost:
     """The cost of some graphs; a matmul with a dimension of ``vocabulary`` is the output head's."""
+    graphs = [*forwards, *backwards]
     return Cost(
         sum(g.total() for g in graphs),
         sum(g.estimator() for g in graphs),
         sum(g.of_size(vocabulary) for g in graphs),
         sum(g.attention() for g in graphs),
+        sum(g.held() for g in forwards),
     )
+
+
+def weight_bytes(published: Published) -> int:
+    """Bytes of a whole model's parameters and adapters, in bf16."""
+    shape = MODELS[published.model]
+    model = llama(shape, int(shape["num_hidden_layers"]), classify=published.task == "GLUE")
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def row(published: Published) -> dict[str, Any]:
@@ -125,20 +138,27 @@ def row(published: Published) -> dict[str, Any]:
     counter = Counter(MODELS[published.model], BATCHES[published.task], published.tokens, classify)
     dense = counter.depth([DENSE] * len(levels))
     ours = counter.depth(levels)
-    trimmed = ours.total - counter.trimmed(levels)
+    trimmed = ours - counter.trimmed(levels)
+    weights = weight_bytes(published)
     return {
         "model": published.model,
         "task": published.task,
         "share": round(ours.total / dense.total, 4),
         "paper": None if published.paper is None else published.paper / 100,
-        "trimmed_share": round(trimmed / dense.total, 4),
+        "trimmed_share": round(trimmed.total / dense.total, 4),
         "dense_tflops": round(dense.total / 1e12, 3),
         "sparse_tflops": round(ours.total / 1e12, 3),
-        "trimmed_tflops": round(trimmed / 1e12, 3),
+        "trimmed_tflops": round(trimmed.total / 1e12, 3),
         "linear_share": round(ours.linears / dense.linears, 4),
         "head_of_dense": round(dense.head / dense.total, 4),
         "attention_of_dense": round(dense.attention / dense.total, 4),
         "estimator_share": round(ours.estimator / ours.total, 6),
+        "weights_gib": round(weights / 2**30, 3),
+        "dense_held_gib": round(dense.held / 2**30, 3),
+        "held_share": round(ours.held / dense.held, 4),
+        "trimmed_held_share": round(trimmed.held / dense.held, 4),
+        "memory_share": round((weights + ours.held) / (weights + dense.held), 4),
+        "trimmed_memory_share": round((weights + trimmed.held) / (weights + dense.held), 4),
         "batch": BATCHES[published.task],
     }
 

@@ -78,6 +78,13 @@ class Counted(fx.Interpreter):
         words = ("scaled_dot_product", "aten.bmm")
         return sum(f for n, f in self.flops.items() if any(w in str(n.target) for w in words))
 
+    def held(self) -> int:
+        """Bytes of what the graph returns, to its caller or to the backward: each storage once,
+        inputs (weights among them) not."""
+        roots = {_root(node) for node in self.module.graph.output_node().all_input_nodes}
+        values = (node.meta["val"] for node in roots if node.op != "placeholder")
+        return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
     def of_size(self, size: int) -> int:
         """FLOPs of the matmuls that read or make a tensor with a dimension of ``size``."""
         return sum(
@@ -85,6 +92,13 @@ class Counted(fx.Interpreter):
             for node, flops in self.flops.items()
             if flops and any(size in _shape(n) for n in (node, *node.all_input_nodes))
         )
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a view is a view of."""
+    while getattr(node.target, "is_view", False) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def flop_ratio(preset: Preset, *, trim: bool = False) -> float:
     """Dense over sparse FLOPs of the preset."""
     counter = Counter(preset.shape, preset.batch, lora=preset.lora_rank)
     levels = preset.levels()
-    ours = counter.depth(levels).total - (counter.trimmed(levels) if trim else 0)
+    ours = counter.depth(levels).total - (counter.trimmed(levels).total if trim else 0)
     return counter.depth([DENSE] * len(levels)).total / ours
 
 

@@ -1,9 +1,11 @@
 """FLOPs counted from rewritten graphs against a count by hand."""
 
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.flops import DENSE, FACE, Counter, row
-from benchmarks.graphs import llama
+from benchmarks.graphs import Counted, llama
 from benchmarks.published import LORA_RANK, MODELS, PLANS, RANK, Published
 
 SHAPE = {
@@ -70,6 +72,25 @@ def test_depth_is_a_sum_over_levels() -> None:
     levels = [DENSE, LEVEL, DENSE, LEVEL, DENSE]
     counter = Counter(SHAPE, BATCH)
     assert counter.depth(levels) == counter.stack(tuple(levels))
+
+
+def test_held_bytes_count_each_storage_once_and_no_input() -> None:
+    """Two values and a view of one: 2 * 3 * 5 fp32 numbers; the weight is the caller's."""
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x @ w
+        return y.relu(), y.t(), y, w
+
+    graph = make_fx(f)(torch.randn(3, 4), torch.randn(4, 5))
+    assert Counted(graph).held() == 2 * 3 * 5 * 4
+
+
+def test_sparse_layers_hold_less() -> None:
+    """Kept channels of context tokens, all of output tokens: less than a dense step's."""
+    counter = Counter(SHAPE, BATCH)
+    dense, sparse = counter.stack((DENSE, DENSE)), counter.stack((DENSE, LEVEL))
+    assert 0 < sparse.held < dense.held
+    assert counter.trimmed([DENSE, LEVEL, DENSE]).held > 0
 
 
 def test_nothing_is_allocated() -> None:
