@@ -8,7 +8,7 @@ from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import Rewrite, Site, SiteSpec, Skip, is_trainable
+from sparselora_fx.regions import WITHOUT_GRADIENTS, Rewrite, Site, SiteSpec, Skip, is_trainable
 
 _WEIGHT_VIEWS = {
     "t",
@@ -62,6 +62,12 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     uses = _linear_uses(weight, transposed=False)
     if is_trainable(weight):
         return Skip(weight, "the weight trains")
+    if args[5] == WITHOUT_GRADIENTS:
+        return Skip(
+            weight,
+            "it runs without gradients inside a training step (a reversible layer, say): a "
+            "backward that runs it again would not be sliced",
+        )
     if calls > 1 or len(uses) > 1:
         return Skip(weight, "the weight is used more than once in this graph")
     if not uses:

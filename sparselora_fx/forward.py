@@ -85,6 +85,8 @@ class CompiledForward:
         stepping = self.model.training or state.measured is not None
         if self.cacheable and stepping and unset:
             kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
+        # Blocks compiled one by one run compiled in a recomputation too.
+        state.phase.grad = torch.is_grad_enabled() and not state.blocks
         state.inside = True
         try:
             result = self.compiled(*args, **kwargs)

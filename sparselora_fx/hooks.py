@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparselora_fx._torch import in_backward
 from sparselora_fx.errors import CompileError
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import SiteSpec
+from sparselora_fx.regions import WITHOUT_GRADIENTS, SiteSpec
 
 
 class Mark(NamedTuple):
@@ -45,6 +45,7 @@ class Phase:
         self.picked: list[Tensor] = []  # which rows to observe, while the sites' specs say so
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.shift = True
+        self.grad = False  # the call began with gradients: a part without them may run again
         self.key = next(_keys)
         _PHASES[self.key] = self
 
@@ -82,8 +83,8 @@ def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[M
     if any(spec not in dense and weight in phase.sliced for spec, weight in words):
         raise CompileError(
             "a backward pass of this model runs its layers again, outside what torch.compile "
-            "compiled (a reversible layer, say), where they are not sliced; give those layers "
-            "sparsity 0 in the plan, or switch the recomputation off"
+            "compiled, where they are not sliced; give those layers sparsity 0 in the plan, or "
+            "switch the recomputation off"
         )
 
 
@@ -113,5 +114,7 @@ def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...])
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
             known = [getattr(module, name) for name in names]
+            if phase.grad and not torch.is_grad_enabled():
+                words = WITHOUT_GRADIENTS
             x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
     return x

@@ -49,6 +49,11 @@ class SiteSpec:
         return SiteSpec(float(ffn), float(attention), tuple(known))
 
 
+# What a marker carries in place of the plan's words where gradients are off inside a call that
+# began with them.
+WITHOUT_GRADIENTS = "without gradients"
+
+
 @dataclass(eq=False)
 class Site:
     """One frozen linear in a graph: ``linear(x[..., K], weight[N, K], bias) -> node[..., N]``."""
