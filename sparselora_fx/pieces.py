@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -231,8 +232,7 @@ def _graph_key(gm: fx.GraphModule) -> str:
     lines = []
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            held = getattr(gm, str(node.target))
-            what = _graph_key(held) if isinstance(held, fx.GraphModule) else str(id(held))
+            what = _attribute_key(attrgetter(str(node.target))(gm))
         elif node.op == "placeholder":
             what = "input"
         else:
@@ -240,6 +240,13 @@ def _graph_key(gm: fx.GraphModule) -> str:
         args = fx.node.map_aggregate((node.args, node.kwargs), word)
         lines.append(f"{node.op} {what} {args if node.op != 'placeholder' else ''}")
     return "\n".join(lines)
+
+
+def _attribute_key(held: Any) -> str:
+    """A body by what it computes, and by what checkpointing keeps of it; else the very object."""
+    if not isinstance(held, fx.GraphModule):
+        return str(id(held))
+    return f"{_graph_key(held)} {id(held.meta.get('_checkpoint_context_fn'))}"
 
 
 def _input_key(example: Any) -> Any:
