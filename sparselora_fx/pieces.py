@@ -17,7 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ Env = dict[fx.Node, Any]  # the fake value of each node that more than one piece
 class _Piece:
     """Consecutive nodes of a graph as a graph of their own."""
 
-    nodes: list[fx.Node]
     module: fx.GraphModule
     inputs: list[fx.Node]  # nodes before the piece, in the order of its placeholders
     outputs: list[fx.Node]  # nodes of the piece that are read after it, in the order of its results
@@ -168,16 +167,12 @@ def _chain(
             compiled[key] = compile_graph(piece.module, [env[node] for node in piece.inputs])
         call = chain.call_function(_named(compiled[key]), tuple(values[n] for n in piece.inputs))
         for place, node in enumerate(piece.outputs):
-            values[node] = chain.call_function(_item, (call, place))
+            values[node] = chain.call_function(getitem, (call, place))
     for node in gm.graph.find_nodes(op="get_attr"):
         values[node] = chain.get_attr(str(node.target))
     chain.output(fx.map_arg(gm.graph.output_node().args[0], lambda n: values[n]))
     module = fx.GraphModule(gm, chain)
     return module.forward
-
-
-def _item(results: Sequence[Any], place: int) -> Any:
-    return results[place]
 
 
 def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +200,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], env: Env) -> _Piece:
     for node in itertools.chain(attributes, nodes):
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[node] for node in outputs))
-    return _Piece(nodes, fx.GraphModule(gm, graph), inputs, outputs)
+    return _Piece(fx.GraphModule(gm, graph), inputs, outputs)
 
 
 def _sizes(gm: fx.GraphModule, inputs: list[fx.Node], env: Env) -> list[fx.Node]:
