@@ -203,7 +203,9 @@ def test_a_model_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         data["labels"][:, :6] = -100
     sizes = compiled_graphs(monkeypatch)
     got = oracle.run_compiled(model_of(kind), data, plan, trim_logits=split)
-    assert len(sizes) == 3
+    # Checkpointing makes the embeddings require a gradient, a graph break: they and the head are
+    # graphs of their own.
+    assert len(sizes) == (5 if kind == "checkpointing" else 3)
     assert len(got.record.sites) == 7 * LAYERS
     if split:
         whole(monkeypatch)
