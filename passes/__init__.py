@@ -19,6 +19,7 @@ from sparselora_fx.passes.order_producers import order_producers
 from sparselora_fx.passes.orient_adapters import orient_adapters
 from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
+from sparselora_fx.passes.skip_zeros import skip_zeros
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.passes.trim_logits import trim_logits
 from sparselora_fx.passes.trim_queries import trim_queries
@@ -30,6 +31,7 @@ PIPELINE = (
     order_producers,  # all that a predictor reads comes before the first producer
     insert_predictor,  # each region's channel choice, from the factors
     slice_sites,  # each site by its masked-dense definition, on the choice only
+    skip_zeros,  # LoRA branches read what the choice has left of their input
     trim_logits,  # loss on the rows that carry a label
     sink_takes,  # context and output tokens apart, padding not at all
     trim_queries,  # attention rows that nobody reads need no query of their own

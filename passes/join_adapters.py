@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor, writes
+from sparselora_fx.adapters import adapter_weights, is_down_projection
+from sparselora_fx.fx import argument, op_name, writes
 from sparselora_fx.ops import LIBRARY
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.values import CASTS
-
-_NARROW = 4  # a down-projection is at least this many times narrower than its input
 
 
 def join_adapters(rewrite: Rewrite) -> int:
@@ -29,12 +28,12 @@ def join_adapters(rewrite: Rewrite) -> int:
     if rewrite.cuts_gradients:
         return 0
     sites = [site for region in rewrite.regions for site in region.sites]
-    weights = {weight for site in sites for weight in site.adapter_weights}
+    weights = adapter_weights(sites)
     order = {node: i for i, node in enumerate(rewrite.graph.nodes)}
     written = [i for node, i in order.items() if _may_write(node)]
     groups: dict[Any, list[fx.Node]] = {}
     for node in order:
-        if _is_down_projection(node, weights):
+        if is_down_projection(node, weights):
             start = sum(i < order[node] for i in written)
             groups.setdefault((_source(node.args[0]), start), []).append(node)
     joined = 0
@@ -48,17 +47,6 @@ def join_adapters(rewrite: Rewrite) -> int:
 def _may_write(node: fx.Node) -> bool:
     ours = getattr(node.target, "namespace", None) == LIBRARY.ns  # unread ones are choices
     return not ours and writes(node)
-
-
-def _is_down_projection(node: fx.Node, weights: set[fx.Node]) -> bool:
-    if op_name(node) != "linear" or argument(node, 2, "bias") is not None:
-        return False
-    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-    if not isinstance(x, fx.Node) or weight not in weights:
-        return False
-    example = tensor(weight)
-    assert example is not None
-    return example.dim() == 2 and int(example.shape[0]) * _NARROW <= int(example.shape[1])
 
 
 def _source(x: fx.Node) -> Any:

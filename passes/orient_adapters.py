@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.adapters import adapter_weights, is_up_projection
+from sparselora_fx.fx import argument, tensor
 from sparselora_fx.regions import Rewrite
-
-_NARROW = 4  # an up-projection is at least this many times wider than its input
 
 
 def orient_adapters(rewrite: Rewrite) -> int:
@@ -27,8 +26,9 @@ def orient_adapters(rewrite: Rewrite) -> int:
     """
     if not rewrite.regions:
         return 0
-    weights = {weight for site in rewrite.sites for weight in site.adapter_weights}
-    found = [node for node in rewrite.graph.nodes if _is_up_projection(node, weights)]
+    weights = adapter_weights(rewrite.sites)
+    nodes = [node for node in rewrite.graph.nodes if is_up_projection(node, weights)]
+    found = [node for node in nodes if _is_on_cpu(node)]
     for node in found:
         weight = argument(node, 1, "weight")
         with rewrite.graph.inserting_before(node):
@@ -39,11 +39,6 @@ def orient_adapters(rewrite: Rewrite) -> int:
     return len(found)
 
 
-def _is_up_projection(node: fx.Node, weights: set[fx.Node]) -> bool:
-    if op_name(node) != "linear" or argument(node, 2, "bias") is not None:
-        return False
-    weight = argument(node, 1, "weight")
-    example = tensor(weight)
-    if weight not in weights or example is None or example.dim() != 2:
-        return False
-    return example.device.type == "cpu" and int(example.shape[1]) * _NARROW <= int(example.shape[0])
+def _is_on_cpu(node: fx.Node) -> bool:
+    weight = tensor(argument(node, 1, "weight"))
+    return weight is not None and weight.device.type == "cpu"

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from sparselora_fx.fx import tensor, with_stand_in
-from sparselora_fx.layout import same_count
+from sparselora_fx.fx import with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.region_scores import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
-from sparselora_fx.sinking import take_of
+from sparselora_fx.splitting import merged, shaped, taken
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -93,42 +92,13 @@ def _by_token(
     there is no split."""
     if site.split is None:
         return sliced(site.x)
-    parts = _taken(graph, site.x, site)
+    parts = taken(graph, site.x, site.split)
     if site.cast is not None:
         weight = graph.call_method("to", (weight, site.cast))
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
     with_stand_in(dense, site.node, rank=2, channels=site.out_features)
-    return _merged(graph, sliced(parts[0]), dense, site, like=site.node)
-
-
-def _taken(graph: fx.Graph, x: fx.Node, site: Site) -> list[fx.Node]:
-    """The rows of x for context tokens, and those for output tokens."""
-    assert site.split is not None
-    channels = int(x.meta["example_value"].shape[-1])
-    takes = [take_of(graph, x, tuple(t)) for t in site.split]
-    return [with_stand_in(take, x, rank=2, channels=channels) for take in takes]
-
-
-def _merged(graph: fx.Graph, y: fx.Node, z: fx.Node, site: Site, *, like: fx.Node) -> fx.Node:
-    """Both token lists in place again, in the shape of ``like``."""
-    assert site.split is not None
-    context, output = site.split
-    merged = graph.call_function(OPS.merge_tokens.default, (y, z, *context, *output))
-    _like(merged, like)
-    shape, grid = tensor(like), tensor(context[1])
-    assert shape is not None and grid is not None
-    if shape.dim() == 2:  # a linear on flattened tokens
-        return _like(graph.call_method("flatten", (merged, 0, -2)), like)
-    if shape.dim() != 3 or not all(map(same_count, zip(shape.shape[:-1]), zip(grid.shape))):
-        tokens = site.x if like is site.node else like
-        sizes = [graph.call_method("size", (tokens, i)) for i in range(shape.dim() - 1)]
-        return _like(graph.call_method("reshape", (merged, *sizes, shape.shape[-1])), like)
-    return merged
-
-
-def _like(node: fx.Node, model: fx.Node) -> fx.Node:
-    node.meta["example_value"] = model.meta["example_value"]
-    return node
+    halves = sliced(parts[0]), dense
+    return merged(graph, *halves, site.split, like=site.node, sizes_of=site.x)
 
 
 def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:
@@ -171,13 +141,13 @@ def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
 
     if site.split is None:
         return masked(x)
-    parts = _taken(graph, x, site)
-    return _merged(graph, masked(parts[0]), parts[1], site, like=x)
+    parts = taken(graph, x, site.split)
+    return merged(graph, masked(parts[0]), parts[1], site.split, like=x, sizes_of=x)
 
 
 def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node) -> fx.Node:
     full = graph.call_function(OPS.scatter_channels.default, (y, idx, n))
-    return _like(full, like)
+    return shaped(full, like)
 
 
 def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
@@ -199,5 +169,5 @@ def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:
 def _replace(old: fx.Node, new: fx.Node) -> None:
     """Put a node in the place of a dense linear. The linear must go at once: as a reader of its
     input, it would keep the later passes from moving gathers past that input."""
-    old.replace_all_uses_with(_like(new, old))
+    old.replace_all_uses_with(shaped(new, old))
     old.graph.erase_node(old)

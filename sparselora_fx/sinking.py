@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.fx import argument, is_pointwise, op_name, tensor
+from sparselora_fx.ops import OPS
 
 
 class Moved(NamedTuple):
@@ -140,9 +141,43 @@ def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
     if isinstance(known, fx.Node):
         return known
     with graph.inserting_before(source):
-        ones = graph.call_function(torch.ones_like, (source.args[0],))
+        ones = _ones_like(graph, source.args[0])
         mask = graph.call_function(source.target, (ones, *source.args[1:]), dict(source.kwargs))  # type: ignore[arg-type]
     mask.meta["example_value"] = source.meta["example_value"]
     mask.meta["sparselora_mask_of"] = source
     source.meta["sparselora_mask"] = mask
     return mask
+
+
+def _ones_like(graph: fx.Graph, node: Any) -> fx.Node:
+    """Ones in the shape of a node, which does not read the node: as a reader it would keep gathers
+    from moving past it."""
+    example = tensor(node)
+    assert example is not None
+    root, rank = _rows_of(node), example.dim() - 1
+    sizes = [graph.call_method("size", (root, i)) for i in range(rank)]
+    shape: Any = (*sizes, int(example.shape[-1]))
+    return graph.call_method("new_ones", (root, shape), {"dtype": example.dtype})
+
+
+def _rows_of(node: fx.Node) -> fx.Node:
+    """A node whose leading dimensions are those of another, as far before it as can be told."""
+    while True:
+        name, inputs = op_name(node), node.all_input_nodes
+        if node.target is OPS.merge_tokens.default:
+            grid: Any = node.args[3]
+            return grid  # type: ignore[no-any-return]
+        if name in ("linear", "sliced_linear", "scatter_channels") or slice_of(node):
+            before: Any = node.args[0]
+        elif is_pointwise(node):
+            before = next((n for n in inputs if _same_rows(n, node)), None)
+        else:
+            return node
+        if not isinstance(before, fx.Node) or op_name(before) in ("chunk", "split"):
+            return node
+        node = before
+
+
+def _same_rows(before: fx.Node, after: fx.Node) -> bool:
+    first, second = tensor(before), tensor(after)
+    return first is not None and second is not None and first.shape[:-1] == second.shape[:-1]
