@@ -70,7 +70,7 @@ def _token_list(mask: Tensor, taken: set[int]) -> list[Tensor]:
     pos[idx] = torch.arange(idx.shape[0], device=mask.device)
     size = max(_ROUND, -(-idx.shape[0] // _ROUND) * _ROUND)
     while size in taken | {0, 1, batch, length, batch * length}:
-        size += _ROUND
+        size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
     taken.add(size)
     idx = torch.nn.functional.pad(idx, (0, size - idx.shape[0]), value=-1)
     mark_dynamic(idx)
