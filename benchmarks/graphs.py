@@ -32,11 +32,24 @@ from sparselora_fx.tokens import split_tokens
 assert autograd.LIBRARY is not None  # importing it registers the derivatives
 SCORE = scores.parse_score(scores.DEFAULT)  # that of factors without calibration
 TOPK = ops.OPS.topk_channels.default
+ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
+
+
+def _attention_backward(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Two products for each of the forward's."""
+    batch, heads, length, dim = query
+    return 2 * 2 * batch * heads * length * key[2] * (dim + value[3])
+
+
+_FORMULAS = {torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward}
 
 
 class Counted(fx.Interpreter):
     """Runs a graph on meta tensors and counts the FLOPs of each node by shapes, with torch's
-    formulas (2 per multiply-add of every matmul and attention; pointwise work counts nothing).
+    formulas (2 per multiply-add of every matmul and attention; pointwise work counts nothing, and
+    neither does what a fused attention's backward computes again).
 
     An op of ours is counted through its eager body, which is its meaning.
     """
@@ -46,7 +59,7 @@ class Counted(fx.Interpreter):
         self.flops: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             result = super().run_node(n)
         self.flops[n] = counter.get_total_flops()
         return result
@@ -75,7 +88,7 @@ class Counted(fx.Interpreter):
 
     def attention(self) -> int:
         """FLOPs of attention products: fused ones, or the batched matmuls they fall apart into."""
-        words = ("scaled_dot_product", "aten.bmm")
+        words = ("scaled_dot_product", "aten.bmm")  # the latter in attention written out
         return sum(f for n, f in self.flops.items() if any(w in str(n.target) for w in words))
 
     def held(self) -> int:
@@ -165,6 +178,7 @@ def capture(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         options = Options(plan.channel_multiple if plan else 16, score=SCORE)
         report = run(gm, options, PIPELINE)
+        _fuse_attention(gm)
         compiled = aot_module_simplified(
             gm,
             list(inputs),
@@ -189,6 +203,34 @@ def capture(
             state.unmark()
         torch.compiler.reset()
     return forwards, backwards
+
+
+def _fuse_attention(gm: fx.GraphModule) -> None:
+    """Let attention be one kernel, as on a GPU. On the meta device PyTorch would write it out, with
+    the probabilities held for the backward."""
+    for node in gm.graph.nodes:
+        if node.target is torch.nn.functional.scaled_dot_product_attention:
+            node.target = _fused
+    gm.recompile()
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if attn_mask is not None:
+        shape = (*query.shape[:3], key.shape[2])
+        attn_mask = attn_mask.to(query.dtype).expand(shape)  # its values count nothing
+    return ATTENTION(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank: int) -> State:
