@@ -6,6 +6,7 @@ real labels first. A graph is run once, node by node, which is where it is count
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from benchmarks.published import LORA_RANK, LORA_TARGETS
 from sparselora_fx import SparsityPlan, autograd, ops, scores
+from sparselora_fx._torch import saving_less
 from sparselora_fx.frozen import frozen_weights
 from sparselora_fx.passes import PIPELINE
 from sparselora_fx.pipeline import run
@@ -179,13 +181,14 @@ def capture(
         options = Options(plan.channel_multiple if plan else 16, score=SCORE)
         report = run(gm, options, PIPELINE)
         _fuse_attention(gm)
-        compiled = aot_module_simplified(
-            gm,
-            list(inputs),
-            fw_compiler=counting(forwards),
-            bw_compiler=counting(backwards),
-            partition_fn=partition,
-        )
+        with saving_less() if report else contextlib.nullcontext():
+            compiled = aot_module_simplified(
+                gm,
+                list(inputs),
+                fw_compiler=counting(forwards),
+                bw_compiler=counting(backwards),
+                partition_fn=partition,
+            )
         extra = report.extra if report else 0
         return lambda *args: compiled(*args)[: -extra or None]
 

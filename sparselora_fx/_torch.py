@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,17 +32,14 @@ _ON_CPU: dict[str, Any] = {"realize_opcount_threshold": 8}
 
 # Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
 _DECOMPOSED = (
-    "gather_channels", "scatter_channels", "channel_rows",
-    "topk_channels", "pool_tokens", "low_rank_norms",
-    "take_tokens", "unplace_tokens", "place_tokens", "merge_tokens",
-    "sample_tokens", "channel_energy", "low_rank_energy",
+    "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens",
+    "take_tokens", "unplace_tokens", "place_tokens", "merge_tokens", "sample_tokens",
+    "channel_energy", "low_rank_energy", "low_rank_norms",
 )  # fmt: skip
 # The files that hold the ops' bodies, derivatives and lowerings, beside those in lowering/.
 _TRACED = ("_torch", "ops", "scores", "fakes", "autograd", "checks", "settings")
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
-_LOWERED = (
-    "sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad",
-)  # fmt: skip
+_LOWERED = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad")
 
 
 def compile_callable(
@@ -120,15 +118,24 @@ def backend_compile(
         from torch._inductor.compile_fx import compile_fx
 
         compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
-        if not install_lowerings():
-            return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
         on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
         settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
-        settings["post_grad_custom_pre_pass"] = _key_pass()
-        return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
+        with saving_less():
+            if not install_lowerings():
+                return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
+            settings["post_grad_custom_pre_pass"] = _key_pass()
+            return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, list(inputs))
+
+
+def saving_less() -> AbstractContextManager[None]:
+    """Let a backward compute cheap values again also where a matmul or attention reads them: scaled
+    rows of a norm, keys repeated for their query heads. Run on 2.11 and 2.13."""
+    import torch._functorch.config as functorch_config
+
+    return functorch_config.patch(ban_recompute_materialized_backward=False)  # type: ignore[no-any-return]
 
 
 def _body(name: str) -> Callable[..., Any]:
@@ -185,8 +192,7 @@ def install_lowerings() -> bool:
 
 @cache
 def inductor() -> SimpleNamespace:
-    """What the lowerings use of Inductor, by its own names. Imported late: it costs seconds. Run on
-    2.13."""
+    """What the lowerings use of Inductor, by its own names; it costs seconds. Run on 2.13."""
     from torch._inductor import config, ir, lowering
     from torch._inductor.kernel.mm_common import acc_type
     from torch._inductor.select_algorithm import (
@@ -218,8 +224,7 @@ def inductor() -> SimpleNamespace:
 def select(
     name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: Any
 ) -> Any:
-    """The fastest of some choices, as an IR node. 2.11 returns the node, 2.12 and 2.13 a pair
-    ``(node, choice)``."""
+    """The fastest of some choices, as an IR node. 2.12 and 2.13 return ``(node, choice)``."""
     found = inductor().autotune_select_algorithm(
         name, choices, inputs, layout, input_gen_fns=input_gen_fns
     )
@@ -240,8 +245,7 @@ def fallback(op: Any) -> Callable[..., Any]:
 
 
 def size_hint(expression: Any) -> int:
-    """A likely value of a size that may be symbolic. ``optimization_hint`` is in 2.11, 2.12 and
-    2.13."""
+    """A likely value of a size that may be symbolic. Run on 2.11, 2.12 and 2.13."""
     return int(inductor().V.graph.sizevars.optimization_hint(expression))
 
 
@@ -258,8 +262,7 @@ def divides(divisor: int, size: Any) -> bool:
 
 
 def lowering_key() -> str:
-    """A hash of everything that decides what our ops become: their bodies, lowerings, templates,
-    tiles, settings."""
+    """A hash of all that decides what our ops become: bodies, lowerings, templates, settings."""
     from sparselora_fx import lowering
 
     package = Path(__file__).parent
