@@ -263,6 +263,6 @@ def _label_list(state: State, batch: dict[str, Tensor], labels: Tensor) -> list[
     assert tokens is not None
     known = tokens.tensors()
     found = tokens.label_list(batch["labels"], known, shift=True)
-    if found[0] is known[-2]:
-        return [labels, *state.phase.tokens[-2:]]
+    if found[0] is known[3]:
+        return [labels, *state.phase.tokens[3:5]]
     return [labels, *(tensor.to("meta") for tensor in found)]

@@ -19,6 +19,7 @@ from sparselora_fx.passes.order_producers import order_producers
 from sparselora_fx.passes.orient_adapters import orient_adapters
 from sparselora_fx.passes.sink_gathers import sink_gathers
 from sparselora_fx.passes.sink_takes import sink_takes
+from sparselora_fx.passes.skip_padding import skip_padding
 from sparselora_fx.passes.skip_zeros import skip_zeros
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.passes.trim_logits import trim_logits
@@ -36,6 +37,8 @@ PIPELINE = (
     sink_takes,  # context and output tokens apart, padding not at all
     trim_queries,  # attention rows that nobody reads need no query of their own
     sink_takes,  # those queries, too, for the tokens of one list
+    skip_padding,  # in linears that stay dense
+    sink_takes,  # and in what lies between them
     sink_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread
     join_adapters,  # LoRA down-projections of one input: one matmul

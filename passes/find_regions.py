@@ -57,12 +57,17 @@ def find_regions(rewrite: Rewrite) -> int:
     _drop_overlaps(found, reasons)
     for region in found:
         try:
-            _check_factors(region)
             _check_tokens(region)
+        except NoRegion as reason:
+            reasons |= dict.fromkeys(region.sites, str(reason))
+            continue
+        try:
             _choose_kept(region, rewrite)
+            _check_factors(region)
             rewrite.regions.append(region)
         except NoRegion as reason:
             reasons |= dict.fromkeys(region.sites, str(reason))
+            rewrite.dense_regions.append(region)
     taken = {site for region in rewrite.regions for site in region.sites}
     for site in rewrite.sites:
         if site not in taken:

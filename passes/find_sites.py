@@ -98,7 +98,7 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
 def _cast_factors(site: Site) -> None:
     """Where the model casts a weight before it multiplies, its factors are cast alike."""
     dtype, graph = site.cast, site.node.graph
-    if dtype is None:
+    if dtype is None or site.weight in site.factors:  # a dense site has none
         return
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         a, b = (graph.call_method("to", (factor, dtype)) for factor in site.factors)

@@ -11,7 +11,7 @@ from sparselora_fx.fx import with_stand_in
 from sparselora_fx.ops import OPS
 from sparselora_fx.region_scores import channel_rows
 from sparselora_fx.regions import Region, Rewrite, Site
-from sparselora_fx.splitting import merged, shaped, taken
+from sparselora_fx.splitting import logical_weight, merged, shaped, taken
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -49,7 +49,7 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
             parts += [channel_rows(graph, choice.selection, pick) for pick in picks]
         rows = parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (parts,))
         region.rows[site] = rows
-        weight = _logical_weight(graph, site)
+        weight = logical_weight(graph, site, cast=False)
 
         def sliced(x: fx.Node) -> fx.Node:
             kept = graph.call_function(OPS.sliced_linear.default, (x, weight, rows))
@@ -58,7 +58,7 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
                 return full
             return with_stand_in(full, site.node, rank=2, channels=site.out_features)
 
-        result = _add_bias(graph, _by_token(graph, site, weight, sliced), site)
+        result = _add_bias(graph, _by_token(graph, site, sliced), site)
     _replace(site.node, result)
     if rewrite.options.lora_branch == "sparse":
         for addition, branch in site.adapter_adds.items():
@@ -73,28 +73,25 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
     with graph.inserting_before(site.node):
         columns = channel_rows(graph, selection, region.consumer)
         region.rows[site] = columns
-        weight = _logical_weight(graph, site)
+        weight = logical_weight(graph, site, cast=False)
 
         def sliced(h: fx.Node) -> fx.Node:
             kept = graph.call_function(OPS.gather_channels.default, (h, columns))
             return graph.call_function(OPS.sliced_linear_in.default, (kept, weight, columns))
 
-        result = _add_bias(graph, _by_token(graph, site, weight, sliced), site)
+        result = _add_bias(graph, _by_token(graph, site, sliced), site)
     _replace(site.node, result)
     if rewrite.options.lora_branch == "sparse":
         _mask_adapter_input(region, graph, columns)
 
 
-def _by_token(
-    graph: fx.Graph, site: Site, weight: fx.Node, sliced: Callable[[fx.Node], fx.Node]
-) -> fx.Node:
+def _by_token(graph: fx.Graph, site: Site, sliced: Callable[[fx.Node], fx.Node]) -> fx.Node:
     """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if
     there is no split."""
     if site.split is None:
         return sliced(site.x)
     parts = taken(graph, site.x, site.split)
-    if site.cast is not None:
-        weight = graph.call_method("to", (weight, site.cast))
+    weight = logical_weight(graph, site, cast=True)
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
     with_stand_in(dense, site.node, rank=2, channels=site.out_features)
     halves = sliced(parts[0]), dense
@@ -159,11 +156,6 @@ def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
         bias = graph.call_method("to", (bias, dtype))
         bias.meta["example_value"] = site.bias.meta["example_value"].to(dtype)
     return graph.call_function(torch.add, (y, bias))
-
-
-def _logical_weight(graph: fx.Graph, site: Site) -> fx.Node:
-    """The weight as ``[N, K]``."""
-    return graph.call_function(torch.t, (site.weight,)) if site.transposed else site.weight
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:

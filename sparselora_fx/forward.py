@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,6 +115,10 @@ class CompiledForward:
             state.set_sparsity(state.measured)
         else:
             state.set_share(share if sparse else 0.0, observed=observed)
+        if sparse and tokens is not None:
+            # Once and for all: a graph for batches without padding would be one more to compile.
+            state.padded |= tokens.has_padding()
+            tokens = replace(tokens, padded=state.padded)
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
         phase.shift, phase.labels = self.shift, []
         if self.trim_logits and sparse and tokens is not None:

@@ -117,4 +117,8 @@ def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...])
             if phase.grad and not torch.is_grad_enabled():
                 words = WITHOUT_GRADIENTS
             x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
+        elif len(phase.tokens) > 5:  # dense, but for padding; its factors are never read
+            weight = getattr(module, param)
+            words = WITHOUT_GRADIENTS if phase.grad and not torch.is_grad_enabled() else words
+            x = OPS.site(x, weight, weight, weight, phase.tokens, words, [])
     return x

@@ -66,7 +66,7 @@ class Site:
     factors: tuple[fx.Node, fx.Node]
     tokens: tuple[
         fx.Node, ...
-    ]  # counted tokens, or those and (idx, pos) of context and output tokens
+    ]  # counted tokens, or those and (idx, pos) of context and output tokens, or also of both
     spec: SiteSpec
     out_features: int
     in_features: int
@@ -94,7 +94,12 @@ class Site:
     def split(self) -> tuple[list[fx.Node], list[fx.Node]] | None:
         """``([idx, pos] of context tokens, [idx, pos] of output tokens)``, or None: every token is
         sparse."""
-        return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) == 5 else None
+        return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) >= 5 else None
+
+    @property
+    def unpadded(self) -> tuple[fx.Node, ...] | None:
+        """``(idx, pos)`` of all tokens but padding, or None: nothing is to be gained by it."""
+        return self.tokens[5:7] if len(self.tokens) == 7 else None
 
 
 class Heads(NamedTuple):
@@ -236,6 +241,7 @@ class Rewrite:
     options: Options
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    dense_regions: list[Region] = field(default_factory=list)  # those without a choice
     skips: list[Skip] = field(default_factory=list)
     observed: list[Observed] = field(default_factory=list)
     values: Values = field(default_factory=dict)  # set by find_regions

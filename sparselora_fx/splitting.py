@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparselora_fx.fx import tensor, with_stand_in
 from sparselora_fx.layout import same_count
 from sparselora_fx.ops import OPS
+from sparselora_fx.regions import Site
 from sparselora_fx.sinking import take_of
 
 Split = tuple[Sequence[Any], Sequence[Any]]  # [idx, pos] of context tokens, and of output tokens
@@ -17,9 +19,19 @@ Split = tuple[Sequence[Any], Sequence[Any]]  # [idx, pos] of context tokens, and
 
 def taken(graph: fx.Graph, x: fx.Node, split: Split) -> list[fx.Node]:
     """The rows of x for context tokens, and those for output tokens."""
-    channels = int(x.meta["example_value"].shape[-1])
-    takes = [take_of(graph, x, tuple(part)) for part in split]
-    return [with_stand_in(take, x, rank=2, channels=channels) for take in takes]
+    return [taken_rows(graph, x, part) for part in split]
+
+
+def taken_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[Any]) -> fx.Node:
+    """The rows of x for the tokens of one list ``[idx, pos]``."""
+    take = take_of(graph, x, tuple(tokens))
+    return with_stand_in(take, x, rank=2, channels=int(x.meta["example_value"].shape[-1]))
+
+
+def logical_weight(graph: fx.Graph, site: Site, *, cast: bool) -> fx.Node:
+    """A site's weight as ``[N, K]``; with ``cast`` in the dtype that the model casts it to."""
+    weight = graph.call_function(torch.t, (site.weight,)) if site.transposed else site.weight
+    return graph.call_method("to", (weight, site.cast)) if cast and site.cast else weight
 
 
 def merged(
@@ -29,8 +41,23 @@ def merged(
     Where token dimensions are not the batch's own, they are those of ``sizes_of``."""
     context, output = split
     whole = graph.call_function(OPS.merge_tokens.default, (y, z, *context, *output))
+    return _in_shape(graph, whole, context[1], like=like, sizes_of=sizes_of)
+
+
+def placed(
+    graph: fx.Graph, y: fx.Node, tokens: Sequence[Any], *, like: fx.Node, sizes_of: fx.Node
+) -> fx.Node:
+    """Rows y of one list ``[idx, pos]`` in place again, and zeros elsewhere, shaped as by
+    `merged`."""
+    whole = graph.call_function(OPS.place_tokens.default, (y, *tokens))
+    return _in_shape(graph, whole, tokens[1], like=like, sizes_of=sizes_of)
+
+
+def _in_shape(
+    graph: fx.Graph, whole: fx.Node, grid_node: Any, *, like: fx.Node, sizes_of: fx.Node
+) -> fx.Node:
     shaped(whole, like)
-    shape, grid = tensor(like), tensor(context[1])
+    shape, grid = tensor(like), tensor(grid_node)
     assert shape is not None and grid is not None
     if shape.dim() == 2:  # a linear on flattened tokens
         return shaped(graph.call_method("flatten", (whole, 0, -2)), like)

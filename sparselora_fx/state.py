@@ -46,6 +46,7 @@ class State:
     frozen: list[FrozenWeight]
     phase: Phase = field(default_factory=Phase)
     active: bool = True
+    padded: bool = False  # a sparse step has had padding
     inside: bool = False  # a compiled call of the model is under way
     forced: float | None = None  # the share while `ahead` compiles for it
     ahead: bool = False  # compile the levels to come before the next training call

@@ -27,15 +27,16 @@ _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay ali
 @dataclass(frozen=True)
 class Tokens:
     """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
-    ``split`` they are treated apart."""
+    ``split`` they are treated apart, and with ``padded`` padding is left out elsewhere too."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
+    padded: bool = False
 
     def tensors(self) -> list[Tensor]:
         """What a site marker carries: the counted tokens, then (if split) each list with its
-        inverse.
+        inverse, and then (if padded) that of both together.
 
         A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is
         ``int64[B, L]``. Lists are as long as no other size of the batch, lest the compiler take two
@@ -45,7 +46,12 @@ class Tokens:
 
     def _lists(self) -> list[Tensor]:
         taken: set[int] = set()
-        return [*_token_list(self.sparse, taken), *_token_list(self.dense, taken)]
+        masks = [self.sparse, self.dense, *([self.sparse | self.dense] if self.padded else [])]
+        return [tensor for mask in masks for tensor in _token_list(mask, taken)]
+
+    def has_padding(self) -> bool:
+        """Whether some token is neither sparse nor dense."""
+        return not bool((self.sparse | self.dense).all())
 
     def label_list(self, labels: Tensor, known: list[Tensor], *, shift: bool) -> list[Tensor]:
         """The list of tokens whose prediction carries loss, with its inverse.
