@@ -75,34 +75,37 @@ class Counter:
     classify: bool = False
     multiple: int = 16
     lora: int = LORA_RANK
-    known: dict[tuple[tuple[Level, ...], bool], Cost] = field(default_factory=dict)
+    known: dict[tuple[tuple[Level, ...], bool, bool], Cost] = field(default_factory=dict)
 
-    def stack(self, levels: tuple[Level, ...], *, trim: bool = False) -> Cost:
-        """FLOPs of embeddings, these layers and the head, forward and backward."""
-        if (levels, trim) not in self.known:
+    def stack(self, levels: tuple[Level, ...], *, trim: bool = False, ours: bool = False) -> Cost:
+        """FLOPs of embeddings, these layers and the head, forward and backward; with ``ours`` as a
+        part of a model that has sparse layers, if not here."""
+        ours |= any(level != DENSE for level in levels)
+        if (levels, trim, ours) not in self.known:
             model = llama(self.shape, len(levels), classify=self.classify, rank=self.lora)
             batch = batch_of(*self.batch)
             if self.classify:
                 batch["labels"] = batch["labels"][:, -1] * 0
             sparse = any(level != DENSE for level in levels)
             plan = plan_of(levels, self.tokens, self.multiple) if sparse else None
-            graphs = capture(model, batch, plan, rank=RANK, trim_logits=trim)
+            graphs = capture(model, batch, plan, rank=RANK, trim_logits=trim, lean=ours)
             vocabulary = int(self.shape["vocab_size"])
-            self.known[levels, trim] = cost_of(*graphs, vocabulary)
-        return self.known[levels, trim]
+            self.known[levels, trim, ours] = cost_of(*graphs, vocabulary)
+        return self.known[levels, trim, ours]
 
-    def middle(self, level: Level, first: Level, last: Level) -> Cost:
+    def middle(self, level: Level, first: Level, last: Level, *, ours: bool) -> Cost:
         """FLOPs that one more layer of this level adds between two others."""
         if level == DENSE:
             first = last = DENSE
-        return self.stack((first, level, last)) - self.stack((first, last))
+        return self.stack((first, level, last), ours=ours) - self.stack((first, last), ours=ours)
 
     def depth(self, levels: list[Level]) -> Cost:
         """FLOPs of a whole model, by the sum in this module's docstring."""
         first, *middle, last = levels
-        total = self.stack((first, last))
+        ours = any(level != DENSE for level in levels)
+        total = self.stack((first, last), ours=ours)
         for level in middle:
-            total += self.middle(level, first, last)
+            total += self.middle(level, first, last, ours=ours)
         return total
 
     def trimmed(self, levels: list[Level]) -> Cost:

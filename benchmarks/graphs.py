@@ -153,6 +153,7 @@ def capture(
     *,
     rank: int,
     trim_logits: bool = False,
+    lean: bool = False,
     partition: Callable[..., Any] = min_cut_rematerialization_partition,
 ) -> tuple[list[Counted], list[Counted]]:
     """Trace, rewrite and run one training step on meta tensors.
@@ -163,6 +164,8 @@ def capture(
         plan: None: plain dense LoRA, nothing rewritten.
         rank: of the estimator's factors.
         trim_logits: as in `sparselora_fx.compile`.
+        lean: hold as little for the backward as rewritten graphs do; a part of a model that has
+            sparse layers elsewhere is in one graph with these.
 
     Returns:
         The forward graphs and the backward graphs, each counted.
@@ -181,7 +184,7 @@ def capture(
         options = Options(plan.channel_multiple if plan else 16, score=SCORE)
         report = run(gm, options, PIPELINE)
         _fuse_attention(gm)
-        with saving_less() if report else contextlib.nullcontext():
+        with saving_less() if report or lean else contextlib.nullcontext():
             compiled = aot_module_simplified(
                 gm,
                 list(inputs),
