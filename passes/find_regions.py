@@ -7,8 +7,8 @@ from collections import Counter
 from torch import fx
 
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import before_flattening, op_name, reads_shape_only, tensor
-from sparselora_fx.layout import Atom, ChannelMap, channel_map, same_count
+from sparselora_fx.fx import op_name, reads_shape_only, tensor
+from sparselora_fx.layout import Atom, ChannelMap, channel_map
 from sparselora_fx.regions import (
     Attention,
     Choice,
@@ -22,6 +22,7 @@ from sparselora_fx.regions import (
     kept_channels,
 )
 from sparselora_fx.scoring import can_score
+from sparselora_fx.splitting import sees_grid
 from sparselora_fx.values import Channels, Port, Value, Values, attention_of, sources_of
 
 
@@ -57,17 +58,12 @@ def find_regions(rewrite: Rewrite) -> int:
     _drop_overlaps(found, reasons)
     for region in found:
         try:
-            _check_tokens(region)
-        except NoRegion as reason:
-            reasons |= dict.fromkeys(region.sites, str(reason))
-            continue
-        try:
-            _choose_kept(region, rewrite)
             _check_factors(region)
+            _check_tokens(region)
+            _choose_kept(region, rewrite)
             rewrite.regions.append(region)
         except NoRegion as reason:
             reasons |= dict.fromkeys(region.sites, str(reason))
-            rewrite.dense_regions.append(region)
     taken = {site for region in rewrite.regions for site in region.sites}
     for site in rewrite.sites:
         if site not in taken:
@@ -254,14 +250,7 @@ def _check_factors(region: Region) -> None:
 def _check_tokens(region: Region) -> None:
     """The batch's token lists must be about the tokens that the sites see, in their order."""
     for site in region.sites:
-        if site.split is None:
-            continue
-        x, grid = tensor(before_flattening(site.x)), tensor(site.split[0][1])
-        assert x is not None and grid is not None
-        lead = [size for size in x.shape[:-1] if not same_count((size,), ())]
-        tokens = [size for size in grid.shape if not same_count((size,), ())]
-        ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
-        if not (ordered or (len(lead) == 1 and same_count(lead, tokens))):
+        if site.split is not None and not sees_grid(site.x, site.split[0][1]):
             raise NoRegion("its tokens are not the token grid of the labels")
 
 

@@ -8,7 +8,15 @@ from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import WITHOUT_GRADIENTS, Rewrite, Site, SiteSpec, Skip, is_trainable
+from sparselora_fx.regions import (
+    DENSE,
+    WITHOUT_GRADIENTS,
+    Rewrite,
+    Site,
+    SiteSpec,
+    Skip,
+    is_trainable,
+)
 
 _WEIGHT_VIEWS = {
     "t",
@@ -48,7 +56,9 @@ def find_sites(rewrite: Rewrite) -> int:
         if weight.op != "placeholder":
             continue  # computed in the graph (a parametrization): no frozen weight any more
         found = _site(weight, args, len(by_weight[weight]))
-        if isinstance(found, Skip):
+        if args[5] == DENSE:
+            rewrite.dense += [] if isinstance(found, Skip) else [found]
+        elif isinstance(found, Skip):
             rewrite.skips.append(found)
         else:
             rewrite.sites.append(found)
@@ -98,7 +108,7 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
 def _cast_factors(site: Site) -> None:
     """Where the model casts a weight before it multiplies, its factors are cast alike."""
     dtype, graph = site.cast, site.node.graph
-    if dtype is None or site.weight in site.factors:  # a dense site has none
+    if dtype is None:
         return
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         a, b = (graph.call_method("to", (factor, dtype)) for factor in site.factors)

@@ -38,7 +38,7 @@ def sink_takes(rewrite: Rewrite) -> int:
     After:   d: [P, N] = silu(y + b);  e: [Q, N] = silu(z + b)         when nothing else reads h
     Rules:   take(f(a, b))           -> f(take(a), take(b))            f pointwise
              take(merge(y, z, c, o)) -> y or z                         (the round trip)
-             take(place(y, c), c)    -> y
+             take(place(y, c), c)    -> y                              filled with other rows or not
              take(view(a))           -> take(a)                        a view of tokens only
              take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
              take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a
@@ -59,8 +59,9 @@ def _sink(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
         parts = {source.args[2]: source.args[0], source.args[4]: source.args[1]}
         part = parts.get(lists[0])
         return Moved(part, []) if isinstance(part, fx.Node) else None
-    if source.target is _PLACE and source.args[1] is lists[0]:
-        kept: Any = source.args[0]
+    placed = source.args[1] if op_name(source) == "where" else source
+    if isinstance(placed, fx.Node) and placed.target is _PLACE and placed.args[1] is lists[0]:
+        kept: Any = placed.args[0]
         return Moved(kept, [])
     if tensor(source) is None:
         return None

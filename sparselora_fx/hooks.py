@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparselora_fx._torch import in_backward
 from sparselora_fx.errors import CompileError
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import WITHOUT_GRADIENTS, SiteSpec
+from sparselora_fx.regions import DENSE, WITHOUT_GRADIENTS
 
 
 class Mark(NamedTuple):
@@ -27,7 +27,6 @@ class Mark(NamedTuple):
     spec: str
 
 
-_DENSE = SiteSpec(0.0, 0.0).encode()
 OBSERVED = "observed"  # the spec of a site that is dense now, and whose input is observed
 
 # Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of
@@ -41,6 +40,7 @@ class Phase:
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
+        self.padded = False  # dense sites are marked too: the lists say which tokens are no padding
         self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.picked: list[Tensor] = []  # which rows to observe, while the sites' specs say so
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
@@ -79,7 +79,7 @@ def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[M
     if phase is None or not phase.sliced or not in_backward():
         return
     words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
-    dense = (_DENSE, OBSERVED)
+    dense = (DENSE, OBSERVED)
     if any(spec not in dense and weight in phase.sliced for spec, weight in words):
         raise CompileError(
             "a backward pass of this model runs its layers again, outside what torch.compile "
@@ -110,15 +110,15 @@ def _marked(module: nn.Module, x: Tensor, phase: Phase, marks: tuple[Mark, ...])
         if words == OBSERVED:
             if len(marks) == 1:  # of several weights it is not known which reads the input
                 x = OPS.observed(x, getattr(module, param), phase.picked)
-        elif words != _DENSE:
+        elif words != DENSE:
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
             known = [getattr(module, name) for name in names]
             if phase.grad and not torch.is_grad_enabled():
                 words = WITHOUT_GRADIENTS
             x = OPS.site(x, weight, factor_a, factor_b, phase.tokens, words, known)
-        elif len(phase.tokens) > 5:  # dense, but for padding; its factors are never read
+        elif phase.padded and torch.is_grad_enabled():
+            # Dense, but for padding; its factors are never read.
             weight = getattr(module, param)
-            words = WITHOUT_GRADIENTS if phase.grad and not torch.is_grad_enabled() else words
             x = OPS.site(x, weight, weight, weight, phase.tokens, words, [])
     return x

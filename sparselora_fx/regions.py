@@ -49,6 +49,9 @@ class SiteSpec:
         return SiteSpec(float(ffn), float(attention), tuple(known))
 
 
+# The words of a weight that stays dense. Its marker, if there is one, is about padding.
+DENSE = SiteSpec(0.0, 0.0).encode()
+
 # What a marker carries in place of the plan's words where gradients are off inside a call that
 # began with them.
 WITHOUT_GRADIENTS = "without gradients"
@@ -241,7 +244,7 @@ class Rewrite:
     options: Options
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
-    dense_regions: list[Region] = field(default_factory=list)  # those without a choice
+    dense: list[Site] = field(default_factory=list)  # marked for their padding alone
     skips: list[Skip] = field(default_factory=list)
     observed: list[Observed] = field(default_factory=list)
     values: Values = field(default_factory=dict)  # set by find_regions

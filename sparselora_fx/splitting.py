@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.fx import tensor, with_stand_in
+from sparselora_fx.fx import before_flattening, tensor, with_stand_in
 from sparselora_fx.layout import same_count
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Site
@@ -41,21 +41,24 @@ def merged(
     Where token dimensions are not the batch's own, they are those of ``sizes_of``."""
     context, output = split
     whole = graph.call_function(OPS.merge_tokens.default, (y, z, *context, *output))
-    return _in_shape(graph, whole, context[1], like=like, sizes_of=sizes_of)
+    return in_shape(graph, whole, context[1], like=like, sizes_of=sizes_of)
 
 
-def placed(
-    graph: fx.Graph, y: fx.Node, tokens: Sequence[Any], *, like: fx.Node, sizes_of: fx.Node
-) -> fx.Node:
-    """Rows y of one list ``[idx, pos]`` in place again, and zeros elsewhere, shaped as by
-    `merged`."""
-    whole = graph.call_function(OPS.place_tokens.default, (y, *tokens))
-    return _in_shape(graph, whole, tokens[1], like=like, sizes_of=sizes_of)
+def filled(graph: fx.Graph, y: fx.Node, tokens: Sequence[Any], *, like: fx.Node) -> fx.Node:
+    """Rows y of one list ``[idx, pos]`` in place again, as ``[B, L, N]``; elsewhere y's first row,
+    without a gradient. For where nobody reads those: a row of zeros might have a norm without a
+    derivative."""
+    place = graph.call_function(OPS.place_tokens.default, (y, *tokens))
+    held = graph.call_method("unsqueeze", (graph.call_function(torch.ge, (tokens[1], 0)), -1))
+    filler = graph.call_method("detach", (graph.call_method("narrow", (y, 0, 0, 1)),))
+    whole = graph.call_function(torch.where, (held, place, filler))
+    return shaped(whole, shaped(place, like))
 
 
-def _in_shape(
+def in_shape(
     graph: fx.Graph, whole: fx.Node, grid_node: Any, *, like: fx.Node, sizes_of: fx.Node
 ) -> fx.Node:
+    """``whole[B, L, N]`` in the shape of ``like``, as `merged` says."""
     shaped(whole, like)
     shape, grid = tensor(like), tensor(grid_node)
     assert shape is not None and grid is not None
@@ -71,3 +74,13 @@ def shaped(node: fx.Node, like: fx.Node) -> fx.Node:
     """Give a new node the example value of another."""
     node.meta["example_value"] = like.meta["example_value"]
     return node
+
+
+def sees_grid(x: fx.Node, pos: fx.Node) -> bool:
+    """Whether the rows of x are the batch's tokens ``[B, L]``, in their order."""
+    held, grid = tensor(before_flattening(x)), tensor(pos)
+    assert held is not None and grid is not None
+    lead = [size for size in held.shape[:-1] if not same_count((size,), ())]
+    tokens = [size for size in grid.shape if not same_count((size,), ())]
+    ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
+    return ordered or (len(lead) == 1 and same_count(lead, tokens))

@@ -27,16 +27,18 @@ _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay ali
 @dataclass(frozen=True)
 class Tokens:
     """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
-    ``split`` they are treated apart, and with ``padded`` padding is left out elsewhere too."""
+    ``split`` they are treated apart. ``read`` are the tokens whose rows can reach the loss through
+    attention or by themselves; ``padded``: there is, or was, padding to leave out elsewhere too."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
+    read: Tensor
     padded: bool = False
 
     def tensors(self) -> list[Tensor]:
         """What a site marker carries: the counted tokens, then (if split) each list with its
-        inverse, and then (if padded) that of both together.
+        inverse, and then (if padded) that of the tokens that are read.
 
         A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is
         ``int64[B, L]``. Lists are as long as no other size of the batch, lest the compiler take two
@@ -46,12 +48,12 @@ class Tokens:
 
     def _lists(self) -> list[Tensor]:
         taken: set[int] = set()
-        masks = [self.sparse, self.dense, *([self.sparse | self.dense] if self.padded else [])]
+        masks = [self.sparse, self.dense, *([self.read] if self.padded else [])]
         return [tensor for mask in masks for tensor in _token_list(mask, taken)]
 
     def has_padding(self) -> bool:
-        """Whether some token is neither sparse nor dense."""
-        return not bool((self.sparse | self.dense).all())
+        """Whether some token is not read."""
+        return not bool(self.read.all())
 
     def label_list(self, labels: Tensor, known: list[Tensor], *, shift: bool) -> list[Tensor]:
         """The list of tokens whose prediction carries loss, with its inverse.
@@ -109,26 +111,32 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
     if grid is None:
         return None
     mask = arguments.get("attention_mask")
-    real = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
+    shown = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
     if isinstance(mask, Tensor) and mask.shape == grid.shape:
-        real = mask.to(device=grid.device, dtype=torch.bool)
+        shown = mask.to(device=grid.device, dtype=torch.bool)
+    labels = arguments.get("labels")
+    labelled = isinstance(labels, Tensor) and labels.shape == grid.shape
+    predicting = torch.zeros_like(shown)
+    if isinstance(labels, Tensor) and labelled:
+        # Also where the mask hides the token: behind padding on the left the first label is
+        # predicted by a padding token, and the loss reads that prediction. What such a token
+        # attends to is the model's affair: padding, perhaps.
+        predicting = _predicting(labels.to(grid.device), shift=shift)
+    real = shown | predicting
     dense = torch.zeros_like(real)
     split = callable(plan.tokens)
     if callable(plan.tokens):
         dense = real & ~_user_mask(plan.tokens, arguments, real)
-    labels = arguments.get("labels")
-    if plan.tokens == "context" and isinstance(labels, Tensor) and labels.shape == grid.shape:
-        # Also where the mask hides the token: behind padding on the left the first label is
-        # predicted by a padding token, and the loss reads that prediction.
-        dense = _predicting(labels.to(grid.device), shift=shift)
+    if plan.tokens == "context" and labelled:
+        dense = predicting
         split = True
     if plan.sparse_outputs:
         count = dense.cumsum(dim=1) * plan.sparse_outputs
         dense = dense & ~(count.floor() > (count - plan.sparse_outputs).floor())
     if plan.sink_tokens:
-        dense = dense | (real & (_places(real, arguments) < plan.sink_tokens))
+        dense = dense | (shown & (_places(shown, arguments) < plan.sink_tokens))
         split = True
-    return Tokens(real & ~dense, dense, split)
+    return Tokens(real & ~dense, dense, split, shown | (real & ~shown).any())
 
 
 def _grid(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from test_flops import BATCH, SHAPE
-from torch import fx
+from torch import Tensor, fx
 
 from benchmarks.graphs import Counted, batch_of, capture, llama
 from benchmarks.published import RANK, plan_of
@@ -29,7 +29,8 @@ def calls(graphs: list[Counted], *words: str) -> list[fx.Node]:
 def rank_wide(graphs: list[Counted]) -> list[fx.Node]:
     """Matmuls whose result is as wide as the factors' rank: they project on factors."""
     nodes = [n for g in graphs for n in g.module.graph.nodes if g.flops.get(n)]
-    return [n for n in nodes if n.meta["val"].shape[-1:] == (RANK,)]
+    made = [(n, n.meta["val"]) for n in nodes]  # attention makes a tuple
+    return [n for n, val in made if isinstance(val, Tensor) and val.shape[-1:] == (RANK,)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_sinking import rewritten
-from test_tokens import by_token, predicting, ragged
+from test_tokens import IGNORED, by_token, predicting
+from test_tokens import ragged as ragged_prompts
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -17,6 +18,14 @@ import sparselora_fx as slx
 from sparselora_fx.ops import OPS
 
 FIRST = {"layers.0": 0.5}  # the second layer is dense
+
+
+def ragged(*shape: int, **options: Any) -> dict[str, Any]:
+    """As for all tests, but that no padding predicts a label: it would have to be computed."""
+    data = ragged_prompts(*shape, **options)
+    behind = data["attention_mask"].cumsum(dim=1) > 1
+    data["labels"] = torch.where(behind, data["labels"], IGNORED)
+    return data
 
 
 def plan_of(key: str = "layers.0") -> slx.SparsityPlan:
@@ -35,7 +44,9 @@ def gpt2() -> nn.Module:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",
     )  # fmt: skip
     lora = oracle.lora_config(("c_attn", "c_proj", "c_fc"))
-    return oracle.randomise(get_peft_model(GPT2LMHeadModel(config), lora)).double().train()
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # named, lest the graph break before the loss to warn
+    return oracle.randomise(get_peft_model(model, lora)).double().train()
 
 
 @pytest.mark.parametrize("left", [False, True])

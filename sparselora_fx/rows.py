@@ -1,0 +1,165 @@
+"""Which rows of a graph's values are read: those of every token, or those of one list alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparselora_fx.fx import (
+    argument,
+    axis_argument,
+    changes_input,
+    is_pointwise,
+    op_name,
+    reads_shape_only,
+    tensor,
+)
+from sparselora_fx.layout import same_count
+from sparselora_fx.movement import order_of
+from sparselora_fx.ops import OPS
+from sparselora_fx.values import CASTS, NORMS, PERMUTES, REDUCTIONS, RESHAPES
+
+_TAKES = (OPS.take_tokens.default, OPS.unplace_tokens.default)
+ATTENTION = "scaled_dot_product_attention"
+MATMULS = ("matmul", "bmm")
+EXPANDS = ("expand", "broadcast_to", "expand_as")
+_SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes")
+
+Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
+Needs = tuple[int, Lists]  # a token axis, and the only list whose rows matter along it
+Rows = dict[fx.Node, Needs]
+End = Callable[[fx.Node, fx.Node], Needs | None]
+NOTHING: Needs = (-1, ())  # what a user needs whose result reaches nothing that matters
+
+
+def read_rows(graph: fx.Graph, end: End) -> Rows:
+    """The nodes of which only the rows of one token list can reach the graph's outputs.
+
+    ``end(user, node)`` says what a user needs of a node by itself, as a `take_tokens` does; None:
+    that follows from what is needed of the user. A token axis of flattened tokens counts as one of
+    ``[B, L]``: it is the last of the dimensions that tokens take up.
+    """
+    rows: Rows = {}
+    dead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        live = [user for user in node.users if user not in dead]
+        readers = [user for user in live if not reads_shape_only(user, node)]
+        needs = {end(user, node) or _needed(user, node, rows) for user in readers} - {NOTHING}
+        if not needs and len(readers) == len(live) and not changes_input(node):
+            dead.add(node)
+        if len(needs) == 1 and (only := needs.pop()) is not None:
+            rows[node] = only
+    return rows
+
+
+def taken_by(user: fx.Node, node: fx.Node) -> Needs | None:
+    """What a `take_tokens` needs of its input ``[B, L, N]`` or ``[B * L, N]``."""
+    x = tensor(node)
+    takes = user.target in _TAKES and user.args[0] is node and x is not None and x.dim() in (2, 3)
+    return (x.dim() - 2, user.args[1:]) if takes and x is not None else None
+
+
+def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
+    """The rows of a node that a user of it needs, by what is needed of the user; None: all, or
+    unknown."""
+    if user not in rows or changes_input(user):
+        return None
+    axis, lists = rows[user]
+    x, out = tensor(node), tensor(user)
+    if x is None:  # the pieces of a split
+        return (axis, lists) if op_name(node) in _SPLITS and op_name(user) == "getitem" else None
+    if op_name(user) in _SPLITS:
+        return None if axis_argument(user, 2, "dim", x.dim()) == axis else (axis, lists)
+    source = None if out is None else _source_axis(user, node, x, out, axis)
+    return None if source is None else (source, lists)
+
+
+def _source_axis(
+    user: fx.Node, node: fx.Node, x: torch.Tensor, out: torch.Tensor, axis: int
+) -> int | None:
+    """The axis of x along which row i alone makes row i of ``out`` along ``axis``; None if there is
+    none."""
+    name, rank = op_name(user), out.dim()
+    if name in PERMUTES:
+        order = order_of(user, name, x.dim())
+        return None if order is None else order[axis]
+    if name in RESHAPES:
+        return _before_reshape(x, out, axis)
+    if name == "getitem":
+        return _before_index(user, x, axis)
+    if x.dim() != rank or not _same(x.shape[axis : axis + 1], out.shape[axis : axis + 1]):
+        return None
+    keeps = (
+        name in CASTS
+        or name in EXPANDS
+        or (name in ("cat", "concat") and axis_argument(user, 1, "dim", rank) != axis)
+        or (name == "softmax" and axis_argument(user, 1, "dim", rank, -1) != axis)
+        or (name in NORMS and rank - len(argument(user, 1, "normalized_shape")) > axis)
+        or (name in REDUCTIONS and _along_last(user, name, rank) and axis < rank - 1)
+        or (name == "linear" and _is_only(user, node, "input") and axis < rank - 1)
+        or (name == "addmm" and _is_only(user, node, "mat1", place=1) and axis == 0)
+        or (name in MATMULS and _is_only(user, node, "input") and axis == rank - 2)
+        or (name == ATTENTION and _is_only(user, node, "query") and axis == rank - 2)
+        or name == "dropout"
+        or is_pointwise(user)
+    )
+    return axis if keeps else None
+
+
+def _before_reshape(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
+    """Where the token axis was before a reshape: what follows it stays, or what comes before it."""
+    lead, tail = axis + 1, out.dim() - axis - 1
+    source = x.dim() - tail - 1
+    if tail and source >= 0 and _same(x.shape[source + 1 :], out.shape[axis + 1 :]):
+        same = _same(x.shape[source : source + 1], out.shape[axis : axis + 1])
+        flat = 0 in (axis, source) and _lead(x, source) == _lead(out, axis)
+        if same or flat:
+            return source
+    kept = x.dim() > lead and out.dim() > lead and _same(x.shape[:lead], out.shape[:lead])
+    return axis if kept else None
+
+
+def _lead(x: torch.Tensor, axis: int) -> Any:
+    """How many rows there are up to an axis."""
+    count: Any = 1
+    for size in x.shape[: axis + 1]:
+        count = count * size
+    return count
+
+
+def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
+    """Where the token axis was before ``x[key]``, if the key leaves its places as they are."""
+    key = user.args[1]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(not (k is None or k is Ellipsis or isinstance(k, slice)) for k in keys):
+        return None
+    spare = x.dim() - sum(isinstance(k, slice) for k in keys)
+    at = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
+    keys = [*keys[:at], *[slice(None)] * spare, *keys[at + 1 :]]
+    chosen = keys[axis]
+    if chosen is None or chosen.start not in (None, 0) or chosen.step not in (None, 1):
+        return None
+    return axis - keys[:axis].count(None)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return all(map(same_count, zip(left, strict=True), zip(right, strict=True)))
+
+
+def _along_last(user: fx.Node, name: str, rank: int) -> bool:
+    """Whether a reduction is over the last dimension alone."""
+    dim = argument(user, 2 if "norm" in name else 1, "dim")
+    dims = list(dim) if isinstance(dim, tuple | list) else [dim]
+    return len(dims) == 1 and isinstance(dims[0], int) and dims[0] % rank == rank - 1
+
+
+def _is_only(user: fx.Node, node: fx.Node, name: str, place: int = 0) -> bool:
+    """Whether a node is one argument of a call and none of the others."""
+    others = [*user.args[:place], *user.args[place + 1 :]]
+    others += [v for k, v in user.kwargs.items() if k != name]
+    return argument(user, place, name) is node and node not in others
