@@ -10,22 +10,26 @@ from torch import fx
 from sparselora_fx.fx import argument, op_name, tensor, writes
 from sparselora_fx.regions import Rewrite
 
+_INPUT_IS_NOT_FIRST = ("where", "searchsorted")  # of functions with an argument "input"
 _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
 
 
 def canonicalize(rewrite: Rewrite) -> int:
-    """Erase casts to the dtype a tensor already has and dropout that is off; write a buffer that is
-    filled slice by slice as a concatenation. Returns the changes.
+    """Pass a function's ``input`` and ``other`` by position; erase casts to the dtype a tensor
+    already has and dropout that is off; write a buffer that is filled slice by slice as a
+    concatenation. Returns the changes.
 
-    Before:  y: f32 = linear(x, w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0);  v = silu(u)
+    Before:  y: f32 = linear(input=x, weight=w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0)
+             v = silu(u)
              k = new_empty(..., m + n);  k[..., :m].copy_(a);  k[..., m:].copy_(b)
-    After:   y: f32 = linear(x, w);  v = silu(y)
+    After:   y: f32 = linear(x, weight=w);  v = silu(y)
              k = cat((a, b), -1)
     Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
              dropout that is off).
     """
     erased = 0
     for node in rewrite.graph.nodes:
+        erased += _pass_by_position(node)
         if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             rewrite.graph.erase_node(node)
@@ -34,6 +38,18 @@ def canonicalize(rewrite: Rewrite) -> int:
         if op_name(node) in ("new_empty", "empty", "empty_like"):
             erased += _filled_to_cat(rewrite.graph, node)
     return erased
+
+
+def _pass_by_position(node: fx.Node) -> bool:
+    if node.op != "call_function" or op_name(node) in _INPUT_IS_NOT_FIRST:
+        return False
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for place, name in enumerate(("input", "other")):
+        if len(args) == place and name in kwargs:
+            args.append(kwargs.pop(name))
+    moved = len(args) > len(node.args)
+    node.args, node.kwargs = tuple(args), kwargs
+    return moved
 
 
 def _filled_to_cat(graph: fx.Graph, buffer: fx.Node) -> bool:

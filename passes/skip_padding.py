@@ -58,18 +58,19 @@ def _read_rows(rewrite: Rewrite, site: Site) -> Rows:
     counted, pos = site.token_weight, real[1]
     losses = [n for n in rewrite.graph.nodes if _is_loss(n, pos)]
 
-    def end(user: fx.Node, node: fx.Node) -> Needs | None:
+    def end(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
         x = tensor(node)
         if x is None:
             return None
         if user.op == "output":
             return NOTHING if losses and x.dim() > 0 else None
-        if taken_by(user, node) or _counts(user, node, counted):
+        if taken_by(user, node, rows) or _counts(user, node, counted):
             return (x.dim() - 2, real)
         if user in losses and argument(user, 0, "input") is node:
             return (0, real) if x.dim() == 2 else None
-        hides = op_name(user) == ATTENTION and argument(user, 0, "query") is not node
-        return (x.dim() - 2, real) if hides and _hides_padding(user, node, pos) else None
+        # A row of padding may attend to padding: its own result must be unread, too.
+        hides = user in rows and op_name(user) == ATTENTION and _hides_padding(user, node, pos)
+        return (x.dim() - 2, real) if hides else None
 
     return read_rows(rewrite.graph, end)
 
@@ -98,7 +99,7 @@ def _hides_padding(attention: fx.Node, node: fx.Node, pos: Any) -> bool:
     """Whether a fused attention has a mask that is made from the batch's ``[B, L]``, and reads a
     node as its keys or values."""
     mask = argument(attention, 3, "attn_mask")
-    if not isinstance(mask, fx.Node) or node is mask:
+    if not isinstance(mask, fx.Node) or node in (mask, argument(attention, 0, "query")):
         return False
     held, keys = tensor(mask), tensor(argument(attention, 1, "key"))
     if held is None or keys is None or not same_count(held.shape[-1:], keys.shape[-2:-1]):

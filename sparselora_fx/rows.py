@@ -31,16 +31,17 @@ _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes")
 Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
 Needs = tuple[int, Lists]  # a token axis, and the only list whose rows matter along it
 Rows = dict[fx.Node, Needs]
-End = Callable[[fx.Node, fx.Node], Needs | None]
+End = Callable[[fx.Node, fx.Node, Rows], Needs | None]
 NOTHING: Needs = (-1, ())  # what a user needs whose result reaches nothing that matters
 
 
 def read_rows(graph: fx.Graph, end: End) -> Rows:
     """The nodes of which only the rows of one token list can reach the graph's outputs.
 
-    ``end(user, node)`` says what a user needs of a node by itself, as a `take_tokens` does; None:
-    that follows from what is needed of the user. A token axis of flattened tokens counts as one of
-    ``[B, L]``: it is the last of the dimensions that tokens take up.
+    ``end(user, node, rows)`` says what a user needs of a node by itself, as a `take_tokens` does;
+    None: that follows from what is needed of the user. The rows of later nodes are known. A token
+    axis of flattened tokens counts as one of ``[B, L]``: it is the last of the dimensions that
+    tokens take up.
     """
     rows: Rows = {}
     dead: set[fx.Node] = set()
@@ -49,7 +50,7 @@ def read_rows(graph: fx.Graph, end: End) -> Rows:
             continue
         live = [user for user in node.users if user not in dead]
         readers = [user for user in live if not reads_shape_only(user, node)]
-        needs = {end(user, node) or _needed(user, node, rows) for user in readers} - {NOTHING}
+        needs = {end(user, node, rows) or _needed(user, node, rows) for user in readers} - {NOTHING}
         if not needs and len(readers) == len(live) and not changes_input(node):
             dead.add(node)
         if len(needs) == 1 and (only := needs.pop()) is not None:
@@ -57,7 +58,7 @@ def read_rows(graph: fx.Graph, end: End) -> Rows:
     return rows
 
 
-def taken_by(user: fx.Node, node: fx.Node) -> Needs | None:
+def taken_by(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     """What a `take_tokens` needs of its input ``[B, L, N]`` or ``[B * L, N]``."""
     x = tensor(node)
     takes = user.target in _TAKES and user.args[0] is node and x is not None and x.dim() in (2, 3)
@@ -134,8 +135,8 @@ def _lead(x: torch.Tensor, axis: int) -> Any:
 
 def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
     """Where the token axis was before ``x[key]``, if the key leaves its places as they are."""
-    key = user.args[1]
-    keys = list(key) if isinstance(key, tuple) else [key]
+    key: Any = user.args[1]
+    keys: list[Any] = list(key) if isinstance(key, tuple) else [key]
     if any(not (k is None or k is Ellipsis or isinstance(k, slice)) for k in keys):
         return None
     spare = x.dim() - sum(isinstance(k, slice) for k in keys)

@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from test_sinking import rewritten
 from test_tokens import IGNORED, by_token, predicting
@@ -156,3 +157,77 @@ def test_compiled_by_inductor() -> None:
         reference = oracle.llama(layers=2)
         by_token(reference, record, predicting(data), "dense")
         oracle.assert_close(got, oracle.step(reference, {**data, "use_cache": False}), 1e-4)
+
+
+class Mixing(nn.Module):
+    """A projection behind which neighbouring tokens are mixed, padding or not."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y + 0.3 * F.pad(y[:, 1:], (0, 0, 0, 1))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_rows_that_are_mixed_are_kept(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears before a reader that mixes rows compute padding; those after it do not."""
+
+    def model_of() -> nn.Module:
+        model = oracle.llama(layers=3, dtype=torch.float64)
+        block = model.get_base_model().model.layers[layer]
+        block.mlp.down_proj = Mixing(block.mlp.down_proj)
+        return model
+
+    data, plan = ragged(), plan_of("layers.1")
+    _, report = rewritten(monkeypatch, model_of(), data, plan)
+    assert report.counts["skip_padding"] == (7 if layer == 0 else 0)
+    model = model_of()
+    got = oracle.run_compiled(model, data, plan)
+    by_token(model, got.record, predicting(data), "dense")
+    expected = oracle.step(model, {**data, "use_cache": False})
+    if layer == 0:
+        oracle.assert_close(got, expected, 1e-9)
+
+
+def test_attention_written_out_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    model.get_base_model().set_attn_implementation("eager")
+    _, report = rewritten(monkeypatch, model, ragged(), plan_of("layers.0"))
+    assert report.counts["skip_padding"] == 5  # all but its keys and values
+
+
+def test_padding_that_predicts_a_label_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ragged_prompts(left=True)
+    _, report = rewritten(monkeypatch, llama(), data, plan_of())
+    assert report.counts["skip_padding"] == 0
+
+
+class Gated(nn.Module):
+    """A feed-forward block with one more gate, which is frozen and dense."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.side = nn.Linear(48, 1, dtype=torch.float64).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+        return self.mlp.down_proj(hidden * torch.sigmoid(self.side(x)))
+
+
+def test_a_gate_beside_a_sparse_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region that reads what a dense linear returns is found with padding as without."""
+    torch.manual_seed(0)
+    sparse = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 0.5)
+    found = []
+    for samples in (1, 3):
+        model = oracle.llama(layers=1, dtype=torch.float64)
+        block = model.get_base_model().model.layers[0]
+        block.mlp = Gated(block.mlp)
+        plan = slx.SparsityPlan(sparse, start_step=0, channel_multiple=1)
+        _, report = rewritten(monkeypatch, model, ragged(samples), plan)
+        found.append([region.kind for region in report.regions])
+    assert found[0] == found[1] == ["ffn"]

@@ -189,3 +189,26 @@ def test_compiled_by_inductor() -> None:
         reference = oracle.llama(layers=2, targets=PAPER)
         by_token(reference, record, predicting(data), "dense")
         oracle.assert_close(got, oracle.step(reference, {**data, "use_cache": False}), 1e-4)
+
+
+class Spelled(nn.Module):
+    """A down-projection with its adapter, every argument passed by its name."""
+
+    def __init__(self, peft: nn.Module) -> None:
+        super().__init__()
+        self.base = peft.base_layer
+        self.a, self.b = (side["default"].weight for side in (peft.lora_A, peft.lora_B))
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = F.linear(input=F.dropout(input=x, p=0.1), weight=self.a)
+        scaled = torch.div(input=F.linear(input=narrow, weight=self.b), other=3.0)
+        return torch.add(input=self.base(x), other=scaled)
+
+
+@pytest.mark.parametrize("tokens", ["all", "context"])
+def test_arguments_passed_by_name(tokens: str) -> None:
+    model = oracle.llama(targets=PAPER, dtype=torch.float64)
+    for name, module in list(model.named_modules()):
+        if name.endswith("mlp"):
+            module.down_proj = Spelled(module.down_proj)
+    compare(model, tokens)

@@ -41,6 +41,16 @@ def test_a_plan_that_keeps_every_channel_is_plain_compile() -> None:
     assert "k rounds up to all of its channels" in slx.explain(model)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.05])
+def test_padding_changes_nothing_either(level: float) -> None:
+    """Tokens are split, and some are padding: nothing is left out of a model without a choice."""
+    model, data = oracle.llama(layers=2), oracle.batch(padding=3)
+    data["labels"][:, :4] = -100
+    expected = oracle.plain_compiled_step(model, data, "aot_eager")
+    plan = slx.SparsityPlan({"mlp": level}, start_step=0, channel_multiple=112)
+    oracle.assert_identical(oracle.run_compiled(model, data, plan), expected)
+
+
 def logits(model: nn.Module, data: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**data).logits
