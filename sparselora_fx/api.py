@@ -58,7 +58,7 @@ def compile(
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
         trim_logits: in sparse steps compute what follows the last attention only for tokens whose
             prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
-    What is compiled of it is restored first. Training calls get `use_cache=False` unless told.
+    What is compiled of it is restored first. Sparse calls get `use_cache=False` unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.

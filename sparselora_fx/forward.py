@@ -81,11 +81,13 @@ class CompiledForward:
         arguments = call_arguments(self.base_forward, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
-        self._set_phase(arguments)
+        sliced = self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         stepping = self.model.training or state.measured is not None
-        if self.cacheable and stepping and unset:
-            kwargs["use_cache"] = False  # a step reads no cache; with one, keys would escape
+        if self.cacheable and stepping and unset and (sliced or self._is_in_parts()):
+            # A step reads no cache, and with one, keys would escape. A dense graph is left as it
+            # is: another one may be compiled to other roundings.
+            kwargs["use_cache"] = False
         # Blocks compiled one by one run compiled in a recomputation too.
         state.phase.grad = torch.is_grad_enabled() and not state.blocks
         state.inside = True
@@ -96,8 +98,17 @@ class CompiledForward:
         finally:
             state.inside = False
 
-    def _set_phase(self, arguments: Mapping[str, Any]) -> None:
-        """Decide what this call is: dense, or sparse at some level on some tokens."""
+    def _is_in_parts(self) -> bool:
+        """Whether blocks are compiled, measured or checkpointed one by one, where a cache that they
+        write to makes each another graph (or, checkpointed, is switched off with a warning)."""
+        apart = bool(self.state.blocks) or self.state.measured is not None
+        return apart or any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
+
+    def _set_phase(self, arguments: Mapping[str, Any]) -> bool:
+        """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
+        any linear may be sliced."""
         state, phase = self.state, self.state.phase
         share = state.share() if self.model.training else 0.0
         share = 1.0 if state.measured else share
@@ -125,6 +136,7 @@ class CompiledForward:
         phase.shift, phase.labels = self.shift, []
         if self.trim_logits and sparse and tokens is not None:
             phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
+        return sparse and any(max(own) > 0 for own in state.sparsity.values())
 
     def _observe(self, tokens: Tokens | None, arguments: Mapping[str, Any]) -> list[Tensor]:
         """What is observed of a dense call. Calls that compile ahead, and those without gradients,
