@@ -35,7 +35,7 @@ def join_adapters(rewrite: Rewrite) -> int:
     for node in order:
         if is_down_projection(node, weights):
             start = sum(i < order[node] for i in written)
-            groups.setdefault((_source(argument(node, 0, "input")), start), []).append(node)
+            groups.setdefault((_source(node.args[0]), start), []).append(node)
     joined = 0
     for group in groups.values():
         if len(group) > 1:
@@ -51,7 +51,7 @@ def _may_write(node: fx.Node) -> bool:
 
 def _source(x: fx.Node) -> Any:
     """What tells one input from another: the node, or for a cast what it casts to what."""
-    if op_name(x) in CASTS and x.args and isinstance(x.args[0], fx.Node):
+    if op_name(x) in CASTS and isinstance(x.args[0], fx.Node):
         return (x.args[0], x.op, x.target, tuple(x.args[1:]), tuple(sorted(x.kwargs.items())))
     return x
 

@@ -48,7 +48,7 @@ def skip_zeros(rewrite: Rewrite) -> int:
     sliced = 0
     for node in list(rewrite.graph.nodes):
         if is_down_projection(node, weights):
-            zeros = _zeros(argument(node, 0, "input"), known)
+            zeros = _zeros(node.args[0], known)
             if zeros is not None:
                 _slice(rewrite.graph, node, zeros)
                 sliced += 1
@@ -56,7 +56,8 @@ def skip_zeros(rewrite: Rewrite) -> int:
 
 
 def _slice(graph: fx.Graph, node: fx.Node, zeros: _Zeros) -> None:
-    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    x: Any = node.args[0]
+    weight = argument(node, 1, "weight")
 
     def sliced(part: fx.Node) -> fx.Node:
         kept = graph.call_function(OPS.gather_channels.default, (part, zeros.idx))
@@ -95,7 +96,7 @@ def _find_zeros(node: fx.Node, known: dict[fx.Node, _Zeros | None]) -> _Zeros | 
     if tensor(node) is None:
         return None
     if op_name(node) in CASTS or op_name(node) == "dropout" or keeps_last(node):
-        return _zeros(argument(node, 0, "input"), known)
+        return _zeros(node.args[0], known)
     if op_name(node) == "getitem":
         return _of_slice(node, known)
     for operand in node.all_input_nodes:
@@ -113,7 +114,7 @@ def _keeps_zeros(node: fx.Node, operand: fx.Node) -> bool:
     if op_name(node) == "mul":
         return True
     if op_name(node) in ("div", "true_divide", "truediv"):
-        return argument(node, 0, "input") is operand
+        return node.args[0] is operand
     return node.all_input_nodes == [operand] and _is_zero_at_zero(node)
 
 

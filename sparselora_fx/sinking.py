@@ -93,7 +93,7 @@ def keeps_last(node: fx.Node) -> bool:
     """Whether a node is a reshape that moves tokens only."""
     if op_name(node) not in ("view", "reshape", "flatten", "unsqueeze", "squeeze"):
         return False
-    before, after = tensor(argument(node, 0, "input")), tensor(node)
+    before, after = tensor(node.args[0]), tensor(node)
     if before is None or after is None or min(before.dim(), after.dim()) < 2:
         return False
     return before.shape[-1] == after.shape[-1] and isinstance(before.shape[-1], int)
@@ -135,11 +135,7 @@ def _piece_of(split: fx.Node, key: int) -> tuple[fx.Node, int, int] | None:
 def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
     """The random mask (with its scale) of a dropout, drawn once, where and as the dropout itself
     would draw it."""
-    if (
-        not source.args
-        or argument(source, 3, "inplace", False) is not False
-        or "sparselora_mask_of" in source.meta
-    ):
+    if argument(source, 3, "inplace", False) is not False or "sparselora_mask_of" in source.meta:
         return None
     known = source.meta.get("sparselora_mask")
     if isinstance(known, fx.Node):
@@ -172,7 +168,7 @@ def _rows_of(node: fx.Node) -> fx.Node:
             grid: Any = node.args[3]
             return grid  # type: ignore[no-any-return]
         if name in ("linear", "sliced_linear", "scatter_channels") or slice_of(node):
-            before: Any = argument(node, 0, "input")
+            before: Any = node.args[0]
         elif is_pointwise(node):
             before = next((n for n in inputs if _same_rows(n, node)), None)
         else:
