@@ -56,6 +56,8 @@ def find_sites(rewrite: Rewrite) -> int:
         if weight.op != "placeholder":
             continue  # computed in the graph (a parametrization): no frozen weight any more
         found = _site(weight, args, len(by_weight[weight]))
+        if isinstance(found, Site):
+            found.padding_unread = found.node in rewrite.padding_unread
         if args[5] == DENSE:
             rewrite.dense += [] if isinstance(found, Skip) else [found]
         elif isinstance(found, Skip):

@@ -6,7 +6,7 @@ from torch import fx
 
 from sparselora_fx.fx import op_name, tensor
 from sparselora_fx.regions import Rewrite
-from sparselora_fx.rows import ATTENTION, MATMULS, Lists, Rows, read_rows, taken_by
+from sparselora_fx.rows import ATTENTION, MATMULS, NOTHING, Lists, Rows, read_rows, taken_by
 from sparselora_fx.sinking import take_of
 from sparselora_fx.splitting import filled
 
@@ -36,9 +36,9 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
     """Whether a node ``[B, L, N]`` is what attention makes its heads of: takes move no further down
     than here."""
     example = tensor(node)
-    if example is None or example.dim() != 3 or rows[node][0] != 1:
+    if example is None or example.dim() != 3 or rows[node][0] != 1 or node.op == "placeholder":
         return False
-    inner = [user for user in node.users if user in rows]
+    inner = [user for user in node.users if rows.get(user, NOTHING) != NOTHING]
     ends = (ATTENTION, *MATMULS)
     return any(tensor(u).dim() != 3 or op_name(u) in ends for u in inner)  # type: ignore[union-attr]
 

@@ -126,12 +126,13 @@ class CompiledForward:
             state.set_sparsity(state.measured)
         else:
             state.set_share(share if sparse else 0.0, observed=observed)
-        # Blocks that are compiled one by one do not see who reads their rows.
-        if sparse and tokens is not None and not state.blocks and state.measured is None:
+        if sparse and tokens is not None and tokens.split:
             # Once and for all: a graph for batches without padding would be one more to compile.
             state.padded |= tokens.has_padding()
             tokens = replace(tokens, padded=state.padded)
-        phase.padded = tokens is not None and tokens.padded and tokens.split
+        # Blocks that are compiled one by one do not see who reads their rows.
+        whole = not state.blocks and state.measured is None
+        phase.padded = whole and tokens is not None and tokens.padded
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
         phase.shift, phase.labels = self.shift, []
         if self.trim_logits and sparse and tokens is not None:

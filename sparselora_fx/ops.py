@@ -21,6 +21,7 @@ from sparselora_fx import checks
 
 LIBRARY = torch.library.Library("sparselora", "DEF")
 OPS = torch.ops.sparselora
+MARKERS = ("site", "label_rows", "observed")  # identities that carry words into a traced graph
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 Body = Callable[..., Tensor]
 

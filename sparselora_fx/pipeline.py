@@ -15,12 +15,13 @@ from torch import fx
 
 from sparselora_fx import _torch
 from sparselora_fx.fx import bodies, op_name
+from sparselora_fx.ops import MARKERS
+from sparselora_fx.padding import padding_unread
 from sparselora_fx.regions import Observed, Options, Region, Rewrite
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[[Rewrite], int]
-_MARKERS = ("site", "label_rows", "observed")  # a graph with none is left to the backend untouched
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphRe
     """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
     is marked in it."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    _rewrite_all(gm, options, passes, rewrites)
+    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm))
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})
@@ -106,13 +107,14 @@ def _rewrite_all(
     options: Options,
     passes: Sequence[Pass],
     rewrites: dict[fx.GraphModule, Rewrite],
+    padding: frozenset[fx.Node],
 ) -> None:
     for _, body, _ in bodies(gm):
         if body not in rewrites:
-            _rewrite_all(body, options, passes, rewrites)
-    if not any(op_name(node) in _MARKERS for node in gm.graph.nodes):
+            _rewrite_all(body, options, passes, rewrites, padding)
+    if not any(op_name(node) in MARKERS for node in gm.graph.nodes):
         return
-    rewrite = rewrites[gm] = Rewrite(gm, options)
+    rewrite = rewrites[gm] = Rewrite(gm, options, padding)
     for step in passes:
         start = time.perf_counter()
         changes = step(rewrite)

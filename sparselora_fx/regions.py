@@ -69,10 +69,11 @@ class Site:
     factors: tuple[fx.Node, fx.Node]
     tokens: tuple[
         fx.Node, ...
-    ]  # counted tokens, or those and (idx, pos) of context and output tokens, or also of both
+    ]  # counted tokens, perhaps (idx, pos) of context and output tokens, perhaps of two more
     spec: SiteSpec
     out_features: int
     in_features: int
+    padding_unread: bool = False  # whether no row of padding in what it returns reaches a loss
     known: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.known` names
     adapter_adds: dict[fx.Node, fx.Node] = field(
         default_factory=dict
@@ -95,14 +96,17 @@ class Site:
 
     @property
     def split(self) -> tuple[list[fx.Node], list[fx.Node]] | None:
-        """``([idx, pos] of context tokens, [idx, pos] of output tokens)``, or None: every token is
-        sparse."""
-        return (list(self.tokens[1:3]), list(self.tokens[3:5])) if len(self.tokens) >= 5 else None
+        """``([idx, pos] of context tokens, [idx, pos] of dense tokens)``, or None: every token is
+        sparse. Dense are output tokens and, unless nobody reads it, padding."""
+        if len(self.tokens) < 5:
+            return None
+        read = len(self.tokens) == 9 and not self.padding_unread
+        return list(self.tokens[1:3]), list(self.tokens[7:9] if read else self.tokens[3:5])
 
     @property
     def unpadded(self) -> tuple[fx.Node, ...] | None:
-        """``(idx, pos)`` of all tokens but padding, or None: nothing is to be gained by it."""
-        return self.tokens[5:7] if len(self.tokens) == 7 else None
+        """``(idx, pos)`` of all tokens but padding, or None: there is none, or it is read."""
+        return self.tokens[5:7] if len(self.tokens) == 9 and self.padding_unread else None
 
 
 class Heads(NamedTuple):
@@ -242,6 +246,7 @@ class Rewrite:
 
     gm: fx.GraphModule
     options: Options
+    padding_unread: frozenset[fx.Node] = frozenset()  # as `padding.padding_unread` says
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     dense: list[Site] = field(default_factory=list)  # marked for their padding alone

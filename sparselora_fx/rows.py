@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from sparselora_fx.fx import (
 )
 from sparselora_fx.layout import same_count
 from sparselora_fx.movement import order_of
-from sparselora_fx.ops import OPS
+from sparselora_fx.ops import MARKERS, OPS
 from sparselora_fx.values import CASTS, NORMS, PERMUTES, REDUCTIONS, RESHAPES
 
 _TAKES = (OPS.take_tokens.default, OPS.unplace_tokens.default)
@@ -36,7 +36,7 @@ NOTHING: Needs = (-1, ())  # what a user needs whose result reaches nothing that
 
 
 def read_rows(graph: fx.Graph, end: End) -> Rows:
-    """The nodes of which only the rows of one token list can reach the graph's outputs.
+    """The nodes of which only the rows of one token list can reach the graph's outputs, or nothing.
 
     ``end(user, node, rows)`` says what a user needs of a node by itself, as a `take_tokens` does;
     None: that follows from what is needed of the user. The rows of later nodes are known. A token
@@ -44,18 +44,22 @@ def read_rows(graph: fx.Graph, end: End) -> Rows:
     tokens take up.
     """
     rows: Rows = {}
-    dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("get_attr", "output"):
             continue
-        live = [user for user in node.users if user not in dead]
+        live = [user for user in node.users if rows.get(user) != NOTHING]
         readers = [user for user in live if not reads_shape_only(user, node)]
-        needs = {end(user, node, rows) or _needed(user, node, rows) for user in readers} - {NOTHING}
-        if not needs and len(readers) == len(live) and not changes_input(node):
-            dead.add(node)
-        if len(needs) == 1 and (only := needs.pop()) is not None:
-            rows[node] = only
+        need = common(end(user, node, rows) or _needed(user, node, rows) for user in readers)
+        unread = len(readers) == len(live) and not changes_input(node)
+        if need is not None and (need != NOTHING or unread):
+            rows[node] = need
     return rows
+
+
+def common(needs: Iterable[Needs | None]) -> Needs | None:
+    """What satisfies several needs; None: all rows."""
+    found = set(needs) - {NOTHING}
+    return NOTHING if not found else found.pop() if len(found) == 1 else None
 
 
 def taken_by(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
@@ -70,6 +74,8 @@ def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     unknown."""
     if user not in rows or changes_input(user):
         return None
+    if op_name(user) in MARKERS:
+        return rows[user] if user.args[0] is node else NOTHING
     axis, lists = rows[user]
     x, out = tensor(node), tensor(user)
     if x is None:  # the pieces of a split

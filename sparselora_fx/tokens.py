@@ -27,18 +27,17 @@ _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay ali
 @dataclass(frozen=True)
 class Tokens:
     """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
-    ``split`` they are treated apart. ``read`` are the tokens whose rows can reach the loss through
-    attention or by themselves; ``padded``: there is, or was, padding to leave out elsewhere too."""
+    ``split`` they are treated apart; ``padded``: there is, or was, padding to tell from them."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
-    read: Tensor
     padded: bool = False
 
     def tensors(self) -> list[Tensor]:
-        """What a site marker carries: the counted tokens, then (if split) each list with its
-        inverse, and then (if padded) that of the tokens that are read.
+        """What a site marker carries: the counted tokens, then (if split) the lists of sparse and
+        of dense tokens, each with its inverse, and then (if padded) those of all but padding and of
+        all but sparse tokens.
 
         A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is
         ``int64[B, L]``. Lists are as long as no other size of the batch, lest the compiler take two
@@ -48,12 +47,13 @@ class Tokens:
 
     def _lists(self) -> list[Tensor]:
         taken: set[int] = set()
-        masks = [self.sparse, self.dense, *([self.read] if self.padded else [])]
+        masks = [self.sparse, self.dense]
+        masks += [self.sparse | self.dense, ~self.sparse] if self.padded else []
         return [tensor for mask in masks for tensor in _token_list(mask, taken)]
 
     def has_padding(self) -> bool:
-        """Whether some token is not read."""
-        return not bool(self.read.all())
+        """Whether some token is neither sparse nor dense."""
+        return not bool((self.sparse | self.dense).all())
 
     def label_list(self, labels: Tensor, known: list[Tensor], *, shift: bool) -> list[Tensor]:
         """The list of tokens whose prediction carries loss, with its inverse.
@@ -119,8 +119,7 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
     predicting = torch.zeros_like(shown)
     if isinstance(labels, Tensor) and labelled:
         # Also where the mask hides the token: behind padding on the left the first label is
-        # predicted by a padding token, and the loss reads that prediction. What such a token
-        # attends to is the model's affair: padding, perhaps.
+        # predicted by a padding token, and the loss reads that prediction.
         predicting = _predicting(labels.to(grid.device), shift=shift)
     real = shown | predicting
     dense = torch.zeros_like(real)
@@ -136,7 +135,12 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
     if plan.sink_tokens:
         dense = dense | (shown & (_places(shown, arguments) < plan.sink_tokens))
         split = True
-    return Tokens(real & ~dense, dense, split, shown | (real & ~shown).any())
+    sparse = real & ~dense
+    if split:
+        # What a padding token attends to is the model's affair: padding, perhaps. Where one
+        # predicts a label, none can be left out.
+        dense = dense | (~real & (real & ~shown).any())
+    return Tokens(sparse, dense, split)
 
 
 def _grid(arguments: Mapping[str, Any]) -> Tensor | None:

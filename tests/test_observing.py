@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def tokens_of(mask: Tensor) -> Tokens:
-    return Tokens(mask, torch.zeros_like(mask), False, mask)
+    return Tokens(mask, torch.zeros_like(mask), False)
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, ROWS - 1, ROWS])

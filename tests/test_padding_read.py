@@ -1,0 +1,125 @@
+"""Padding that a model reads is computed, densely; padding that nobody reads is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from test_sinking import rewritten
+from test_skip_padding import ragged
+from test_tokens import by_token, predicting
+from torch import Tensor, nn
+from transformers import ConvBertConfig, ConvBertForMaskedLM, RwkvConfig, RwkvForCausalLM
+
+import sparselora_fx as slx
+from sparselora_fx.ops import OPS
+
+PLAN = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+
+
+class Mixing(nn.Module):
+    """A projection whose tokens read those near them on both sides, padding or not."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        after, before = F.pad(y[:, 2:], (0, 0, 0, 2)), F.pad(y[:, :-1], (0, 0, 1, 0))
+        return y + 0.3 * after + 0.2 * before  # type: ignore[no-any-return]
+
+
+def mixing(layer: int) -> nn.Module:
+    """A Llama that mixes neighbouring tokens behind the feed-forward block of one layer."""
+    model = oracle.llama(layers=2, dtype=torch.float64)
+    block = model.get_base_model().model.layers[layer]
+    block.mlp.down_proj = Mixing(block.mlp.down_proj)
+    return model
+
+
+def checkpointed(layer: int) -> nn.Module:
+    model = mixing(layer)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def written_out() -> nn.Module:
+    return oracle.llama(layers=2, dtype=torch.float64, attention="eager")
+
+
+def rwkv() -> nn.Module:
+    """A recurrence, which has no mask."""
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=oracle.VOCABULARY, hidden_size=48, num_hidden_layers=2, context_length=32,
+        attention_hidden_size=48, intermediate_size=96, use_cache=False,
+    )  # fmt: skip
+    lora = oracle.lora_config(("key", "value", "receptance"))
+    model = get_peft_model(RwkvForCausalLM(config), lora)
+    return oracle.randomise(model).double().train()
+
+
+def convbert() -> nn.Module:
+    """Convolutions over tokens, beside attention."""
+    torch.manual_seed(0)
+    config = ConvBertConfig(
+        vocab_size=oracle.VOCABULARY, hidden_size=48, embedding_size=48, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=96, hidden_dropout_prob=0.0, head_ratio=2,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=32, conv_kernel_size=3,
+    )  # fmt: skip
+    lora = oracle.lora_config(("query", "key", "value", "dense"))
+    lora.task_type = None
+    model = get_peft_model(ConvBertForMaskedLM(config), lora)
+    return oracle.randomise(model).double().train()
+
+
+READ = {
+    "mixing in the last layer": (lambda: mixing(1), True),
+    "mixing in the last layer, checkpointed": (lambda: checkpointed(1), True),
+    "mixing in the first layer": (lambda: mixing(0), True),
+    "recurrence": (rwkv, True),
+    "convolution": (convbert, False),
+}
+
+
+def same_as_masked_dense(model: nn.Module, data: dict[str, Any], *, shift: bool = True) -> None:
+    """Loss and gradients of a step with padding dense, as the reference computes it."""
+    got = oracle.run_compiled(model, data, PLAN)
+    assert got.record.sites
+    dense = predicting(data) if shift else data["labels"] != -100
+    by_token(model, got.record, dense | (data["attention_mask"] == 0), "dense")
+    oracle.assert_close(got, oracle.step(model, data), 1e-9)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("case", READ)
+def test_padding_that_is_read(case: str, left: bool) -> None:
+    build, shift = READ[case]
+    same_as_masked_dense(build(), ragged(left=left), shift=shift)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padding_that_predicts_a_label_and_is_read(left: bool) -> None:
+    data = ragged(left=left)
+    data["labels"][1, :] = data["input_ids"][1, :]
+    same_as_masked_dense(mixing(1), data)
+
+
+@pytest.mark.parametrize(
+    ("build", "lists"),
+    [(oracle.llama, 2), (written_out, 2), (lambda: mixing(1), 2), (lambda: mixing(0), 3)],
+    ids=["attention", "written out", "mixing in the last layer", "mixing in the first layer"],
+)
+def test_lists_that_are_taken(
+    build: Callable[[], nn.Module], lists: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Context and output tokens; where padding is read, all but context tokens instead."""
+    graph, _ = rewritten(monkeypatch, build(), ragged(), PLAN)
+    takes = graph.find_nodes(op="call_function", target=OPS.take_tokens.default)
+    assert len({take.args[1] for take in takes}) == lists
