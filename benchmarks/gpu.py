@@ -1,9 +1,13 @@
 """Time the sliced matmuls on an NVIDIA GPU: template, fallback (index_select + cuBLAS) and dense.
 
+Templates twice: with the tile that a benchmark finds best, and with the one that a rule picks.
+
     python -m benchmarks.gpu                 everything, under 8 minutes
     python -m benchmarks.gpu --minutes 2     stops early; what was not reached stays "not measured"
 
-It writes ``benchmarks/results/gpu.json`` and ``gpu.md``.
+It writes ``benchmarks/results/gpu.json`` and ``gpu.md``, and to
+``sparselora_fx/lowering/measured.json`` what decides between the picked tile and the fallback where
+nothing is benchmarked.
 
 Two tables. Kernels: one op alone, over tokens, model shapes and sparsities. Regions: forward and
 backward of a feed-forward or attention region, compiled as training compiles it. The share of the
@@ -31,14 +35,19 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_regions import MODELS, build, kept
 from sparselora_fx import _torch
+from sparselora_fx.lowering import measured
 from sparselora_fx.ops import OPS
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 SPARSITIES = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
-KINDS = ("template", "fallback", "dense")
+KINDS = ("template", "picked", "fallback", "dense")
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
+# The choices that Inductor may benchmark: one kind of ours, and any of other matmuls.
+CHOICES = {"template": "triton_sparselora|^(?!.*sparselora)", "fallback": "^(?!triton_sparselora)"}
+TEMPLATES = {"sliced_linear": "out_sliced", "sliced_linear_in": "reduction_sliced"}
 
 
 def kernel_cases() -> Iterator[dict[str, Any]]:
@@ -77,7 +86,7 @@ def _row(what: str, kind: str, model: str, tokens: int, sparsity: float) -> dict
 def milliseconds(fn: Callable[[], Any], repeats: int = 10) -> float:
     """Median time of a call, measured by CUDA events, with the L2 cache flushed before each
     call."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
     for _ in range(3):
         fn()
     times = []
@@ -96,8 +105,8 @@ def ceilings() -> dict[str, float]:
     """Best matmul rate (TFLOP/s, bf16) and best copy bandwidth (GB/s, read + written) of this
     GPU."""
     side = 8192
-    a = torch.randn(side, side, device="cuda", dtype=DTYPE)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    a = torch.randn(side, side, device=DEVICE, dtype=DTYPE)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     rate = 2 * side**3 / milliseconds(lambda: a @ a) / 1e9
     bandwidth = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
@@ -117,33 +126,37 @@ def roofline(row: dict[str, Any], ceiling: dict[str, float]) -> float:
 
 
 def compiled(fn: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """``fn`` compiled as training compiles it, with the choices of Inductor's benchmark limited to
-    one kind."""
-    patches: dict[str, Any] = {}
-    if kind != "dense":
-        name = "triton_sparselora" if kind == "template" else "sparselora_.*fallback"
-        patches = _torch.only_choices(name)
+    """``fn`` compiled as training compiles it, if ours are of one kind."""
+    patches = _torch.only_choices(CHOICES[kind]) if kind in CHOICES else {}
 
     def backend(gm: Any, inputs: Any) -> Any:
         return _torch.backend_compile("inductor", gm, inputs, rewritten=True, patches=patches)
 
     torch.compiler.reset()
-    return torch.compile(fn, backend=backend, dynamic=False)
+    call = torch.compile(fn, backend=backend, dynamic=False)
+    if kind != "picked":
+        return call
+
+    def picked(*args: Any) -> Any:
+        with measured.assume(0.0):  # as if the template had been measured to be the faster one
+            return call(*args)
+
+    return picked
 
 
 def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
     """Fill in the times of one op, and the share of the roofline of its faster form."""
     d, i = MODELS[row["model"]].hidden, MODELS[row["model"]].ffn
     into = row["what"] == "sliced_linear_in"
-    x = torch.randn(row["tokens"], row["kept"] if into else d, device="cuda", dtype=DTYPE)
-    w = torch.randn(i, d, device="cuda", dtype=DTYPE)
+    x = torch.randn(row["tokens"], row["kept"] if into else d, device=DEVICE, dtype=DTYPE)
+    w = torch.randn(i, d, device=DEVICE, dtype=DTYPE)
     w = w.t() if into else w  # channel-major, as compile lays out consumers
-    idx = torch.randperm(i, device="cuda")[: row["kept"]].sort().values
+    idx = torch.randperm(i, device=DEVICE)[: row["kept"]].sort().values
     op = getattr(OPS, row["what"]).default
-    full = torch.randn(row["tokens"], i if into else d, device="cuda", dtype=DTYPE)
-    calls = {kind: compiled(lambda a, b, c: op(a, b, c), kind) for kind in ("template", "fallback")}
+    full = torch.randn(row["tokens"], i if into else d, device=DEVICE, dtype=DTYPE)
     with torch.no_grad():
-        for kind, call in calls.items():
+        for kind in ("template", "picked", "fallback"):
+            call = compiled(lambda a, b, c: op(a, b, c), kind)
             row[f"{kind}_ms"] = round(milliseconds(lambda call=call: call(x, w, idx)), 4)
         row["dense_ms"] = round(milliseconds(lambda: F.linear(full, w)), 4)
     best = min(row["template_ms"], row["fallback_ms"])
@@ -153,9 +166,9 @@ def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
 def measure_region(row: dict[str, Any], ceiling: dict[str, float]) -> None:
     """Fill in the times of forward + backward to x."""
     kind, shape = row["what"].partition(" ")[0], MODELS[row["model"]]
-    region = build(kind, shape, row["sparsity"], "cuda", DTYPE)
+    region = build(kind, shape, row["sparsity"], DEVICE, DTYPE)
     lead = (row["tokens"],) if kind == "ffn" else (row["tokens"] // shape.length, shape.length)
-    x = torch.randn(*lead, shape.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
+    x = torch.randn(*lead, shape.hidden, device=DEVICE, dtype=DTYPE, requires_grad=True)
     cotangent = torch.randn_like(x)
     for choice in KINDS:
         call = compiled(region.dense if choice == "dense" else region.sliced, choice)
@@ -218,14 +231,36 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def points(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the kernel table says to `sparselora_fx.lowering.measured`."""
+    measurements = []
+    for row in found["kernels"]:
+        if row["fallback_ms"] != NOT_MEASURED:
+            sizes = [row["kept"], MODELS[row["model"]].hidden]
+            outputs, inner = sizes if row["what"] == "sliced_linear" else reversed(sizes)
+            point = {"template": TEMPLATES[row["what"]], "tokens": row["tokens"]}
+            ratio = round(row["picked_ms"] / row["fallback_ms"], 3)
+            measurements.append({**point, "outputs": outputs, "inner": inner, "ratio": ratio})
+    return measurements
+
+
+def update(path: Path, found: dict[str, Any]) -> None:
+    """Write the points of a GPU that was measured into a table of several, in place of its own."""
+    if known := points(found):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        table[found["hardware"]["gpu"]] = known
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Measure, then write both files."""
+    """Measure, then write the files."""
     parser = argparse.ArgumentParser(description="Time the sliced matmuls on an NVIDIA GPU.")
     parser.add_argument("--minutes", type=float, default=7.0)
     found = run(parser.parse_args().minutes)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "gpu.md").write_text(table(found), encoding="utf-8")
+    update(measured.SHIPPED, found)
     print(f"wrote {RESULTS / 'gpu.json'} and gpu.md")
 
 

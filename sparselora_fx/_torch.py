@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,8 +34,6 @@ _DECOMPOSED = (
     "take_tokens", "unplace_tokens", "place_tokens", "merge_tokens", "sample_tokens",
     "channel_energy", "low_rank_energy", "low_rank_norms",
 )  # fmt: skip
-# The files that hold the ops' bodies, derivatives and lowerings, beside those in lowering/.
-_TRACED = ("_torch", "ops", "scores", "fakes", "autograd", "checks", "settings")
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
 _LOWERED = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad")
 
@@ -231,6 +227,12 @@ def select(
     return found[0] if isinstance(found, tuple) else found
 
 
+def only_choices(name: str) -> dict[str, Any]:
+    """Settings with which Inductor benchmarks matmuls, and only those choices whose names match a
+    regular expression. Run on 2.13."""
+    return {"max_autotune_gemm": True, "test_configs.autotune_choice_name_regex": name}
+
+
 def fallback(op: Any) -> Callable[..., Any]:
     """A lowering that calls an op's eager kernel, on inputs with the strides that were traced. Run
     on 2.13."""
@@ -261,20 +263,6 @@ def divides(divisor: int, size: Any) -> bool:
     return always_equal(size % divisor, 0)
 
 
-def lowering_key() -> str:
-    """A hash of all that decides what our ops become: bodies, lowerings, templates, settings."""
-    from sparselora_fx import lowering
-
-    package = Path(__file__).parent
-    files = [package / f"{name}.py" for name in _TRACED]
-    files += sorted((package / "lowering").rglob("*.py"))
-    files += sorted((package / "lowering").rglob("*.jinja"))
-    digest = hashlib.sha256(lowering.settings().encode())
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return f"sparselora_fx-{digest.hexdigest()}"
-
-
 def _key_pass() -> Any:
     """A pass that changes nothing but Inductor's cache key, which does not cover lowerings.
 
@@ -284,9 +272,11 @@ def _key_pass() -> Any:
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
+    from sparselora_fx import lowering
+
     theirs: Any = config.post_grad_custom_pre_pass or ()
     theirs = tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)
-    key = lowering_key()
+    key = lowering.key()
 
     class LoweringKey(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from sparselora_fx import _torch, autograd  # noqa: F401 - importing autograd registers derivatives
+from sparselora_fx import (
+    _torch,
+    autograd,  # noqa: F401 - importing it registers derivatives
+    lowering,
+)
 from sparselora_fx.backend import make_backend
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
@@ -166,6 +170,8 @@ def _check_words(
         raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
     if lora_branch not in ("dense", "sparse"):
         raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
+    if backend == "inductor":
+        lowering.key()  # refuses settings that cannot be read
     return checked
 
 

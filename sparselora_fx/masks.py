@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, axis_argument, is_pointwise, op_name, reads_shape_only, tensor
+from sparselora_fx.fx import (
+    argument,
+    axis_argument,
+    is_pointwise,
+    op_name,
+    reads_shape_only,
+    tensor,
+)
 from sparselora_fx.layout import same_count
 from sparselora_fx.rows import ATTENTION, MATMULS
 from sparselora_fx.values import CASTS

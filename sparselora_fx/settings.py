@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from sparselora_fx.errors import CompileError
 
 DEBUG_BOUNDS = "SPARSELORA_DEBUG_BOUNDS"
+KERNEL_TABLE = "SPARSELORA_KERNEL_TABLE"
 
 
 def check_bounds() -> bool:
@@ -12,10 +16,11 @@ def check_bounds() -> bool:
     ``SPARSELORA_DEBUG_BOUNDS=1``."""
     value = os.environ.get(DEBUG_BOUNDS, "0")
     if value not in ("0", "1"):
-        raise ValueError(f"{DEBUG_BOUNDS} must be 0 or 1, got {value!r}")
+        raise CompileError(f"{DEBUG_BOUNDS} must be 0 or 1, got {value!r}")
     return value == "1"
 
 
-def settings() -> str:
-    """All settings that change generated code, as a string for cache keys."""
-    return f"check_bounds={check_bounds()}"
+def kernel_table() -> Path | None:
+    """The table of measured kernels to use in place of ours: ``SPARSELORA_KERNEL_TABLE``."""
+    value = os.environ.get(KERNEL_TABLE)
+    return Path(value) if value else None

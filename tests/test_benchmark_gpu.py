@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import gpu, gpu_regions
 from benchmarks.gpu_regions import Shape
+from sparselora_fx.lowering import measured
 
 SHAPE = Shape(hidden=48, ffn=192, heads=8, kv_heads=4, head_dim=32, length=9)
 
@@ -57,3 +62,52 @@ def test_every_row_is_there_before_a_gpu_fills_it() -> None:
     for row in kernels + regions:
         assert row["kept"] > 0 and row["kept"] % 64 == 0
         assert row["template_ms"] == gpu.NOT_MEASURED
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of few channels, and a clock that stands for the GPU's: each call takes 2 ms, one
+    through the picked tile 1 ms."""
+
+    def clock(fn: Any) -> float:
+        fn()
+        return 1.0 if fn.__defaults__ and fn.__defaults__[0].__name__ == "picked" else 2.0
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "milliseconds", clock)
+    for module in (gpu, gpu_regions):
+        monkeypatch.setattr(module, "MODELS", {"small": Shape(48, 192, 8, 4, 32, length=8)})
+
+
+@pytest.mark.slow
+def test_every_kind_of_row_is_measured(on_cpu: None, tmp_path: Path) -> None:
+    """All that runs on a GPU, on a CPU: compiled for each kind of choice, and called."""
+    ceiling = {"tflops": 1.0, "gigabytes_per_second": 1.0}
+    kernels = [row for row in gpu.kernel_cases() if row["tokens"] == 512][:2]
+    regions = [row for row in gpu.region_cases() if row["tokens"] == 512][::3]
+    assert {row["what"].split()[0] for row in regions} == {"ffn", "attention"}
+    for row in kernels:
+        gpu.measure_kernel(row, ceiling)
+    for row in regions:
+        gpu.measure_region(row, ceiling)
+    for row in kernels + regions:
+        times = {kind: row[f"{kind}_ms"] for kind in gpu.KINDS}
+        assert times == {"template": 2.0, "picked": 1.0, "fallback": 2.0, "dense": 2.0}
+    path = tmp_path / "measured.json"
+    path.write_text('{"another card": []}')
+    gpu.update(path, {"hardware": {"gpu": "card"}, "kernels": kernels})
+    table = json.loads(path.read_text())
+    assert list(table) == ["another card", "card"]
+    names = ("template", "tokens", "outputs", "inner", "ratio")
+    kept = kernels[0]["kept"]
+    assert [[point[name] for name in names] for point in table["card"]] == [
+        ["out_sliced", 512, kept, 48, 0.5],
+        ["reduction_sliced", 512, 48, kept, 0.5],
+    ]
+
+
+def test_without_a_measurement_the_table_stays(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_bytes(measured.SHIPPED.read_bytes())
+    gpu.update(path, {"hardware": {"gpu": gpu.NOT_MEASURED}, "kernels": list(gpu.kernel_cases())})
+    assert path.read_bytes() == measured.SHIPPED.read_bytes()

@@ -3,16 +3,21 @@ known."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import oracle
 import pytest
 import torch
 
-from sparselora_fx import _torch, autograd
-from sparselora_fx.lowering import configs, constraints, settings, triton
+import sparselora_fx as slx
+from sparselora_fx import _torch, autograd, lowering
+from sparselora_fx.errors import CompileError
+from sparselora_fx.lowering import configs, constraints, measured, triton
 from sparselora_fx.lowering.constraints import Problem
 from sparselora_fx.lowering.triton import FAMILIES, TEMPLATES, read_template
 from sparselora_fx.ops import OPS
@@ -106,7 +111,7 @@ def test_a_users_pass_runs_and_stays_in_the_key() -> None:
         key = _torch._key_pass()
         key("graph")
     assert seen == ["graph"]
-    assert key.uuid() == (_torch.lowering_key(), "theirs")
+    assert key.uuid() == (lowering.key(), "theirs")
     with config.patch(post_grad_custom_pre_pass=lambda graph: None):
         assert _torch._key_pass().uuid() is None
 
@@ -131,20 +136,82 @@ def test_ineligible(change: dict[str, Any], reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "ratio", "reason"),
     [
-        ({}, None),
-        ({"tokens": configs.TEMPLATE_MAX_TOKENS + 1}, constraints.MANY_TOKENS),
-        ({"kept": 40}, constraints.RAGGED_KEPT),
-        ({"dtype": torch.float32}, constraints.FULL_FLOAT32),
-        ({"contiguous_rows": False}, constraints.STRIDED_GATHER),
+        ({}, 0.9, None),
+        ({}, None, constraints.NOT_MEASURED),
+        ({}, 1.1, constraints.SLOWER),
+        ({"kept": 40}, 0.9, constraints.RAGGED_KEPT),
+        ({"dtype": torch.float32}, 0.9, constraints.FULL_FLOAT32),
+        ({"contiguous_rows": False}, 0.9, constraints.STRIDED_GATHER),
     ],
 )
-def test_unpromising(
-    change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+def test_unpromising(change: dict[str, Any], ratio: float | None, reason: str | None) -> None:
+    assert constraints.unpromising(replace(GOOD, **change), ratio) == reason
+
+
+def point(template: str, tokens: int, outputs: int, inner: int, ratio: float) -> dict[str, Any]:
+    sizes = {"tokens": tokens, "outputs": outputs, "inner": inner}
+    return {"template": template, **sizes, "ratio": ratio}
+
+
+POINTS = [
+    point("out_sliced", 512, 1024, 4096, 0.7),
+    point("out_sliced", 2048, 1024, 4096, 1.2),
+    point("reduction_sliced", 512, 4096, 1024, 0.8),
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "template", "sizes", "expected"),
+    [
+        ("card", "out_sliced", (512, 1024, 4096), 0.7),
+        ("card", "out_sliced", (800, 1100, 5120), 0.7),
+        ("card", "out_sliced", (1500, 1024, 4096), 1.2),
+        ("card", "reduction_sliced", (512, 4096, 1024), 0.8),
+        ("card", "out_sliced", (8192, 1024, 4096), None),  # two octaves from the nearest
+        ("card", "out_sliced", (512, 1024, 1024), None),
+        ("another card", "out_sliced", (512, 1024, 4096), None),
+    ],
+)
+def test_the_nearest_measurement_decides(
+    gpu: str,
+    template: str,
+    sizes: tuple[int, int, int],
+    expected: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_torch, "size_hint", int)
-    assert constraints.unpromising(replace(GOOD, **change)) == reason
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"card": POINTS}))
+    before = lowering.key()
+    monkeypatch.setenv("SPARSELORA_KERNEL_TABLE", str(path))
+    assert measured.ratio(gpu, template, *sizes) == expected
+    assert lowering.key() != before
+    with measured.assume(0.5):
+        assert measured.ratio(gpu, template, *sizes) == 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "[]", '{"card": [{"template": "out_sliced"}]}', '{"card": 3}', "{",
+     json.dumps({"card": [point("out_sliced", 0, 1, 1, 1.0)]})],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_is_refused(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("SPARSELORA_KERNEL_TABLE", str(path))
+    model = oracle.llama()
+    with pytest.raises(CompileError, match="no table of measured kernels"):
+        slx.compile(model, oracle.estimator_of(model), plan=0.5)
+    assert "forward" not in model.__dict__
+
+
+def test_shipped_measurements_can_be_read() -> None:
+    assert measured.ratio("no such card", "out_sliced", 1, 1, 1) is None
 
 
 @pytest.mark.parametrize("template", sorted(configs.TILES))
@@ -187,4 +254,4 @@ def test_benchmarks_gather_a_sorted_selection(monkeypatch: pytest.MonkeyPatch) -
 def test_debug_setting_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSELORA_DEBUG_BOUNDS", "yes")
     with pytest.raises(ValueError, match="must be 0 or 1, got 'yes'"):
-        settings()
+        lowering.key()

@@ -16,7 +16,7 @@ PROGRAM = """
 import json
 import torch
 from torch._dynamo.utils import counters
-from sparselora_fx import _torch, autograd
+from sparselora_fx import _torch, autograd, lowering
 from sparselora_fx.ops import OPS
 
 def backend(gm, inputs):
@@ -33,7 +33,7 @@ kept = torch.relu(x.detach() @ w[idx].t())
 right = torch.allclose(y, kept) and torch.allclose(gx, (kept > 0).float() @ w[idx])
 found = counters["aot_autograd"]
 hits = found["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
-print(json.dumps({"right": bool(right), "hit": hits > 0, "key": _torch.lowering_key()}))
+print(json.dumps({"right": bool(right), "hit": hits > 0, "key": lowering.key()}))
 """
 
 
@@ -87,15 +87,17 @@ def test_a_debug_setting_misses(tree: Path, tmp_path: Path) -> None:
 
 def test_key_covers_every_file_of_the_lowerings(tree: Path) -> None:
     """Each of them changes the key; computed on a copy, so that nothing is compiled."""
-    files = ["lowering/configs.py", "lowering/templates/store_tile.jinja", "ops.py", "_torch.py"]
+    files = [
+        "lowering/configs.py", "lowering/templates/store_tile.jinja", "ops.py", "_torch.py",
+    ]  # fmt: skip
     program = f"""
 from pathlib import Path
-from sparselora_fx import _torch
-print(_torch.lowering_key())
+from sparselora_fx import _torch, lowering
+print(lowering.key())
 for name in {files!r}:
     file = Path(_torch.__file__).parent / name
     file.write_text(file.read_text() + chr(10))
-    print(_torch.lowering_key())
+    print(lowering.key())
 """
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-c", program]

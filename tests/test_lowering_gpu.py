@@ -3,48 +3,37 @@ none."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from benchmarks import gpu
-from sparselora_fx import _torch
 from sparselora_fx.frozen import frozen_weights
 from sparselora_fx.weights import GatherLayout
 from tests.offgpu import regions
 
-CHOICES = {"template": "triton_sparselora|^(?!.*sparselora)", "fallback": "^(?!triton_sparselora)"}
-
-
-def compiled(fn: Any, choice: str) -> Any:
-    """``fn`` with templates, with fallbacks, or with what the rule picks without a benchmark."""
-    patches = _torch.only_choices(CHOICES[choice]) if choice in CHOICES else {}
-
-    def backend(gm: Any, inputs: Any) -> Any:
-        return _torch.backend_compile("inductor", gm, inputs, rewritten=True, patches=patches)
-
-    return torch.compile(fn, backend=backend)
+KINDS = ("template", "picked", "fallback", "unmeasured")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choice", ["template", "fallback", "heuristic"])
+@pytest.mark.parametrize("choice", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept", [16, 48, 136])
 def test_ffn_on_a_gpu(choice: str, dtype: torch.dtype, kept: int) -> None:
     torch.manual_seed(0)
     for tokens in (1, 70, 257):
         inputs = on_gpu(regions.ffn_inputs((tokens,), 72, 136, kept, dtype))
-        regions.assert_as_exact_as_eager(regions.ffn, compiled(regions.ffn, choice), inputs)
+        regions.assert_as_exact_as_eager(regions.ffn, gpu.compiled(regions.ffn, choice), inputs)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choice", ["template", "fallback", "heuristic"])
+@pytest.mark.parametrize("choice", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_on_a_gpu(choice: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     inputs = on_gpu(regions.attention_inputs((2, 37), 48, 64, 32, dtype))
-    regions.assert_as_exact_as_eager(regions.attention, compiled(regions.attention, choice), inputs)
+    regions.assert_as_exact_as_eager(
+        regions.attention, gpu.compiled(regions.attention, choice), inputs
+    )
 
 
 @pytest.mark.gpu

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-TEMPLATE_MAX_TOKENS = 1024
-"""Above this many tokens gather + cuBLAS is taken when nothing is benchmarked. The gather's share
-of such a matmul falls as 1/tokens whatever k is; the crossing itself is an estimate, not a
-measurement: no GPU has run it yet."""
-
 # Kept channels should be a multiple of this, or loads of activations are scalar.
 CHANNEL_MULTIPLE = 16
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from sparselora_fx import _torch
-from sparselora_fx.lowering.configs import CHANNEL_MULTIPLE, TEMPLATE_MAX_TOKENS
+from sparselora_fx.lowering.configs import CHANNEL_MULTIPLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,7 +26,8 @@ SYMBOLIC_WEIGHT = "the weight's shape is symbolic"
 EMPTY = "a dimension is empty"
 NO_TRITON = "Inductor offers no Triton templates for this device"
 
-MANY_TOKENS = f"more than {TEMPLATE_MAX_TOKENS} tokens: the gather costs little beside the matmul"
+NOT_MEASURED = "no GPU of this name was measured near these sizes"
+SLOWER = "the template was slower where it was measured"
 RAGGED_KEPT = f"kept channels are no multiple of {CHANNEL_MULTIPLE}, so loads would be scalar"
 FULL_FLOAT32 = "float32 without TF32 does not use tensor cores in the template"
 STRIDED_GATHER = "the weight's gathered rows are not contiguous, so loads would be scalar"
@@ -68,15 +68,17 @@ def ineligible(problem: Problem) -> str | None:
     return next((reason for broken, reason in rules if broken), None)
 
 
-def unpromising(problem: Problem) -> str | None:
+def unpromising(problem: Problem, ratio: float | None) -> str | None:
     """Why gather + matmul is preferred when nothing is benchmarked, or None. For eligible problems
-    only."""
+    only. ``ratio``: the template's time over that of gather + matmul, if measured; it was, for what
+    the other rules let through."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     rules = (
-        (_torch.size_hint(problem.tokens) > TEMPLATE_MAX_TOKENS, MANY_TOKENS),
         (int(problem.kept) % CHANNEL_MULTIPLE != 0, RAGGED_KEPT),
         (problem.dtype == torch.float32 and not tf32, FULL_FLOAT32),
         (not problem.contiguous_rows, STRIDED_GATHER),
+        (ratio is None, NOT_MEASURED),
+        (ratio is not None and ratio >= 1, SLOWER),
     )
     return next((reason for broken, reason in rules if broken), None)
 

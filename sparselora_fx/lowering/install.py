@@ -33,7 +33,7 @@ def _sliced(family: triton.Family) -> Callable[..., Any]:
         problem = triton.problem(family, x, w, idx)
         reason = constraints.ineligible(problem)
         if reason is None and not triton.autotunes():
-            reason = constraints.unpromising(problem)
+            reason = constraints.unpromising(problem, triton.measured_ratio(family, problem))
         if reason is not None:
             log.debug("%s: gather + matmul, because %s", family.op, reason)
             return cpu.SLICED[family.op](x, w, idx)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sparselora_fx import _torch
-from sparselora_fx.lowering import configs, cpu
+from sparselora_fx.lowering import configs, cpu, measured
 from sparselora_fx.lowering.constraints import Problem
 from sparselora_fx.ops import OPS
 from sparselora_fx.settings import check_bounds
@@ -102,6 +102,13 @@ def autotunes() -> bool:
     """Whether Inductor was asked to benchmark matmuls."""
     config = _torch.inductor().config
     return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def measured_ratio(family: Family, problem: Problem) -> float | None:
+    """`measured.ratio` of an eligible problem on its GPU; a size that varies counts as its hint."""
+    sizes = (_torch.size_hint(n) for n in (problem.tokens, problem.outputs, problem.inner))
+    gpu = torch.cuda.get_device_properties(problem.devices[0]).name
+    return measured.ratio(gpu, family.template, *sizes)
 
 
 def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:

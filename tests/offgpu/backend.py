@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from sparselora_fx import _torch
+from sparselora_fx.lowering import measured
 from tests.offgpu.fake_cuda import fake_cuda
 from tests.offgpu.interpreter import load_wrapper
 
@@ -26,8 +28,9 @@ _KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='
 
 @dataclass
 class FakeGPU:
-    """The backend. ``choice`` is "template", "fallback" (both as if benchmarked best) or
-    "heuristic".
+    """The backend. ``choice`` is "template", "fallback" (both as if benchmarked best),
+    "picked", "slower" (as if the picked template had been measured to be faster, or slower) or
+    "unmeasured".
 
     Without ``execute`` code is generated but not run: outputs are left uninitialised.
     ``tile`` limits the benchmarked templates, e.g. "BLOCK_K=64, BLOCK_M=64, BLOCK_N=64". ``codes``
@@ -48,7 +51,7 @@ class FakeGPU:
 
         assert _torch.install_lowerings()
         patches = {
-            "max_autotune_gemm": self.choice != "heuristic",
+            "max_autotune_gemm": self.choice in ("template", "fallback"),
             "benchmark_epilogue_fusion": False,
             "fx_graph_cache": False,
             "compile_threads": 1,
@@ -106,8 +109,11 @@ class FakeGPU:
         from torch._inductor.select_algorithm import AlgorithmSelectorCache
         from torch._inductor.virtualized import V
 
+        # As if the template had been measured, and were the faster or the slower one.
+        ratio = 0.0 if self.choice == "picked" else 2.0
         with (
             fake_cuda(self.arch),
+            measured.assume(ratio) if self.choice != "unmeasured" else nullcontext(),
             patch.object(fake_tensor, "init_gpu_context", lambda *_: None),
             patch.object(AlgorithmSelectorCache, "make_precompile_fn", lambda *_, **__: dict),
             patch.object(AlgorithmSelectorCache, "do_autotuning", self._timings),

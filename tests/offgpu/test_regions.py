@@ -36,7 +36,9 @@ FFN = [
     Case((1,), 64, 128, 64, F32),  # one token
     Case((70,), 96, 160, 48, F32, "fallback"),
     Case((2, 35), 96, 160, 48, BF16, "fallback"),
-    Case((2, 35), 96, 160, 48, BF16, "heuristic"),
+    Case((70,), 96, 160, 48, BF16, "picked"),
+    Case((2, 35), 96, 160, 48, BF16, "slower"),
+    Case((2, 35), 96, 160, 48, BF16, "unmeasured"),
     *(
         pytest.param(Case(lead, 72, 136, kept, dtype), marks=slow)
         for lead in ((1,), (65,), (3, 43))
@@ -72,6 +74,9 @@ def test_ffn(case: Case) -> None:
         assert_only_templates(gpu, forward=3, backward=3)
     if case.choice == "fallback":
         assert len(gpu.choices) == 6 and all("fallback" in choice for choice in gpu.choices)
+    templates = sum("triton_tem_" in name for name, _ in gpu.kernels)
+    # Two projections each way: the columns of the third weight are not contiguous here.
+    assert templates == {"picked": 4, "slower": 0, "unmeasured": 0}.get(case.choice, templates)
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)

@@ -1,0 +1,85 @@
+"""What is faster when Inductor benchmarks nothing: what a GPU of this name was measured to do.
+
+``measured.json`` beside this file maps a GPU's name to points: the sizes of a matmul, and the time
+of the template, with the tile that `configs.pick` takes, over that of gather + cuBLAS. ``python -m
+benchmarks.gpu`` measures them. ``SPARSELORA_KERNEL_TABLE`` names another file of that form.
+
+    {"NVIDIA H100 80GB HBM3": [{"template": "out_sliced", "tokens": 512, "outputs": 832,
+                                "inner": 2048, "ratio": 0.8}, ...], ...}
+
+(Names, sizes and ratio of the example are made up.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparselora_fx.errors import CompileError
+from sparselora_fx.settings import KERNEL_TABLE, kernel_table
+
+SHIPPED = Path(__file__).with_name("measured.json")
+_SIZES = ("tokens", "outputs", "inner")
+_NEAR = 1.0  # octaves: a size that far from every measured one was not measured
+_assumed: list[float] = []  # by `assume`, the innermost last
+
+
+def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> float | None:
+    """Time of a template over that of gather + cuBLAS, for ``y[tokens, outputs] = x[tokens, inner]
+    @ gathered(w)``: that of the point with the nearest sizes (by their logarithms).
+
+    None: no GPU of this name was measured, or not near these sizes. Raises `CompileError` for a
+    table that cannot be read.
+    """
+    if _assumed:
+        return _assumed[-1]
+    asked = [math.log2(max(size, 1)) for size in (tokens, outputs, inner)]
+    near: list[tuple[float, float]] = []
+    for point in _table().get(gpu, ()):
+        if point["template"] == template:
+            sizes = [math.log2(point[name]) for name in _SIZES]
+            apart = [abs(a - b) for a, b in zip(sizes, asked, strict=True)]
+            if max(apart) <= _NEAR:
+                near.append((math.hypot(*apart), point["ratio"]))
+    return min(near)[1] if near else None
+
+
+@contextmanager
+def assume(value: float) -> Iterator[None]:
+    """Answer with one ratio in the block: a benchmark can time a template that no measurement
+    speaks for yet."""
+    _assumed.append(value)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def key() -> str:
+    """What answers depend on, as a string for cache keys. Raises as `ratio` does."""
+    return f"measured={json.dumps(_table(), sort_keys=True)},assumed={_assumed[-1:]}"
+
+
+def _path() -> Path:
+    return kernel_table() or SHIPPED
+
+
+def _table() -> dict[str, list[dict[str, Any]]]:
+    path = _path()
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for points in table.values():
+            for point in points:
+                sizes = [point[name] for name in (*_SIZES, "ratio")]
+                if not isinstance(point["template"], str) or not all(size > 0 for size in sizes):
+                    raise ValueError(f"got the point {point}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CompileError(
+            f"{path} is no table of measured kernels: {error!r}; make it with "
+            f"'python -m benchmarks.gpu', or unset {KERNEL_TABLE}"
+        ) from error
+    return table  # type: ignore[no-any-return]
