@@ -9,18 +9,20 @@ from torch import fx
 
 from sparselora_fx.fx import (
     argument,
-    axis_argument,
     is_pointwise,
     op_name,
     reads_shape_only,
     tensor,
 )
 from sparselora_fx.layout import same_count
-from sparselora_fx.rows import ATTENTION, MATMULS
-from sparselora_fx.values import CASTS
+from sparselora_fx.rows import ATTENTION, MATMULS, factors
+from sparselora_fx.values import CASTS, RESHAPES
 
 Nodes = set[fx.Node]
 _MASKING = ("add", "__add__", "__radd__", "iadd", "where", "masked_fill")
+_WEIGHING = ("softmax", "max", "amax", "logsumexp")
+_SCALING = ("mul", "__mul__", "div", "truediv", "__truediv__")
+_SHIFTING = ("sub", "__sub__")
 _KEEPS_ZEROS = CASTS | {"dropout"}
 
 
@@ -38,10 +40,10 @@ def hides_padding(attention: fx.Node, node: fx.Node, masks: Nodes) -> bool:
         mask, keys = argument(attention, 3, "attn_mask"), argument(attention, 1, "key")
         read = node not in (mask, argument(attention, 0, "query"))
         return read and mask in masks and _fits(mask, tensor(keys), axis=-2)
-    if name not in MATMULS or node is not argument(attention, 1, "other"):
+    if name not in MATMULS or attention.all_input_nodes.count(node) > 1:
         return False
-    first = argument(attention, 0, "input")
-    if node is first or not isinstance(first, fx.Node):
+    first, second = factors(attention)
+    if node is not second or node is first or not isinstance(first, fx.Node):
         return False
     return _is_hidden(attention, masks) or _is_zero(first, masks)
 
@@ -66,29 +68,58 @@ def _is_hidden(scores: fx.Node, masks: Nodes) -> bool:
 
 def _is_masked(node: fx.Node, scores: fx.Node, masks: Nodes) -> bool:
     """Whether a node masks scores, and only a softmax reads it."""
-    if not _masks(node, masks, but=scores):
-        return False
-    todo = list(node.users)
-    while todo:
-        user = todo.pop()
-        if op_name(user) in CASTS and user.users:
-            todo += user.users
-        elif not _is_softmax(user) and not reads_shape_only(user, node):
-            return False
-    return bool(node.users)
+    return _masks(node, masks, but=scores) and _is_weighed(node)
+
+
+def _is_weighed(masked: fx.Node) -> bool:
+    """Whether all that becomes of masked scores is probabilities, in which those have no part."""
+    readers = [user for user in masked.users if not reads_shape_only(user, masked)]
+    return bool(readers) and all(
+        _along_last(user, _WEIGHING) or (_passes_on(user, masked) and _is_weighed(user))
+        for user in readers
+    )
 
 
 def _is_zero(probabilities: fx.Node, masks: Nodes) -> bool:
     """Whether a node holds probabilities, or what dropout leaves of them, of masked scores."""
     node: Any = probabilities
-    while op_name(node) in _KEEPS_ZEROS and isinstance(node.args[0], fx.Node):
+    while op_name(node) in _KEEPS_ZEROS or _reshapes(node) or _drops_last(node):
         node = node.args[0]
-    if not _is_softmax(node):
+    if not _along_last(node, ("softmax",)):
         return False
     node = argument(node, 0, "input")
-    while op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return any(_masks(node, masks, but=source) for source in node.all_input_nodes)
+    while isinstance(node, fx.Node) and not any(
+        _masks(node, masks, but=source) for source in node.all_input_nodes
+    ):
+        source = node.args[0] if node.args else None
+        source = source[0] if isinstance(source, tuple | list) else source
+        if not isinstance(source, fx.Node) or not _passes_on(node, source):
+            return False
+        node = source
+    return isinstance(node, fx.Node)
+
+
+def _passes_on(node: fx.Node, masked: fx.Node) -> bool:
+    """Whether masked scores are masked still: in another dtype, times or less one number a row, or
+    with more columns behind them (an attention's sinks)."""
+    name, other = op_name(node), argument(node, 1, "other")
+    if node.args and node.args[0] is masked:
+        held = tensor(other)
+        one = not isinstance(other, fx.Node) or (held is not None and held.dim() == 0)
+        a_row = held is not None and held.dim() > 0 and held.shape[-1] == 1
+        return name in CASTS or (name in _SCALING and one) or (name in _SHIFTING and (one or a_row))
+    pieces = node.args[0] if node.args else None
+    first = isinstance(pieces, tuple | list) and pieces[0] is masked
+    return first and _along_last(node, ("cat", "concat"))
+
+
+def _drops_last(node: Any) -> bool:
+    """Whether a node is ``x[..., :n]``."""
+    key = node.args[1] if op_name(node) == "getitem" else None
+    if not isinstance(key, tuple) or not all(isinstance(k, slice) or k is Ellipsis for k in key):
+        return False
+    whole = all(k is Ellipsis or k == slice(None) for k in key[:-1])
+    return whole and isinstance(key[-1], slice) and not key[-1].start and key[-1].step in (None, 1)
 
 
 def _masks(node: fx.Node, masks: Nodes, *, but: fx.Node) -> bool:
@@ -112,12 +143,25 @@ def _is_plain(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node leaves the places of scores as they are."""
     before, after = tensor(source), tensor(node)
     same = before is not None and after is not None and before.dim() == after.dim()
-    return same and (op_name(node) in CASTS or is_pointwise(node))
+    return _reshapes(node) or (same and (op_name(node) in CASTS or is_pointwise(node)))
 
 
-def _is_softmax(node: Any) -> bool:
-    example = tensor(node)
-    if not isinstance(node, fx.Node) or op_name(node) != "softmax" or example is None:
+def _reshapes(node: fx.Node) -> bool:
+    """Whether a node groups the rows of scores otherwise: heads and samples as one dimension."""
+    before, after = tensor(node.args[0]) if node.args else None, tensor(node)
+    if op_name(node) not in RESHAPES or before is None or after is None:
         return False
-    rank = example.dim()
-    return axis_argument(node, 1, "dim", rank, -1) == rank - 1
+    apart = min(before.dim(), after.dim()) < 2
+    return not apart and bool(same_count(before.shape[-1:], after.shape[-1:]))
+
+
+def _along_last(node: Any, names: tuple[str, ...]) -> bool:
+    """Whether a node is one of some operations, along the last dimension of its input."""
+    if not isinstance(node, fx.Node) or op_name(node) not in names or not node.args:
+        return False
+    first = node.args[0]
+    example = tensor(first[0] if isinstance(first, tuple | list) else first)
+    dim = argument(node, 1, "dim")
+    if example is None or not isinstance(dim, int):
+        return False
+    return dim % example.dim() == example.dim() - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,8 +25,10 @@ from sparselora_fx.values import CASTS, NORMS, PERMUTES, REDUCTIONS, RESHAPES
 
 _TAKES = (OPS.take_tokens.default, OPS.unplace_tokens.default)
 ATTENTION = "scaled_dot_product_attention"
-MATMULS = ("matmul", "bmm")
+MATMULS = ("matmul", "bmm", "baddbmm")
 EXPANDS = ("expand", "broadcast_to", "expand_as")
+_UPDATES = ("iadd", "isub", "imul", "add_", "sub_", "mul_")
+_TUPLES = ("autograd_function_apply", "max", "min", "topk", "sort")  # results alike in shape
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes")
 
 Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
@@ -72,14 +75,17 @@ def taken_by(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
 def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     """The rows of a node that a user of it needs, by what is needed of the user; None: all, or
     unknown."""
-    if user not in rows or changes_input(user):
+    if user not in rows or (changes_input(user) and not _updates_only(user)):
         return None
     if op_name(user) in MARKERS:
         return rows[user] if user.args[0] is node else NOTHING
     axis, lists = rows[user]
     x, out = tensor(node), tensor(user)
-    if x is None:  # the pieces of a split
-        return (axis, lists) if op_name(node) in _SPLITS and op_name(user) == "getitem" else None
+    if x is None:  # one of several results
+        known = op_name(node) in (*_SPLITS, *_TUPLES) and op_name(user) == "getitem"
+        return (axis, lists) if known else None
+    if op_name(user) in _TUPLES:
+        out = out if out is not None else tensor(next(iter(user.users)))
     if op_name(user) in _SPLITS:
         return None if axis_argument(user, 2, "dim", x.dim()) == axis else (axis, lists)
     source = None if out is None else _source_axis(user, node, x, out, axis)
@@ -92,30 +98,51 @@ def _source_axis(
     """The axis of x along which row i alone makes row i of ``out`` along ``axis``; None if there is
     none."""
     name, rank = op_name(user), out.dim()
-    if name in PERMUTES:
+    if name in PERMUTES or (name == "getattr" and user.args[1] == "mT"):
         order = order_of(user, name, x.dim())
         return None if order is None else order[axis]
     if name in RESHAPES:
         return _before_reshape(x, out, axis)
     if name == "getitem":
         return _before_index(user, x, axis)
+    if name == "stack":
+        new = axis_argument(user, 1, "dim", rank)
+        return None if new == axis else axis - (new < axis)
+    if name in REDUCTIONS or (name in ("max", "min") and isinstance(argument(user, 1, "dim"), int)):
+        return _before_reduction(user, x, axis)
     if x.dim() != rank or not _same(x.shape[axis : axis + 1], out.shape[axis : axis + 1]):
         return None
     keeps = (
         name in CASTS
         or name in EXPANDS
+        or name in ("repeat", "tile")
+        or (name == "topk" and axis_argument(user, 2, "dim", rank, -1) != axis)
+        or (name == "sort" and axis_argument(user, 1, "dim", rank, -1) != axis)
+        or (name == "repeat_interleave" and argument(user, 2, "dim") is not None)
         or (name in ("cat", "concat") and axis_argument(user, 1, "dim", rank) != axis)
         or (name == "softmax" and axis_argument(user, 1, "dim", rank, -1) != axis)
         or (name in NORMS and rank - len(argument(user, 1, "normalized_shape")) > axis)
-        or (name in REDUCTIONS and _along_last(user, name, rank) and axis < rank - 1)
         or (name == "linear" and _is_only(user, node, "input") and axis < rank - 1)
         or (name == "addmm" and _is_only(user, node, "mat1", place=1) and axis == 0)
-        or (name in MATMULS and _is_only(user, node, "input") and axis == rank - 2)
+        or (
+            name in MATMULS
+            and factors(user)[1] is not node is factors(user)[0]
+            and axis == rank - 2
+        )
         or (name == ATTENTION and _is_only(user, node, "query") and axis == rank - 2)
         or name == "dropout"
+        or name in _UPDATES
         or is_pointwise(user)
     )
     return axis if keeps else None
+
+
+def factors(product: fx.Node) -> tuple[Any, Any]:
+    """The operands ``(a, b)`` of ``a @ b``, one of `MATMULS`."""
+    if op_name(product) == "baddbmm":
+        return argument(product, 1, "batch1"), argument(product, 2, "batch2")
+    other = argument(product, 1, "mat2", product.kwargs.get("other"))
+    return argument(product, 0, "input"), other
 
 
 def _before_reshape(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
@@ -127,7 +154,7 @@ def _before_reshape(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None
         flat = 0 in (axis, source) and _lead(x, source) == _lead(out, axis)
         if same or flat:
             return source
-    kept = x.dim() > lead and out.dim() > lead and _same(x.shape[:lead], out.shape[:lead])
+    kept = x.dim() >= lead and out.dim() >= lead and _same(x.shape[:lead], out.shape[:lead])
     return axis if kept else None
 
 
@@ -143,26 +170,54 @@ def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
     """Where the token axis was before ``x[key]``, if the key leaves its places as they are."""
     key: Any = user.args[1]
     keys: list[Any] = list(key) if isinstance(key, tuple) else [key]
-    if any(not (k is None or k is Ellipsis or isinstance(k, slice)) for k in keys):
+    kinds = [
+        list if isinstance(k, list) else type(k)
+        for k in keys
+        if k is not None and k is not Ellipsis
+    ]
+    if not {*kinds} <= {slice, int} and not ({*kinds} <= {slice, list} and kinds.count(list) == 1):
         return None
-    spare = x.dim() - sum(isinstance(k, slice) for k in keys)
+    spare = x.dim() - len(kinds)
     at = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
     keys = [*keys[:at], *[slice(None)] * spare, *keys[at + 1 :]]
-    chosen = keys[axis]
-    if chosen is None or chosen.start not in (None, 0) or chosen.step not in (None, 1):
+    sources = itertools.count()
+    places = [None if k is None else (next(sources), k) for k in keys]
+    kept = [place for place in places if place is None or type(place[1]) is not int]
+    found = kept[axis]
+    if found is None:
         return None
-    return axis - keys[:axis].count(None)
+    source, chosen = found
+    if isinstance(chosen, list):
+        return None
+    return source if chosen.start in (None, 0) and chosen.step in (None, 1) else None
 
 
 def _same(left: Any, right: Any) -> bool:
     return all(map(same_count, zip(left, strict=True), zip(right, strict=True)))
 
 
-def _along_last(user: fx.Node, name: str, rank: int) -> bool:
-    """Whether a reduction is over the last dimension alone."""
-    dim = argument(user, 2 if "norm" in name else 1, "dim")
+def _before_reduction(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
+    """Where the token axis was before a reduction over given dimensions, which are others."""
+    place = 2 if "norm" in op_name(user) else 1
+    dim = argument(user, place, "dim")
     dims = list(dim) if isinstance(dim, tuple | list) else [dim]
-    return len(dims) == 1 and isinstance(dims[0], int) and dims[0] % rank == rank - 1
+    if not dims or not all(isinstance(d, int) for d in dims):
+        return None
+    reduced = {d % x.dim() for d in dims}
+    if argument(user, place + 1, "keepdim", False):
+        return None if axis in reduced else axis
+    return [d for d in range(x.dim()) if d not in reduced][axis]
+
+
+def _updates_only(user: fx.Node) -> bool:
+    """Whether a call changes, element by element, a value that nothing else reads, under whatever
+    name."""
+    node: Any = user.args[0] if op_name(user) in _UPDATES else None
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if op_name(node) not in (*CASTS, *RESHAPES, *PERMUTES, "getitem", "dropout"):
+            return node.op in ("call_function", "call_method") and tensor(node) is not None
+        node = node.args[0]
+    return False
 
 
 def _is_only(user: fx.Node, node: fx.Node, name: str, place: int = 0) -> bool:

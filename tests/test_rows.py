@@ -1,0 +1,269 @@
+"""Whose rows are read: what is proven holds on numbers, and what mixes rows is not proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from sparselora_fx import padding
+from sparselora_fx.rows import Needs, Rows, read_rows
+
+REAL = ("real tokens",)
+BATCH, LENGTH, WIDTH, WORDS = 2, 5, 6, 11
+SHOWN = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+Function = Callable[..., Tensor]
+
+
+def captured(fn: Function, *args: Tensor) -> fx.GraphModule:
+    """The graph that Dynamo makes of a call."""
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    return found[0]
+
+
+def needs_of(fn: Function, x: Tensor) -> Needs | None:
+    """What is needed of x if of the result ``[B, L, ...]`` real tokens alone are."""
+    graph = captured(fn, x).graph
+
+    def end(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
+        return (1, REAL) if user.op == "output" else None
+
+    return read_rows(graph, end).get(graph.find_nodes(op="placeholder")[0])
+
+
+def updated(x: Tensor) -> Tensor:
+    y = x * 2
+    y += x
+    y *= 0.5
+    return y
+
+
+def updated_and_read(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y.sum(dim=1, keepdim=True)
+    y += x
+    return y + z
+
+
+def updated_elsewhere(x: Tensor) -> Tensor:
+    y = x * 2
+    view = y[:, :1]
+    view += x.mean(dim=1, keepdim=True)
+    return y
+
+
+def halves(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((torch.stack((-b, a), dim=-1).flatten(-2), x), dim=-1)
+
+
+class Squared(torch.autograd.Function):
+    """A user's own function, element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+W, HEAD, BIAS = random(WIDTH, WIDTH), random(WORDS, WIDTH), random(2 * BATCH, 1, LENGTH)
+TOKENWISE: dict[str, Function] = {
+    "pointwise": lambda x: F.silu(x) * x.sigmoid() + 1,
+    "norm": lambda x: F.layer_norm(x, (WIDTH,)) * F.rms_norm(x, (WIDTH,)),
+    "mean": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "mean without keepdim": lambda x: x - x.mean(-1).unsqueeze(-1),
+    "mean over two": lambda x: x.view(BATCH, LENGTH, 2, 3).sum((2, 3)).unsqueeze(-1) + x,
+    "stacked and averaged": lambda x: torch.stack((x, 2 * x, x * x)).mean(dim=0),
+    "stacked behind": lambda x: torch.stack((x, -x), dim=2).flatten(2),
+    "linear": lambda x: F.linear(x, W) @ W,
+    "flattened": lambda x: F.linear(x.view(-1, WIDTH), W).view(BATCH, LENGTH, WIDTH),
+    "heads": lambda x: x.view(BATCH, LENGTH, 2, 3).transpose(1, 2).softmax(-1).transpose(1, 2),
+    "fused": lambda x: x.view(BATCH, LENGTH, 2, 3)[..., 0, :] + x[..., 1:4],
+    "list of heads": lambda x: x.view(BATCH, LENGTH, 3, 2)[:, :, [-2]] * x[..., None, :2],
+    "repeated": lambda x: x.repeat(1, 1, 2) + x.repeat_interleave(2, dim=-1),
+    "expanded": lambda x: x[:, :, None].expand(-1, -1, 3, -1).reshape(BATCH, LENGTH, -1),
+    "halves": halves,
+    "largest": lambda x: x - x.max(-1, keepdim=True).values + x.topk(2, dim=-1).values[..., :1],
+    "split": lambda x: torch.cat([p.tanh() for p in x.split((2, 4), dim=-1)], -1),
+    "updated in place": updated,
+    "own function": lambda x: Squared.apply(x) + x,
+    "prefix": lambda x: x[:, :LENGTH] * 2,
+}
+MIXING: dict[str, Function] = {
+    "neighbours": lambda x: x + F.pad(x[:, 1:], (0, 0, 0, 1)),
+    "mean of tokens": lambda x: x - x.mean(dim=1, keepdim=True),
+    "mean of all": lambda x: x - x.mean(),
+    "cumulative": lambda x: x.cumsum(dim=1),
+    "softmax over tokens": lambda x: x.softmax(dim=1),
+    "convolution": lambda x: F.conv1d(x.mT, W[..., None], padding=0).mT.flip(1),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "products of tokens": lambda x: (x @ x.mT) @ x,
+    "first token": lambda x: x + x[:, :1],
+    "one token": lambda x: x + x[:, 0].unsqueeze(1),
+    "every other": lambda x: torch.cat((x[:, ::2], x[:, 1::2]), dim=1),
+    "list of tokens": lambda x: x + x[:, [3]],
+    "tokens repeated": lambda x: x.repeat_interleave(2, dim=1)[:, :LENGTH],
+    "tokens stacked": lambda x: torch.stack((x, x), dim=1).flatten(1, 2)[:, LENGTH - 1 : -1],
+    "tokens as channels": lambda x: x.reshape(BATCH, WIDTH, LENGTH).mT,
+    "transposed": lambda x: x.mT.reshape(BATCH, LENGTH, WIDTH),
+    "updated and read": updated_and_read,
+    "updated through a view": updated_elsewhere,
+    "norm over tokens": lambda x: F.layer_norm(x, (LENGTH, WIDTH)),
+    "sorted": lambda x: x.sort(dim=1).values,
+}
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_what_works_token_by_token(name: str) -> None:
+    fn, x = TOKENWISE[name], random(BATCH, LENGTH, WIDTH)
+    assert needs_of(fn, x) == (1, REAL)
+    other = torch.where(SHOWN[..., None], x, torch.nan)
+    assert torch.equal(fn(x)[SHOWN], fn(other)[SHOWN])
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_tokens(name: str) -> None:
+    assert needs_of(MIXING[name], random(BATCH, LENGTH, WIDTH)) is None
+
+
+# ---------------------------------------------------------------- attention and its mask
+
+
+def additive(mask: Tensor) -> Tensor:
+    """``[B, 1, L, L]``: 0, or a large negative number for later tokens and for padding."""
+    shown = mask[:, None, None, :] & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    return torch.where(shown, 0.0, -1e30).to(torch.float64)
+
+
+def heads(x: Tensor) -> list[Tensor]:
+    return [F.linear(x, w).view(BATCH, LENGTH, 2, 3).transpose(1, 2) for w in (W, W.mT, W @ W)]
+
+
+def fused(x: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*heads(x), attn_mask=additive(mask))
+
+
+def written_out(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    scores = q @ k.transpose(2, 3) * 3**-0.5 + additive(mask)
+    return F.dropout(scores.softmax(-1, dtype=torch.float64), 0.1, False) @ v
+
+
+def scaled_later(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    scores = torch.matmul(q, k.mT).masked_fill(~mask[:, None, None, :], -1e300) / 2.0
+    return torch.matmul(scores.softmax(-1), v)
+
+
+def capped(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    scores = 5 * torch.tanh(q @ k.mT / 5)
+    return torch.where(mask[:, None, None, :], scores, -torch.inf).softmax(-1) @ v
+
+
+def sinks(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    scores = torch.cat((q @ k.mT + additive(mask), q[..., :1]), dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+def batched(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = (t.reshape(2 * BATCH, LENGTH, 3) for t in heads(x))
+    scores = torch.baddbmm(BIAS, q, k.transpose(1, 2), beta=1.0, alpha=0.5)
+    scores = scores.view(BATCH, 2, LENGTH, LENGTH) + additive(mask)
+    weights = scores.softmax(dim=-1).view(2 * BATCH, LENGTH, LENGTH)
+    return torch.bmm(weights, v).view(BATCH, 2, LENGTH, 3)
+
+
+def unmasked(x: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*heads(x)) * mask[:, None, :, None]
+
+
+def causal(x: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*heads(x), is_causal=True) * mask[:, None, :, None]
+
+
+def masked_queries(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    return (q @ k.mT + additive(mask).mT[..., :1]).softmax(-1) @ v
+
+
+def masked_after(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    return ((q @ k.mT).softmax(-1) + additive(mask)) @ v
+
+
+def read_beside(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    scores = q @ k.mT
+    return (scores + additive(mask)).softmax(-1) @ v + scores.mean()
+
+
+def shared(x: Tensor, mask: Tensor) -> Tensor:
+    """Keys that also gate: their rows of padding are read by those of other tokens."""
+    q, k, v = heads(x)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=additive(mask))
+    return mixed * k.mean(dim=2, keepdim=True)
+
+
+def proves(fn: Function, x: Tensor, mask: Tensor, labels: Tensor) -> bool:
+    """Whether no row of padding in x is found to reach the loss."""
+    gm = captured(lambda x, mask, labels: loss_of(fn, x, mask, labels), x, mask, labels)
+    proof = padding._Proof(gm, torch.empty(BATCH, LENGTH))
+    needs = proof.read(gm, proof.masks(gm), None)
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    return dict(zip(names, needs, strict=True))["L_x_"] == (1, REAL)
+
+
+def loss_of(fn: Function, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    mixed = x + fn(x, mask).transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
+    logits = F.linear(F.rms_norm(mixed, (WIDTH,)), HEAD)
+    targets = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    return F.cross_entropy(logits.view(-1, WORDS), targets)
+
+
+def labels_of() -> Tensor:
+    labels = torch.randint(0, WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+    return labels.masked_fill(~SHOWN, -100)
+
+
+@pytest.mark.parametrize(
+    "fn", [fused, written_out, scaled_later, capped, sinks, batched], ids=lambda fn: fn.__name__
+)
+def test_attention_that_hides_padding(fn: Function) -> None:
+    x, labels = random(BATCH, LENGTH, WIDTH), labels_of()
+    assert proves(fn, x, SHOWN, labels)
+    other = torch.where(SHOWN[..., None], x, 7 * random(BATCH, LENGTH, WIDTH, seed=4))
+    expected, got = (loss_of(fn, v, SHOWN, labels) for v in (x, other))
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [unmasked, causal, masked_queries, masked_after, read_beside, shared],
+    ids=lambda fn: fn.__name__,
+)
+def test_attention_that_reads_padding(fn: Function) -> None:
+    assert not proves(fn, random(BATCH, LENGTH, WIDTH), SHOWN, labels_of())
