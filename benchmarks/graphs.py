@@ -182,7 +182,7 @@ def capture(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         options = Options(plan.channel_multiple if plan else 16, score=SCORE)
-        report = run(gm, options, PIPELINE)
+        report = run(gm, inputs, options, PIPELINE)
         _fuse_attention(gm)
         with saving_less() if report or lean else contextlib.nullcontext():
             compiled = aot_module_simplified(

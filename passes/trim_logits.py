@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
+from sparselora_fx.labels import ignores_unlabelled, labels_of
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
+from sparselora_fx.tokens import IGNORED
 from sparselora_fx.values import CASTS
 
-_IGNORED = -100
 _MARK = OPS.label_rows.default
 _RESHAPES = ("view", "reshape", "flatten")
 
@@ -57,39 +57,11 @@ def trim_logits(rewrite: Rewrite) -> int:
 
 def _reads(node: fx.Node, mark: fx.Node) -> bool:
     """Whether a node is a cross entropy whose ignored rows are those that the mark's list lacks."""
-    if op_name(node) != "cross_entropy" or argument(node, 2, "weight") is not None:
-        return False
-    if argument(node, 4, "ignore_index", _IGNORED) != _IGNORED:
+    if not ignores_unlabelled(node) or argument(node, 2, "weight") is not None:
         return False
     if argument(node, 6, "reduction", "mean") not in ("mean", "sum"):
         return False
-    return _are_labels(argument(node, 1, "target"), mark.args[1], shift=bool(mark.args[4]))
-
-
-def _are_labels(target: Any, labels: Any, *, shift: bool) -> bool:
-    """Whether ``target[B*L]`` holds the labels of each row in the order of the tokens."""
-    example = tensor(target)
-    if example is None or example.dim() != 1:
-        return False
-    node = _unwrapped(target)
-    if not shift:
-        return node is labels
-    if op_name(node) != "getitem" or node.args[1] != (Ellipsis, slice(1, None, None)):
-        return False
-    padded: Any = node.args[0]
-    if not isinstance(padded, fx.Node) or op_name(padded) != "pad":
-        return False
-    by = argument(padded, 1, "pad")
-    constant = argument(padded, 2, "mode", "constant") == "constant"
-    filled = argument(padded, 3, "value") == _IGNORED
-    return constant and filled and tuple(by) == (0, 1) and _unwrapped(padded.args[0]) is labels
-
-
-def _unwrapped(node: Any) -> Any:
-    """A node before reshapes and casts."""
-    while op_name(node) in (*_RESHAPES, *CASTS) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return labels_of(argument(node, 1, "target")) == (mark.args[1], bool(mark.args[4]), True)
 
 
 def _logits(loss: fx.Node, mark: fx.Node) -> list[fx.Node] | None:
@@ -124,7 +96,7 @@ def _trim(graph: fx.Graph, loss: fx.Node, between: list[fx.Node], mark: fx.Node)
         place = graph.call_method("clamp", (idx,), {"min": 0})
         held = graph.call_function(torch.ge, (idx, 0))
         labels = graph.call_method("index_select", (target, 0, place))
-        labels = graph.call_function(torch.where, (held, labels, _IGNORED))
+        labels = graph.call_function(torch.where, (held, labels, IGNORED))
     loss.replace_input_with(logits, take)
     loss.replace_input_with(target, labels)
     output = graph.output_node()

@@ -28,7 +28,7 @@ def trim_queries(rewrite: Rewrite) -> int:
     rows = read_rows(graph, taken_by)
     found = [node for node in rows if _is_last_row_of_tokens(node, rows)]
     for node in found:
-        _trim(graph, node, rows[node][1])
+        _trim(graph, node, rows[node].lists)
     return len(found)
 
 
@@ -36,7 +36,7 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
     """Whether a node ``[B, L, N]`` is what attention makes its heads of: takes move no further down
     than here."""
     example = tensor(node)
-    if example is None or example.dim() != 3 or rows[node][0] != 1 or node.op == "placeholder":
+    if example is None or example.dim() != 3 or rows[node].axis != 1 or node.op == "placeholder":
         return False
     inner = [user for user in node.users if rows.get(user, NOTHING) != NOTHING]
     ends = (ATTENTION, *MATMULS)

@@ -258,6 +258,11 @@ def always_equal(left: Any, right: Any) -> bool:
     return bool(inductor().V.graph.sizevars.statically_known_true(sympy.Eq(left, right)))
 
 
+def traced_size(size: torch.SymInt) -> int:
+    """What a size was in the call that is traced; adds no guard. Run on 2.13."""
+    return int(size.node.hint)
+
+
 def divides(divisor: int, size: Any) -> bool:
     """Whether a size is a multiple of ``divisor`` whatever its symbols stand for; adds no guard."""
     return always_equal(size % divisor, 0)

@@ -18,7 +18,7 @@ from sparselora_fx.backend import make_backend
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
-from sparselora_fx.forward import CompiledForward
+from sparselora_fx.forward import CompiledForward, predicts_next
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
@@ -75,7 +75,9 @@ def compile(
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     state = State(model, checked, sparsity, frozen, collector=collector)
-    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
+    options = Options(
+        checked.channel_multiple, lora_branch, score, checked.track_adapter, predicts_next(model)
+    )
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)

@@ -51,8 +51,7 @@ class CompiledForward:
         # One token grid would have to serve two stacks of other lengths: every token is sparse
         # then.
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        kind = str(getattr(base, "loss_type", None) or type(base).__name__)
-        self.shift = not any(word in kind for word in _UNSHIFTED)
+        self.shift = predicts_next(model)
         # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
@@ -156,6 +155,13 @@ class CompiledForward:
             "a compiled model cannot be deep-copied: its forward belongs to this very object; "
             "call sparselora_fx.restore(model), copy it, then compile each copy"
         )
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether a model's loss compares what it makes of token t with label t + 1."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    kind = str(getattr(base, "loss_type", None) or type(base).__name__)
+    return not any(word in kind for word in _UNSHIFTED)
 
 
 def _decodes(arguments: Mapping[str, Any]) -> bool:

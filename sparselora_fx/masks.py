@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from sparselora_fx.fx import (
@@ -15,10 +14,10 @@ from sparselora_fx.fx import (
     tensor,
 )
 from sparselora_fx.layout import same_count
+from sparselora_fx.mask_values import MaskValues
 from sparselora_fx.rows import ATTENTION, MATMULS, factors
 from sparselora_fx.values import CASTS, RESHAPES
 
-Nodes = set[fx.Node]
 _MASKING = ("add", "__add__", "__radd__", "iadd", "where", "masked_fill")
 _WEIGHING = ("softmax", "max", "amax", "logsumexp")
 _SCALING = ("mul", "__mul__", "div", "truediv", "__truediv__")
@@ -26,20 +25,17 @@ _SHIFTING = ("sub", "__sub__")
 _KEEPS_ZEROS = CASTS | {"dropout"}
 
 
-def hides_padding(attention: fx.Node, node: fx.Node, masks: Nodes) -> bool:
+def hides_padding(attention: fx.Node, node: fx.Node, masks: MaskValues) -> bool:
     """Whether a call is part of an attention that reads a node as its keys or values, and gives
     those of padding no weight.
 
     Recognised are the fused attention with a mask, and the two products of
-    ``softmax(cast(f(q @ k^T) + mask)) @ v`` with a pointwise f. ``masks`` are the nodes that may
-    say which tokens are padding; how they say it (-inf, False, a large negative number) is not
-    looked at.
+    ``softmax(cast(f(q @ k^T) + mask)) @ v`` with a pointwise f.
     """
     name = op_name(attention)
     if name == ATTENTION:
-        mask, keys = argument(attention, 3, "attn_mask"), argument(attention, 1, "key")
-        read = node not in (mask, argument(attention, 0, "query"))
-        return read and mask in masks and _fits(mask, tensor(keys), axis=-2)
+        mask = argument(attention, 3, "attn_mask")
+        return node not in (mask, argument(attention, 0, "query")) and masks.hides(mask)
     if name not in MATMULS or attention.all_input_nodes.count(node) > 1:
         return False
     first, second = factors(attention)
@@ -48,7 +44,7 @@ def hides_padding(attention: fx.Node, node: fx.Node, masks: Nodes) -> bool:
     return _is_hidden(attention, masks) or _is_zero(first, masks)
 
 
-def key_axis(attention: fx.Node, node: fx.Node, masks: Nodes) -> int:
+def key_axis(attention: fx.Node, node: fx.Node, masks: MaskValues) -> int:
     """The token axis of what `hides_padding` has found: the last of transposed keys, else the one
     before it."""
     example = tensor(node)
@@ -57,7 +53,7 @@ def key_axis(attention: fx.Node, node: fx.Node, masks: Nodes) -> int:
     return example.dim() - (1 if written_out else 2)
 
 
-def _is_hidden(scores: fx.Node, masks: Nodes) -> bool:
+def _is_hidden(scores: fx.Node, masks: MaskValues) -> bool:
     """Whether all that becomes of scores is masked and made probabilities of."""
     readers = [user for user in scores.users if not reads_shape_only(user, scores)]
     return bool(readers) and all(
@@ -66,7 +62,7 @@ def _is_hidden(scores: fx.Node, masks: Nodes) -> bool:
     )
 
 
-def _is_masked(node: fx.Node, scores: fx.Node, masks: Nodes) -> bool:
+def _is_masked(node: fx.Node, scores: fx.Node, masks: MaskValues) -> bool:
     """Whether a node masks scores, and only a softmax reads it."""
     return _masks(node, masks, but=scores) and _is_weighed(node)
 
@@ -80,7 +76,7 @@ def _is_weighed(masked: fx.Node) -> bool:
     )
 
 
-def _is_zero(probabilities: fx.Node, masks: Nodes) -> bool:
+def _is_zero(probabilities: fx.Node, masks: MaskValues) -> bool:
     """Whether a node holds probabilities, or what dropout leaves of them, of masked scores."""
     node: Any = probabilities
     while op_name(node) in _KEEPS_ZEROS or _reshapes(node) or _drops_last(node):
@@ -105,12 +101,19 @@ def _passes_on(node: fx.Node, masked: fx.Node) -> bool:
     name, other = op_name(node), argument(node, 1, "other")
     if node.args and node.args[0] is masked:
         held = tensor(other)
-        one = not isinstance(other, fx.Node) or (held is not None and held.dim() == 0)
         a_row = held is not None and held.dim() > 0 and held.shape[-1] == 1
-        return name in CASTS or (name in _SCALING and one) or (name in _SHIFTING and (one or a_row))
+        return name in CASTS or (name in _SHIFTING and a_row) or _scales(name, other)
     pieces = node.args[0] if node.args else None
     first = isinstance(pieces, tuple | list) and pieces[0] is masked
     return first and _along_last(node, ("cat", "concat"))
+
+
+def _scales(name: str, other: Any) -> bool:
+    """Whether scores are multiplied or divided by a number such as the root of a head's size."""
+    if isinstance(other, int | float):
+        return name in _SCALING and (other if "mul" in name else 1 / (other or 1e9)) >= 1e-2
+    held = tensor(other)
+    return name in _SCALING and "mul" not in name and held is not None and held.dim() == 0
 
 
 def _drops_last(node: Any) -> bool:
@@ -122,21 +125,9 @@ def _drops_last(node: Any) -> bool:
     return whole and isinstance(key[-1], slice) and not key[-1].start and key[-1].step in (None, 1)
 
 
-def _masks(node: fx.Node, masks: Nodes, *, but: fx.Node) -> bool:
-    """Whether a node joins another one with a mask along the last dimension."""
-    whole = tensor(node)
-    return op_name(node) in _MASKING and any(
-        source is not but and source in masks and _fits(source, whole, axis=-1)
-        for source in node.all_input_nodes
-    )
-
-
-def _fits(mask: Any, other: torch.Tensor | None, *, axis: int) -> bool:
-    """Whether a mask has one value for each place of another tensor along an axis of that."""
-    held = tensor(mask)
-    if held is None or other is None or held.dim() == 0:
-        return False
-    return bool(same_count(held.shape[-1:], (other.shape[axis],)))
+def _masks(node: fx.Node, masks: MaskValues, *, but: fx.Node) -> bool:
+    """Whether a node joins scores with a mask."""
+    return op_name(node) in _MASKING and masks.hides(node, but)
 
 
 def _is_plain(node: fx.Node, source: fx.Node) -> bool:

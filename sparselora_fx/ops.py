@@ -195,16 +195,25 @@ def unplace_tokens(x: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
 @_eager("place_tokens")
 def place_tokens(y: Tensor, idx: Tensor, pos: Tensor) -> Tensor:
     """``x[B, L, K]`` with ``y[P, K]`` at the tokens idx and zeros elsewhere."""
-    rows = y.index_select(0, pos.flatten().clamp(min=0)).view(*pos.shape, y.shape[1])
-    return torch.where((pos >= 0)[..., None], rows, 0)
+    return torch.where((pos >= 0)[..., None], _spread(y, pos), 0)
+
+
+def _spread(y: Tensor, pos: Tensor) -> Tensor:
+    """``x[B, L, K] = y[pos]``, and y's first row where pos is -1."""
+    return y.index_select(0, pos.flatten().clamp(min=0)).view(*pos.shape, y.shape[1])
 
 
 @_eager("merge_tokens")
 def merge_tokens(
     y: Tensor, z: Tensor, y_idx: Tensor, y_pos: Tensor, z_idx: Tensor, z_pos: Tensor
 ) -> Tensor:
-    """``x[B, L, K]`` from two disjoint token lists; tokens of neither (padding) are zero."""
-    return place_tokens(y, y_idx, y_pos) + place_tokens(z, z_idx, z_pos)
+    """``x[B, L, K]`` from two disjoint token lists of one token at least.
+
+    Tokens of neither (padding) repeat y's first row, without a gradient: nobody reads them, but a
+    row of zeros might have a norm without a derivative.
+    """
+    rest = torch.where((z_pos >= 0)[..., None], _spread(z, z_pos), y[:1])
+    return torch.where((y_pos >= 0)[..., None], _spread(y, y_pos), rest)
 
 
 @_eager("low_rank_norms")

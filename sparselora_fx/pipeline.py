@@ -86,11 +86,13 @@ class _Lifted:
         return chosen + [tensor for seen in self.observed for tensor in seen.tensors]
 
 
-def run(gm: fx.GraphModule, options: Options, passes: Sequence[Pass]) -> GraphReport | None:
+def run(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+) -> GraphReport | None:
     """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
     is marked in it."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm))
+    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm, inputs, options.shift))
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose for the rewrite. ``lora_branch`` is "dense" or "sparse"."""
+    """What the user chose for the rewrite. ``lora_branch`` is "dense" or "sparse"; ``shift``: the
+    model predicts label t + 1 from token t."""
 
     channel_multiple: int = 16
     lora_branch: str = "dense"
     score: Score = field(default_factory=Score)
     track_adapter: bool = False
+    shift: bool = True
 
 
 @dataclass(frozen=True)

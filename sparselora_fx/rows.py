@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -32,19 +32,27 @@ _TUPLES = ("autograd_function_apply", "max", "min", "topk", "sort")  # results a
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes")
 
 Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
-Needs = tuple[int, Lists]  # a token axis, and the only list whose rows matter along it
+
+
+class Needs(NamedTuple):
+    """The axes of samples and of their tokens (the same one, of flattened tokens), and the only
+    list whose rows matter along them. A sample axis may hold several heads of each sample."""
+
+    batch: int
+    axis: int
+    lists: Lists
+
+
 Rows = dict[fx.Node, Needs]
 End = Callable[[fx.Node, fx.Node, Rows], Needs | None]
-NOTHING: Needs = (-1, ())  # what a user needs whose result reaches nothing that matters
+NOTHING = Needs(-1, -1, ())  # what a user needs whose result reaches nothing that matters
 
 
 def read_rows(graph: fx.Graph, end: End) -> Rows:
     """The nodes of which only the rows of one token list can reach the graph's outputs, or nothing.
 
     ``end(user, node, rows)`` says what a user needs of a node by itself, as a `take_tokens` does;
-    None: that follows from what is needed of the user. The rows of later nodes are known. A token
-    axis of flattened tokens counts as one of ``[B, L]``: it is the last of the dimensions that
-    tokens take up.
+    None: that follows from what is needed of the user. The rows of later nodes are known.
     """
     rows: Rows = {}
     for node in reversed(graph.nodes):
@@ -69,7 +77,7 @@ def taken_by(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     """What a `take_tokens` needs of its input ``[B, L, N]`` or ``[B * L, N]``."""
     x = tensor(node)
     takes = user.target in _TAKES and user.args[0] is node and x is not None and x.dim() in (2, 3)
-    return (x.dim() - 2, user.args[1:]) if takes and x is not None else None
+    return Needs(0, x.dim() - 2, user.args[1:]) if takes and x is not None else None
 
 
 def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
@@ -79,30 +87,33 @@ def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
         return None
     if op_name(user) in MARKERS:
         return rows[user] if user.args[0] is node else NOTHING
-    axis, lists = rows[user]
+    need = rows[user]
     x, out = tensor(node), tensor(user)
     if x is None:  # one of several results
         known = op_name(node) in (*_SPLITS, *_TUPLES) and op_name(user) == "getitem"
-        return (axis, lists) if known else None
+        return need if known else None
     if op_name(user) in _TUPLES:
         out = out if out is not None else tensor(next(iter(user.users)))
     if op_name(user) in _SPLITS:
-        return None if axis_argument(user, 2, "dim", x.dim()) == axis else (axis, lists)
-    source = None if out is None else _source_axis(user, node, x, out, axis)
-    return None if source is None else (source, lists)
+        along = axis_argument(user, 2, "dim", x.dim())
+        return None if along in (need.batch, need.axis) else need
+    if out is None:
+        return None
+    if op_name(user) in RESHAPES:
+        return _before_reshape(x, out, need)
+    axis, batch = (_source_axis(user, node, x, out, a) for a in (need.axis, need.batch))
+    return None if axis is None or batch is None else Needs(batch, axis, need.lists)
 
 
 def _source_axis(
     user: fx.Node, node: fx.Node, x: torch.Tensor, out: torch.Tensor, axis: int
 ) -> int | None:
-    """The axis of x along which row i alone makes row i of ``out`` along ``axis``; None if there is
-    none."""
+    """The axis of x along which place i alone makes place i of ``out`` along ``axis``; None if
+    there is none."""
     name, rank = op_name(user), out.dim()
     if name in PERMUTES or (name == "getattr" and user.args[1] == "mT"):
         order = order_of(user, name, x.dim())
         return None if order is None else order[axis]
-    if name in RESHAPES:
-        return _before_reshape(x, out, axis)
     if name == "getitem":
         return _before_index(user, x, axis)
     if name == "stack":
@@ -120,16 +131,12 @@ def _source_axis(
         or (name == "sort" and axis_argument(user, 1, "dim", rank, -1) != axis)
         or (name == "repeat_interleave" and argument(user, 2, "dim") is not None)
         or (name in ("cat", "concat") and axis_argument(user, 1, "dim", rank) != axis)
-        or (name == "softmax" and axis_argument(user, 1, "dim", rank, -1) != axis)
+        or (name == "softmax" and _is_other(argument(user, 1, "dim"), axis, rank))
         or (name in NORMS and rank - len(argument(user, 1, "normalized_shape")) > axis)
         or (name == "linear" and _is_only(user, node, "input") and axis < rank - 1)
         or (name == "addmm" and _is_only(user, node, "mat1", place=1) and axis == 0)
-        or (
-            name in MATMULS
-            and factors(user)[1] is not node is factors(user)[0]
-            and axis == rank - 2
-        )
-        or (name == ATTENTION and _is_only(user, node, "query") and axis == rank - 2)
+        or (name in MATMULS and (axis < rank - 2 or _is_first(user, node)) and axis < rank - 1)
+        or (name == ATTENTION and _is_only(user, node, "query") and axis < rank - 1)
         or name == "dropout"
         or name in _UPDATES
         or is_pointwise(user)
@@ -145,25 +152,42 @@ def factors(product: fx.Node) -> tuple[Any, Any]:
     return argument(product, 0, "input"), other
 
 
-def _before_reshape(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
-    """Where the token axis was before a reshape: what follows it stays, or what comes before it."""
+def _is_first(product: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is the first factor of a product, and not the second too."""
+    first, second = factors(product)
+    return node is first and node is not second
+
+
+def _is_other(dim: Any, axis: int, rank: int) -> bool:
+    """Whether a dimension is given, and is not an axis."""
+    return isinstance(dim, int) and dim % rank != axis
+
+
+def _before_reshape(x: torch.Tensor, out: torch.Tensor, need: Needs) -> Needs | None:
+    """Where samples and tokens were before a reshape."""
+    batch, axis, lists = need
+    flat = batch == axis == 0
+    if flat and x.dim() > 1 and same_count(x.shape[:2], out.shape[:1]):
+        return Needs(0, 1, lists)
+    if (batch, axis) == (0, 1) and same_count(x.shape[:1], out.shape[:2]):
+        return Needs(0, 0, lists)
+    source = _same_place(x, out, axis)
+    if source is None or flat:
+        return None if source is None else Needs(source, source, lists)
+    samples = _same_place(x, out, batch)
+    if samples is None and batch == 0 and same_count(x.shape[:source], out.shape[:axis]):
+        samples = 0  # heads become a part of the samples' axis, or have been one
+    return None if samples is None else Needs(samples, source, lists)
+
+
+def _same_place(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
+    """The axis of x that is an axis of its reshape: nothing before it changes, or nothing after."""
     lead, tail = axis + 1, out.dim() - axis - 1
+    if x.dim() >= lead and _same(x.shape[:lead], out.shape[:lead]):
+        return axis
     source = x.dim() - tail - 1
-    if tail and source >= 0 and _same(x.shape[source + 1 :], out.shape[axis + 1 :]):
-        same = _same(x.shape[source : source + 1], out.shape[axis : axis + 1])
-        flat = 0 in (axis, source) and _lead(x, source) == _lead(out, axis)
-        if same or flat:
-            return source
-    kept = x.dim() >= lead and out.dim() >= lead and _same(x.shape[:lead], out.shape[:lead])
-    return axis if kept else None
-
-
-def _lead(x: torch.Tensor, axis: int) -> Any:
-    """How many rows there are up to an axis."""
-    count: Any = 1
-    for size in x.shape[: axis + 1]:
-        count = count * size
-    return count
+    kept = source >= 0 and _same(x.shape[source:], out.shape[axis:])
+    return source if kept else None
 
 
 def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:

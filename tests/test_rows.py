@@ -19,12 +19,12 @@ SHOWN = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 Function = Callable[..., Tensor]
 
 
-def captured(fn: Function, *args: Tensor) -> fx.GraphModule:
-    """The graph that Dynamo makes of a call."""
-    found: list[fx.GraphModule] = []
+def captured(fn: Function, *args: Tensor) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph that Dynamo makes of a call, and its inputs."""
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
 
-    def backend(gm: fx.GraphModule, _: Any) -> Any:
-        found.append(gm)
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append((gm, inputs))
         return gm.forward
 
     torch.compiler.reset()
@@ -34,10 +34,10 @@ def captured(fn: Function, *args: Tensor) -> fx.GraphModule:
 
 def needs_of(fn: Function, x: Tensor) -> Needs | None:
     """What is needed of x if of the result ``[B, L, ...]`` real tokens alone are."""
-    graph = captured(fn, x).graph
+    graph = captured(fn, x)[0].graph
 
     def end(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
-        return (1, REAL) if user.op == "output" else None
+        return Needs(0, 1, REAL) if user.op == "output" else None
 
     return read_rows(graph, end).get(graph.find_nodes(op="placeholder")[0])
 
@@ -131,13 +131,22 @@ MIXING: dict[str, Function] = {
     "updated through a view": updated_elsewhere,
     "norm over tokens": lambda x: F.layer_norm(x, (LENGTH, WIDTH)),
     "sorted": lambda x: x.sort(dim=1).values,
+    "mean of samples": lambda x: x - x.mean(dim=0, keepdim=True),
+    "samples in another order": lambda x: x[[1, 0]],
+    "softmax over samples": lambda x: x.softmax(dim=0),
+    "softmax over what torch takes": lambda x: F.softmax(x),
+    "sorted samples": lambda x: x.sort(dim=0).values,
+    "samples split": lambda x: torch.cat(x.split(1)[::-1]),
+    "first sample": lambda x: x + x[:1],
+    "norm over samples": lambda x: F.layer_norm(x.transpose(0, 1), (BATCH, WIDTH)).transpose(0, 1),
+    "all rows": lambda x: F.linear(x.view(-1, WIDTH), W).softmax(0).view(BATCH, LENGTH, WIDTH),
 }
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
 def test_what_works_token_by_token(name: str) -> None:
     fn, x = TOKENWISE[name], random(BATCH, LENGTH, WIDTH)
-    assert needs_of(fn, x) == (1, REAL)
+    assert needs_of(fn, x) == Needs(0, 1, REAL)
     other = torch.where(SHOWN[..., None], x, torch.nan)
     assert torch.equal(fn(x)[SHOWN], fn(other)[SHOWN])
 
@@ -205,6 +214,46 @@ def causal(x: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*heads(x), is_causal=True) * mask[:, None, :, None]
 
 
+def written_with(change: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    """Attention written out; ``change`` makes masked scores of scores and the mask."""
+
+    def attend(x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = heads(x)
+        return change(q @ k.mT, mask).softmax(-1) @ v
+
+    return attend
+
+
+EARLIER = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+
+def positions(mask: Tensor) -> Tensor:
+    """A bias of distances between the real tokens, and 0 for later ones."""
+    place = mask.long().cumsum(-1)
+    distance = (place[:, None, :] - place[:, :, None])[:, None]
+    return torch.where(EARLIER, 0.1 * distance, -1e30)
+
+
+NOT_HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "positions alone": lambda s, m: s + positions(m),
+    "0 and 1 added": lambda s, m: s + m[:, None, None, :].double(),
+    "filled with 0": lambda s, m: s.masked_fill(~m[:, None, None, :], 0.0),
+    "inverted": lambda s, m: s.masked_fill(m[:, None, None, :], -1e30),
+    "or near": lambda s, m: s.masked_fill(
+        ~(m[:, None, None, :] | (EARLIER & EARLIER.mT.roll(1, 1))), -1e30
+    ),
+    "and itself": lambda s, m: s.masked_fill(
+        ~(m[:, None, None, :] | m[:, None, :, None] & ~m[:, None, None, :]), -1e30
+    ),
+    "scaled away": lambda s, m: (s + additive(m)) * 1e-29,
+    "lengths": lambda s, m: s.masked_fill(
+        torch.arange(LENGTH) >= m.sum(-1)[:, None, None, None], -1e30
+    ),
+    "causal alone": lambda s, m: s.masked_fill(~EARLIER, -1e30),
+    "changed in place": lambda s, m: s + additive(m).mul_(0.0),
+}
+
+
 def masked_queries(x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = heads(x)
     return (q @ k.mT + additive(mask).mT[..., :1]).softmax(-1) @ v
@@ -230,11 +279,15 @@ def shared(x: Tensor, mask: Tensor) -> Tensor:
 
 def proves(fn: Function, x: Tensor, mask: Tensor, labels: Tensor) -> bool:
     """Whether no row of padding in x is found to reach the loss."""
-    gm = captured(lambda x, mask, labels: loss_of(fn, x, mask, labels), x, mask, labels)
-    proof = padding._Proof(gm, torch.empty(BATCH, LENGTH))
-    needs = proof.read(gm, proof.masks(gm), None)
-    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    return dict(zip(names, needs, strict=True))["L_x_"] == (1, REAL)
+
+    def call(x: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(fn, x, attention_mask, labels) + 0 * attention_mask.sum()
+
+    gm, inputs = captured(call, x, mask, labels)
+    placeholders = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
+    proof = padding._Proof(gm, inputs, placeholders["L_attention_mask_"], True)
+    needs = dict(zip(placeholders, proof.read(gm, None), strict=True))
+    return needs["L_x_"] == Needs(0, 1, REAL)
 
 
 def loss_of(fn: Function, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
@@ -267,3 +320,74 @@ def test_attention_that_hides_padding(fn: Function) -> None:
 )
 def test_attention_that_reads_padding(fn: Function) -> None:
     assert not proves(fn, random(BATCH, LENGTH, WIDTH), SHOWN, labels_of())
+
+
+@pytest.mark.parametrize("name", NOT_HIDING)
+def test_masks_that_do_not_hide_padding(name: str) -> None:
+    fn = written_with(NOT_HIDING[name])
+    assert not proves(fn, random(BATCH, LENGTH, WIDTH), SHOWN, labels_of())
+
+
+HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "1 - mask": lambda s, m: s + (1.0 - m[:, None, None, :].double()) * -10000.0,
+    "where": lambda s, m: torch.where(m[:, None, None, :] & EARLIER, s, -torch.inf),
+    "positions too": lambda s, m: (s + positions(m)) / 8 + additive(m),
+    "filled in place": lambda s, m: s + additive(m).masked_fill(EARLIER.mT & ~EARLIER, -1e30),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_masks_that_hide_padding(name: str) -> None:
+    assert proves(written_with(HIDING[name]), random(BATCH, LENGTH, WIDTH), SHOWN, labels_of())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(logits.reshape(-1, WORDS), targets.reshape(-1), **options)
+
+
+OWN = torch.randint(0, WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(5))
+# (loss of logits [B, L, WORDS] and labels, whether the model is taken to predict the next token)
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool, bool]] = {
+    "next token": (lambda z, y: cross_entropy(z[:, :-1], y[:, 1:]), True, True),
+    "next token, padded": (
+        lambda z, y: cross_entropy(z, F.pad(y, (0, 1), value=-100)[..., 1:]), True, True,
+    ),
+    "this token": (lambda z, y: cross_entropy(z, y), False, True),
+    "no mean": (lambda z, y: cross_entropy(z, y, reduction="none").sum(), False, True),
+    "smoothed": (lambda z, y: cross_entropy(z, y, label_smoothing=0.1), False, True),
+    "and logits": (lambda z, y: (cross_entropy(z, y), z), False, True),
+    "and flattened logits": (lambda z, y: (cross_entropy(z, y), z.view(-1, WORDS)), False, True),
+    "another shift": (lambda z, y: cross_entropy(z, y), True, False),
+    "two tokens on": (lambda z, y: cross_entropy(z[:, :-2], y[:, 2:]), True, False),
+    "own targets": (lambda z, y: cross_entropy(z, OWN), False, False),
+    "clamped": (lambda z, y: cross_entropy(z, y.clamp(min=0)), False, False),
+    "padded with 0": (lambda z, y: cross_entropy(z, F.pad(y, (0, 1))[..., 1:]), True, False),
+    "another number ignored": (
+        lambda z, y: cross_entropy(z, y.where(y >= 0, 1), ignore_index=1), False, False,
+    ),
+    "probabilities": (
+        lambda z, y: cross_entropy(z, y) + F.cross_entropy(z.mT, z.detach().mT.softmax(1)),
+        False, False,
+    ),
+    "and a mean": (lambda z, y: cross_entropy(z, y) + z.square().mean(), False, False),
+    "and one number": (lambda z, y: (cross_entropy(z, y), z.mean()[None]), False, False),
+    "and one a sample": (lambda z, y: (cross_entropy(z, y), z.mean((1, 2))), False, False),
+    "and a pooled token": (lambda z, y: (cross_entropy(z, y), z[:, 0]), False, False),
+    "and mixed rows": (lambda z, y: (cross_entropy(z, y), z.cumsum(1)), False, False),
+    "mixed rows alone": (lambda z, y: z.cumsum(1), True, False),
+    "rows alone": (lambda z, y: z * 2, True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_graph_returns(name: str) -> None:
+    loss, shift, expected = LOSSES[name]
+
+    def call(x: Tensor, labels: Tensor, attention_mask: Tensor) -> Any:
+        return loss(F.linear(x, HEAD), labels), attention_mask & True, labels + 1
+
+    gm, inputs = captured(call, random(BATCH, LENGTH, WIDTH), labels_of(), SHOWN)
+    placeholders = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
+    proof = padding._Proof(gm, inputs, placeholders["L_attention_mask_"], shift)
+    needs = dict(zip(placeholders, proof.read(gm, None), strict=True))
+    assert (needs["L_x_"] == Needs(0, 1, REAL)) is expected
