@@ -76,9 +76,26 @@ def shaped(node: fx.Node, like: fx.Node) -> fx.Node:
     return node
 
 
+def _before_rows(x: fx.Node) -> fx.Node:
+    """What the rows of x were before they were flattened, as far back as can be told: x itself, or
+    a value that x is made of row by row."""
+    node = before_flattening(x)
+    while (example := tensor(node)) is not None and example.dim() == 2:
+        rows = example.shape[:1]
+        inputs = ((n, tensor(n)) for n in node.all_input_nodes)
+        alike = (
+            n for n, t in inputs if t is not None and t.dim() > 1 and same_count(t.shape[:1], rows)
+        )
+        source = next(alike, None)
+        if source is None:
+            break
+        node = before_flattening(source)
+    return node
+
+
 def sees_grid(x: fx.Node, pos: fx.Node) -> bool:
     """Whether the rows of x are the batch's tokens ``[B, L]``, in their order."""
-    held, grid = tensor(before_flattening(x)), tensor(pos)
+    held, grid = tensor(_before_rows(x)), tensor(pos)
     assert held is not None and grid is not None
     lead = [size for size in held.shape[:-1] if not same_count((size,), ())]
     tokens = [size for size in grid.shape if not same_count((size,), ())]

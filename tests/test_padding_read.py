@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -123,3 +124,57 @@ def test_lists_that_are_taken(
     graph, _ = rewritten(monkeypatch, build(), ragged(), PLAN)
     takes = graph.find_nodes(op="call_function", target=OPS.take_tokens.default)
     assert len({take.args[1] for take in takes}) == lists
+
+
+class SequenceFirst(nn.Module):
+    """A small model whose rows are ``[L * B, N]``: tokens first, samples inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(oracle.VOCABULARY, 24)
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
+        self.head = nn.Linear(24, oracle.VOCABULARY)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        samples, length = input_ids.shape
+        x = F.layer_norm(self.embed(input_ids).transpose(0, 1).reshape(-1, 24), (24,))
+        x = x + self.down(F.silu(self.up(x)))
+        logits = self.head(x).view(length, samples, -1).transpose(0, 1)
+        rows = logits[:, :-1].reshape(-1, oracle.VOCABULARY)
+        return SimpleNamespace(loss=F.cross_entropy(rows, labels[:, 1:].reshape(-1)))
+
+
+def test_rows_in_another_order_are_left_dense() -> None:
+    torch.manual_seed(0)
+    lora = oracle.lora_config(("up", "down"))
+    lora.task_type = None
+    model = oracle.randomise(get_peft_model(SequenceFirst(), lora)).double().train()
+    data = ragged()
+    got = oracle.run_compiled(model, data, PLAN, restore=False)
+    assert not got.record.sites
+    assert "not the token grid" in slx.explain(model)
+    slx.restore(model)
+    oracle.assert_close(got, oracle.step(model, data), 1e-12)
+
+
+class UnitNorm(nn.Module):
+    """A frozen projection whose rows are divided by their length: rows of zeros have none."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y / y.norm(dim=-1, keepdim=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_rows_of_padding_have_a_norm(name: str) -> None:
+    targets = tuple({"q_proj", "v_proj", "gate_proj", "up_proj"})
+    model = oracle.llama(layers=2, dtype=torch.float64, targets=targets)
+    for block in model.get_base_model().model.layers:
+        owner, _, word = name.partition(".")
+        inner = block.get_submodule(owner)
+        setattr(inner, word, UnitNorm(getattr(inner, word)))
+    same_as_masked_dense(model, ragged())
