@@ -148,17 +148,18 @@ def _hides(mask: Any, shown: Tensor) -> bool:
 
 
 def _paddings(mask: Tensor) -> Iterator[Tensor]:
-    """Batches with padding on the right, on the left and on both sides, of any number of tokens in
-    the samples; some token of each is real."""
+    """Batches with padding on the right, on the left and on both sides, more of it in some samples
+    than in others; a token of each sample is real, if it has two another one is not."""
     samples, length = mask.shape
-    places = torch.arange(length, device=mask.device)
-    for left, right in ((0, 2), (2, 0), (3, 3)):
-        rows = []
-        for sample in range(samples):
-            start = (sample + 1) * length // (2 * samples + 1) * bool(left)
-            stop = length - (samples - sample) * (length - start) // (2 * samples + 1) * bool(right)
-            rows.append((places >= start) & (places < max(stop, start + 1)))
-        yield torch.stack(rows)
+    places = torch.arange(length, device=mask.device)[None]
+    parts = torch.arange(1, samples + 1, device=mask.device)[:, None]
+    some = (parts * length // (2 * samples + 1)).clamp(min=1, max=max(length - 1, 0))
+    left = places >= some
+    right = places < length - some.flip(0)
+    yield right
+    yield left
+    both = left & (places < length - 1)
+    yield torch.where(both.any(dim=1, keepdim=True), both, left)
 
 
 def _is_no_weight(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparselora_fx import padding
+from sparselora_fx import mask_values, padding
 from sparselora_fx.rows import Needs, Rows, read_rows
 
 REAL = ("real tokens",)
@@ -326,6 +326,17 @@ def test_attention_that_reads_padding(fn: Function) -> None:
 def test_masks_that_do_not_hide_padding(name: str) -> None:
     fn = written_with(NOT_HIDING[name])
     assert not proves(fn, random(BATCH, LENGTH, WIDTH), SHOWN, labels_of())
+
+
+@pytest.mark.parametrize(("samples", "length"), [(1, 1), (1, 2), (5, 2), (4, 3), (2, 17), (9, 64)])
+def test_batches_that_masks_are_computed_for(samples: int, length: int) -> None:
+    batches = list(mask_values._paddings(torch.ones(samples, length)))
+    assert len(batches) == 3
+    for shown in batches:
+        assert shown.shape == (samples, length) and bool(shown.any(dim=1).all())
+        assert length == 1 or not bool(shown.all(dim=1).any())
+    right, left, _ = batches
+    assert bool(right[:, 0].all()) and bool(left[:, -1].all())
 
 
 HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
