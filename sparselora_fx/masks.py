@@ -36,7 +36,7 @@ def hides_padding(attention: fx.Node, node: fx.Node, masks: MaskValues) -> bool:
     if name == ATTENTION:
         mask = argument(attention, 3, "attn_mask")
         return node not in (mask, argument(attention, 0, "query")) and masks.hides(mask)
-    if name not in MATMULS or attention.all_input_nodes.count(node) > 1:
+    if name not in MATMULS:
         return False
     first, second = factors(attention)
     if node is not second or node is first or not isinstance(first, fx.Node):
