@@ -70,14 +70,12 @@ def compile(
     """
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
-    score = found.score_of(checked.score)
+    score, shift = found.score_of(checked.score), predicts_next(model)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     state = State(model, checked, sparsity, frozen, collector=collector)
-    options = Options(
-        checked.channel_multiple, lora_branch, score, checked.track_adapter, predicts_next(model)
-    )
+    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter, shift)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)

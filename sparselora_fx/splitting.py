@@ -84,7 +84,7 @@ def _before_rows(x: fx.Node) -> fx.Node:
         rows = example.shape[:1]
         inputs = ((n, tensor(n)) for n in node.all_input_nodes)
         alike = (
-            n for n, t in inputs if t is not None and t.dim() > 1 and same_count(t.shape[:1], rows)
+            n for n, t in inputs if t is not None and t.dim() == 2 and same_count(t.shape[:1], rows)
         )
         source = next(alike, None)
         if source is None:
