@@ -8,14 +8,13 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
-from sparselora_fx.labels import ignores_unlabelled, labels_of
+from sparselora_fx.labels import RESHAPES, ignores_unlabelled, labels_of
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.tokens import IGNORED
 from sparselora_fx.values import CASTS
 
 _MARK = OPS.label_rows.default
-_RESHAPES = ("view", "reshape", "flatten")
 
 
 def trim_logits(rewrite: Rewrite) -> int:
@@ -72,7 +71,7 @@ def _logits(loss: fx.Node, mark: fx.Node) -> list[fx.Node] | None:
     while isinstance(node, fx.Node) and node is not mark:
         between.append(node)
         inputs = node.all_input_nodes
-        step = op_name(node) in (*_RESHAPES, *CASTS, "linear", "getitem") or is_pointwise(node)
+        step = op_name(node) in (*RESHAPES, *CASTS, "linear", "getitem") or is_pointwise(node)
         if not step or not inputs or not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]

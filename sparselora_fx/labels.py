@@ -10,7 +10,7 @@ from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.tokens import IGNORED
 from sparselora_fx.values import CASTS
 
-_RESHAPES = ("view", "reshape", "flatten")
+RESHAPES = ("view", "reshape", "flatten")
 
 
 def ignores_unlabelled(loss: fx.Node) -> bool:
@@ -49,6 +49,6 @@ def labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
 
 def _unwrapped(node: Any) -> Any:
     """A node before reshapes and casts."""
-    while op_name(node) in (*_RESHAPES, *CASTS) and isinstance(node.args[0], fx.Node):
+    while op_name(node) in (*RESHAPES, *CASTS) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

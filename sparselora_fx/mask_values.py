@@ -48,6 +48,7 @@ class MaskValues:
         given = dict(zip(placeholders, inputs, strict=True))
         masks = [n for n in placeholders if "attention_mask" in str(n.target) and _rank(n) == 2]
         self.outer: dict[fx.Node, Any] = {}  # inputs of a body -> what it is called with
+        self.found: dict[tuple[fx.Node, fx.Node | None], bool] = {}  # answers of `hides`
         batches: list[_Batch] = []
         self.roots = set(masks or filter(_is_made, placeholders))
         if masks:
@@ -63,12 +64,22 @@ class MaskValues:
         """From now on a body's inputs are those of one call of it."""
         self.outer |= dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
         for batch in self.batches:
-            batch.known.clear()
+            batch.known = {n: v for n, v in batch.known.items() if n.graph is not body.graph}
+        self.found = {k: v for k, v in self.found.items() if k[0].graph is not body.graph}
 
     def hides(self, node: Any, scores: fx.Node | None = None) -> bool:
         """Whether a mask ``[B or 1, any, L or 1, L]`` hides padding from every real token: False,
         or a large negative number. ``scores``: an operand of the node that counts as zero."""
-        if not isinstance(node, fx.Node) or not self.batches or not self._is_mask(node, scores):
+        while isinstance(node, fx.Node) and node in self.outer:
+            node = self.outer[node]
+        if not isinstance(node, fx.Node):
+            return False
+        if (node, scores) not in self.found:  # one mask serves the attentions of all layers
+            self.found[node, scores] = self._computed_hides(node, scores)
+        return self.found[node, scores]
+
+    def _computed_hides(self, node: fx.Node, scores: fx.Node | None) -> bool:
+        if not self.batches or not self._is_mask(node, scores):
             return False
         try:
             with torch.no_grad():

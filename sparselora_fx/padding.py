@@ -15,10 +15,10 @@ from sparselora_fx.labels import ignores_unlabelled, labels_of
 from sparselora_fx.layout import same_count
 from sparselora_fx.mask_values import MaskValues
 from sparselora_fx.masks import hides_padding, key_axis
+from sparselora_fx.regions import PADDED
 from sparselora_fx.rows import NOTHING, Lists, Needs, Rows, common, read_rows
 
 _REAL: Lists = ("real tokens",)
-_PADDED = 9  # tensors that a site marker carries in a batch with padding (`tokens.Tokens`)
 
 
 def padding_unread(gm: fx.GraphModule, inputs: Sequence[Any], shift: bool) -> frozenset[fx.Node]:
@@ -48,7 +48,7 @@ def _real(gm: fx.GraphModule) -> fx.Node | None:
     """The input that says of each token of the batch ``[B, L]`` where it is among those that are no
     padding, if some site of a graph or its bodies can tell."""
     for node in gm.graph.nodes:
-        if op_name(node) == "site" and len(node.args[4]) == _PADDED:
+        if op_name(node) == "site" and len(node.args[4]) == PADDED:
             return node.args[4][6]  # type: ignore[no-any-return]
     for _, body, operands in bodies(gm):
         inner = _real(body)

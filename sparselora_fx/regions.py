@@ -54,6 +54,8 @@ class SiteSpec:
 # The words of a weight that stays dense. Its marker, if there is one, is about padding.
 DENSE = SiteSpec(0.0, 0.0).encode()
 
+PADDED = 9  # tensors that a marker carries in a batch with padding (`tokens.Tokens.tensors`)
+
 # What a marker carries in place of the plan's words where gradients are off inside a call that
 # began with them.
 WITHOUT_GRADIENTS = "without gradients"
@@ -102,13 +104,13 @@ class Site:
         sparse. Dense are output tokens and, unless nobody reads it, padding."""
         if len(self.tokens) < 5:
             return None
-        read = len(self.tokens) == 9 and not self.padding_unread
+        read = len(self.tokens) == PADDED and not self.padding_unread
         return list(self.tokens[1:3]), list(self.tokens[7:9] if read else self.tokens[3:5])
 
     @property
     def unpadded(self) -> tuple[fx.Node, ...] | None:
         """``(idx, pos)`` of all tokens but padding, or None: there is none, or it is read."""
-        return self.tokens[5:7] if len(self.tokens) == 9 and self.padding_unread else None
+        return self.tokens[5:7] if len(self.tokens) == PADDED and self.padding_unread else None
 
 
 class Heads(NamedTuple):

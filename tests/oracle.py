@@ -6,7 +6,7 @@ product, a consumer reads only the recorded columns; biases and LoRA branches st
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,18 @@ def batch(samples: int = 2, length: int = 13, *, padding: int = 3, seed: int = 1
         mask[-1, -padding:] = 0
     ids = ids.masked_fill(mask == 0, PADDING)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class Behind(nn.Module):
+    """A projection with a function behind it."""
+
+    def __init__(self, inner: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.inner(x))
 
 
 @dataclass

@@ -23,24 +23,17 @@ from sparselora_fx.ops import OPS
 PLAN = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
 
 
-class Mixing(nn.Module):
-    """A projection whose tokens read those near them on both sides, padding or not."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        after, before = F.pad(y[:, 2:], (0, 0, 0, 2)), F.pad(y[:, :-1], (0, 0, 1, 0))
-        return y + 0.3 * after + 0.2 * before  # type: ignore[no-any-return]
+def mixed(y: Tensor) -> Tensor:
+    """Each token with those near it on both sides, padding or not."""
+    after, before = F.pad(y[:, 2:], (0, 0, 0, 2)), F.pad(y[:, :-1], (0, 0, 1, 0))
+    return y + 0.3 * after + 0.2 * before
 
 
 def mixing(layer: int) -> nn.Module:
     """A Llama that mixes neighbouring tokens behind the feed-forward block of one layer."""
     model = oracle.llama(layers=2, dtype=torch.float64)
     block = model.get_base_model().model.layers[layer]
-    block.mlp.down_proj = Mixing(block.mlp.down_proj)
+    block.mlp.down_proj = oracle.Behind(block.mlp.down_proj, mixed)
     return model
 
 
@@ -157,24 +150,17 @@ def test_rows_in_another_order_are_left_dense() -> None:
     oracle.assert_close(got, oracle.step(model, data), 1e-12)
 
 
-class UnitNorm(nn.Module):
-    """A frozen projection whose rows are divided by their length: rows of zeros have none."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        return y / y.norm(dim=-1, keepdim=True)  # type: ignore[no-any-return]
+def unit_norm(y: Tensor) -> Tensor:
+    """Rows divided by their length, which rows of zeros do not have."""
+    return y / y.norm(dim=-1, keepdim=True)
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"])
 def test_rows_of_padding_have_a_norm(name: str) -> None:
-    targets = tuple({"q_proj", "v_proj", "gate_proj", "up_proj"})
+    targets = ("q_proj", "v_proj", "gate_proj", "up_proj")
     model = oracle.llama(layers=2, dtype=torch.float64, targets=targets)
     for block in model.get_base_model().model.layers:
         owner, _, word = name.partition(".")
         inner = block.get_submodule(owner)
-        setattr(inner, word, UnitNorm(getattr(inner, word)))
+        setattr(inner, word, oracle.Behind(getattr(inner, word), unit_norm))
     same_as_masked_dense(model, ragged())

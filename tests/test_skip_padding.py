@@ -159,16 +159,9 @@ def test_compiled_by_inductor() -> None:
         oracle.assert_close(got, oracle.step(reference, {**data, "use_cache": False}), 1e-4)
 
 
-class Mixing(nn.Module):
-    """A projection behind which neighbouring tokens are mixed, padding or not."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        return y + 0.3 * F.pad(y[:, 1:], (0, 0, 0, 1))
+def mixed(y: Tensor) -> Tensor:
+    """Neighbouring tokens, padding or not."""
+    return y + 0.3 * F.pad(y[:, 1:], (0, 0, 0, 1))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -178,7 +171,7 @@ def test_rows_that_are_mixed_are_kept(layer: int, monkeypatch: pytest.MonkeyPatc
     def model_of() -> nn.Module:
         model = oracle.llama(layers=3, dtype=torch.float64)
         block = model.get_base_model().model.layers[layer]
-        block.mlp.down_proj = Mixing(block.mlp.down_proj)
+        block.mlp.down_proj = oracle.Behind(block.mlp.down_proj, mixed)
         return model
 
     data, plan = ragged(), plan_of("layers.1")
