@@ -47,16 +47,18 @@ def _pass_by_position(node: fx.Node) -> bool:
     for place, name in enumerate(("input", "other")):
         if len(args) == place and name in kwargs:
             args.append(kwargs.pop(name))
-    moved = len(args) > len(node.args)
+    if len(args) == len(node.args):
+        return False
     node.args, node.kwargs = tuple(args), kwargs
-    return moved
+    return True
 
 
 def _filled_to_cat(graph: fx.Graph, buffer: fx.Node) -> bool:
     """Replace a buffer whose last dimension is written once, piece by piece, before it is read."""
-    whole, users = tensor(buffer), list(buffer.users)
+    whole = tensor(buffer)
     if whole is None or whole.dim() == 0:
         return False
+    users = [node for node in graph.nodes if buffer in node.all_input_nodes]
     pieces: list[tuple[int, int, fx.Node]] = []
     own: list[fx.Node] = []
     for user in users:
