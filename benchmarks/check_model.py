@@ -61,7 +61,7 @@ def check(
         base = tiny_models.build(task, model_type).to(dtype).train()
         data = tiny_models.batch(task, model_type, base)
         row["experts"] = _expert_stacks(base)
-        model = adapted(base)
+        model = adapted(base, plain_linears(base, data))
         if tiny_models.overrides(task, model_type).get("_grad_inputs"):
             model.enable_input_require_grads()  # type: ignore[operator]
         with called(model) as used:
@@ -87,10 +87,31 @@ def check(
     return row
 
 
-def adapted(base: nn.Module) -> nn.Module:
-    """LoRA on every linear of a model but its output head; no term is zero by accident."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+def plain_linears(base: nn.Module, data: dict[str, Any]) -> dict[str, nn.Module]:
+    """The linears that PEFT can wrap: what they return is their input times their weight (a router
+    that is a linear by class may return a tuple, a linear by groups another shape)."""
     linears = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    odd: set[nn.Module] = set()
+
+    def look(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        rows, columns = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]  # type: ignore[operator,union-attr]
+        known = isinstance(out, Tensor) and args and args[0].shape == (*out.shape[:-1], columns)
+        if not known or out.shape[-1] != rows:
+            odd.add(module)
+
+    handles = [module.register_forward_hook(look) for module in linears.values()]
+    try:
+        with torch.no_grad():
+            base(**data, **no_cache(base))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: module for name, module in linears.items() if module not in odd}
+
+
+def adapted(base: nn.Module, linears: dict[str, nn.Module]) -> nn.Module:
+    """LoRA on these linears of a model but its output head; no term is zero by accident."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     names = [n for n, m in linears.items() if m is not head]
     names = [n for n in names if not any(p.requires_grad is False for p in linears[n].parameters())]
     conv = any(isinstance(linears[n], Conv1D) for n in names)

@@ -110,6 +110,8 @@ def model_types(task: str) -> dict[str, str]:
 
 def build(task: str, model_type: str) -> nn.Module:
     """A tiny random model; raises whatever its configuration or class raises."""
+    if reason := overrides(task, model_type).get("_untrainable"):
+        raise ValueError(reason)
     cls = getattr(transformers, model_types(task)[model_type])
     config = tiny_config(model_type, task)
     wanted = getattr(cls, "config_class", None)
@@ -117,8 +119,9 @@ def build(task: str, model_type: str) -> nn.Module:
         parts = [part for part in vars(config).values() if isinstance(part, wanted)]
         config = parts[0] if parts else config
     for name in ("pad_token_id", "decoder_start_token_id"):
-        if getattr(config, name, None) is None:
-            setattr(config, name, _SIZES[name])
+        for part in (config, config.get_text_config()):
+            if getattr(part, name, None) is None:
+                setattr(part, name, _SIZES[name])
     torch.manual_seed(0)
     model: nn.Module = cls(config)
     if hasattr(model, "set_experts_implementation"):
@@ -219,8 +222,9 @@ def batch(task: str, model_type: str, model: nn.Module) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     extra = dict(given.get("_extra", {}))
     data: dict[str, Any] = {"labels": torch.tensor([0, 1])}
-    if task == "image-classification":
-        extra |= {"pixel_values": _image_shape(model.config)}
+    data |= {name: torch.tensor(values) for name, values in given.get("_inputs", {}).items()}
+    if task == "image-classification" and "_tokens" not in given:
+        extra.setdefault("pixel_values", _image_shape(model.config))
     else:
         padding = given.get("_padding", 3)
         top = min(VOCABULARY, getattr(model.config, "vocab_size", None) or VOCABULARY) // 2
