@@ -40,6 +40,11 @@ from sparselora_fx.values import (
     sources_of,
 )
 
+# A mask or a bias that is written into scores leaves them scores: no rewrite changes their shape.
+_IN_PLACE = {
+    "iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "masked_fill_",
+}  # fmt: skip
+
 
 def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
     """The value of every node that holds sites' channels. Attention nodes become sources of their
@@ -110,7 +115,7 @@ def _keeps_scores(node: fx.Node) -> bool:
     if out is None or out.dim() < 3:
         return False
     return is_pointwise(node) or name in {
-        "softmax", "dropout", "masked_fill", "cat", "getitem", *CASTS, *RESHAPES,
+        "softmax", "dropout", "masked_fill", "cat", "getitem", *CASTS, *RESHAPES, *_IN_PLACE,
     }  # fmt: skip
 
 

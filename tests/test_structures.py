@@ -193,7 +193,20 @@ def soft_capped(net: Any, x: Tensor) -> Tensor:
     return net.o(merged(scores.softmax(-1) @ v))
 
 
-@pytest.mark.parametrize("body", [with_sinks, with_scaled_sinks, soft_capped])
+def masked_in_place(net: Any, x: Tensor) -> Tensor:
+    q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+    k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2)
+    scores /= DIM**0.5
+    scores += net.sinks[:, None, None] * torch.arange(x.shape[1])  # ALiBi
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    scores.masked_fill_(ahead, torch.finfo(scores.dtype).min)
+    scores = scores / 4
+    scores = (scores - scores.amax(-1).unsqueeze(-1)) * 4
+    return net.o(merged(scores.softmax(-1) @ v))
+
+
+@pytest.mark.parametrize("body", [with_sinks, with_scaled_sinks, soft_capped, masked_in_place])
 def test_scores_may_take_any_way_to_the_mix(body: Any) -> None:
     record, table = check(attention(body), 0.5)
     assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
