@@ -1,10 +1,10 @@
 """What the general rules of `tiny_models` cannot know: fields of single configurations.
 
 Names with a leading underscore are about the batch: ``_length`` tokens, ``_padding`` of them in the
-last sample, ``_dtype`` where fp64 cannot run (masks of the smallest number, made in fp32), ``_extra``
-further random inputs with their shapes, ``_inputs`` further inputs with their values, ``_tokens`` where
-images are tokens, ``_codebooks`` rows of tokens a sample, ``_grad_inputs`` where a model trains only
-with gradients at its input, ``_untrainable`` why it cannot be trained as it is.
+last sample, ``_dtype`` where fp64 cannot run (masks of the smallest number, made in fp32),
+``_extra`` further random inputs with their shapes, ``_inputs`` further inputs with their values,
+``_tokens`` where images are tokens, ``_codebooks`` rows of tokens a sample, ``_grad_inputs`` where
+a model trains only with gradients at its input, ``_untrainable`` why it cannot be trained alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _SWIN = {"image_size": 64, "window_size": 4, "depths": [1, 1], "num_heads": [2, 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
-        "vocab_size": 260, "encoder_hash_byte_group_vocab": 160, "encoder_hash_byte_group_size": [3, 4],
-        "global_config": {"hidden_size": 96, "num_attention_heads": 12}, "decoder_config": {"hidden_size_global": 96},
-        "patcher_config": {"vocab_size": 260}, "_length": 16,
+        "vocab_size": 260, "patcher_config": {"vocab_size": 260}, "_length": 16,
+        "encoder_hash_byte_group_vocab": 160, "encoder_hash_byte_group_size": [3, 4],
+        "global_config": {"hidden_size": 96, "num_attention_heads": 12},
+        "decoder_config": {"hidden_size_global": 96},
     },
     "canine": {"_dtype": "float32"},
     "codegen": {"n_embd": 64, "n_head": 8, "n_inner": 80},

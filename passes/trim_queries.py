@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from sparselora_fx.aliases import is_changed
 from sparselora_fx.fx import op_name, tensor
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.rows import ATTENTION, MATMULS, NOTHING, Lists, Rows, read_rows, taken_by
@@ -21,8 +22,8 @@ def trim_queries(rewrite: Rewrite) -> int:
     Keeps:   every row that is read, and every gradient: a row of the attention depends on its own
              query alone, and what an unread row would pass back is zero. Unread rows hold a query
              of the list, not zeros, whose norm may have no derivative.
-    Skips:   queries that anything else reads. `sink_takes`, run again, then moves the take past the
-             projection and its LoRA branch.
+    Skips:   queries that anything else reads or writes into. `sink_takes`, run again, then moves
+             the take past the projection and its LoRA branch.
     """
     graph = rewrite.graph
     rows = read_rows(graph, taken_by)
@@ -37,6 +38,8 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
     than here."""
     example = tensor(node)
     if example is None or example.dim() != 3 or rows[node].axis != 1 or node.op == "placeholder":
+        return False
+    if is_changed(node):
         return False
     inner = [user for user in node.users if rows.get(user, NOTHING) != NOTHING]
     ends = (ATTENTION, *MATMULS)

@@ -293,3 +293,8 @@ def _key_pass() -> Any:
             return None if None in keys else (key, *keys)  # None: Inductor does not cache
 
     return LoweringKey()
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What a tensor and its views have in common, fake or not. Torch 2.11 to 2.13."""
+    return int(tensor.untyped_storage()._cdata)

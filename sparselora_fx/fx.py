@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -100,9 +102,25 @@ def changes_input(node: fx.Node) -> bool:
     augmented = name == "setitem" or (
         spelled[:1] == "i" and hasattr(operator, f"__{spelled[1:]}__")
     )
-    flagged = bool(node.kwargs.get("inplace") or node.kwargs.get("out") is not None)
+    flagged = _is_told_to(node, "inplace") or node.kwargs.get("out") is not None
     schema = getattr(node.target, "_schema", None)
     return in_place or augmented or flagged or bool(schema is not None and schema.is_mutable)
+
+
+def _is_told_to(node: fx.Node, flag: str) -> bool:
+    """Whether a call's argument of this name is true, passed by name or by position."""
+    place = _place_of(node.target, flag) if node.op == "call_function" else None
+    given = node.kwargs.get(flag) if place is None else argument(node, place, flag)
+    return given is not None and given is not False
+
+
+@functools.cache
+def _place_of(function: Any, name: str) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin says nothing of its arguments
+        return None
+    return names.index(name) if name in names else None
 
 
 def cuts_gradient(node: fx.Node) -> bool:
@@ -164,7 +182,7 @@ def is_pointwise(node: fx.Node) -> bool:
         return False
     try:
         ops = _dispatched(node)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
         return False  # not callable on tiny shapes: whatever it is, it is not pointwise
     return bool(ops) and all(_is_elementwise(op) for op in ops)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from sparselora_fx.aliases import is_changed
 from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.tokens import IGNORED
 from sparselora_fx.values import CASTS
@@ -22,12 +23,22 @@ def ignores_unlabelled(loss: fx.Node) -> bool:
 
 def labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
     """The labels ``[B, L]`` that a loss's targets are, row by row; whether row t is label t + 1;
-    and whether there is a row for every token. None for anything else.
+    and whether there is a row for every token. None for anything else, and for labels that the
+    graph writes into.
 
         labels.view(-1)                                  row t is label t
         pad(labels, (0, 1), value=-100)[..., 1:]         row t is label t + 1
         labels[..., 1:]                                  the same, without a row for the last token
     """
+    found = _labels_of(target)
+    while found is not None and isinstance(target, fx.Node):
+        if is_changed(target):
+            return None
+        target = target.args[0] if target is not found[0] else None
+    return found
+
+
+def _labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
     example = tensor(target)
     if example is None or example.dim() != 1 or example.dtype.is_floating_point:
         return None

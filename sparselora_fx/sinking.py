@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from sparselora_fx.aliases import is_changed
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor
 from sparselora_fx.ops import OPS
 
@@ -25,14 +26,24 @@ def sink_all(
     rule: Callable[[fx.Node, fx.Node], Moved | None],
 ) -> int:
     """Apply ``rule(gather, source)`` until none applies, past nodes that nothing but such gathers
-    reads. A gather that another reader holds up is tried again when that reader has gone."""
+    reads. A gather that another reader holds up is tried again when that reader has gone. What is
+    written in place is read where it was read."""
     moves = 0
+    changed: dict[fx.Node, bool] = {}
+
+    def stays(node: fx.Node) -> bool:
+        if node not in changed:
+            changed[node] = is_changed(node)
+        return changed[node]
+
     todo = dict.fromkeys(node for node in graph.nodes if node.target is target)
     while todo:
         gather, _ = todo.popitem()
         if gather._erased or not isinstance(source := gather.args[0], fx.Node):
             continue
         if not all(user.target is target for user in source.users):
+            continue
+        if any(map(stays, (source, *source.all_input_nodes))):
             continue
         moved = rule(gather, source)
         if moved is None:
@@ -62,14 +73,14 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 
 def take_of(graph: fx.Graph, node: fx.Node, lists: tuple[Any, ...]) -> fx.Node:
     """``take_tokens(node, *lists)``, one for all readers: it stands right after what it takes from,
-    as far as token lists are inputs of the graph."""
+    as far as token lists are inputs of the graph and nothing writes into the node."""
     target = torch.ops.sparselora.take_tokens.default
     known = next((u for u in node.users if u.target is target and u.args[1:] == lists), None)
-    inputs = all(n.op == "placeholder" for n in lists)
-    if known is not None and inputs:
+    early = all(n.op == "placeholder" for n in lists) and not is_changed(node)
+    if known is not None and early:
         after_inputs(node).append(known)
         return known
-    if not inputs:
+    if not early:
         return graph.call_function(target, (node, *lists))
     with graph.inserting_after(after_inputs(node)):
         return graph.call_function(target, (node, *lists))
