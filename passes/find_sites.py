@@ -17,6 +17,7 @@ from sparselora_fx.regions import (
     Skip,
     is_trainable,
 )
+from sparselora_fx.spellings import as_addition
 
 _WEIGHT_VIEWS = {
     "t",
@@ -41,7 +42,8 @@ def find_sites(rewrite: Rewrite) -> int:
              B);  z = y + l
     After:   y = linear(x, w, bias);            l = linear(linear(x, A), B);  z = y + l       and
              Site(y, x, w, ..., z)
-    Keeps:   every value bit for bit.
+    Keeps:   every value bit for bit; where a branch is added in another spelling (``y += l``,
+             ``addmm(y, h, B)``: `spellings`) up to the rounding of its scale.
     Skips:   a weight that is used twice, not as a linear, or that trains.
     """
     marks = [n for n in rewrite.graph.nodes if n.target is OPS.site.default or n.target is OPS.site]
@@ -171,10 +173,13 @@ def _einsum_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, None, bool] 
     equation, operands = node.args[0], node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or operands[1] is not weight:
+    if not isinstance(equation, str) or len(operands) != 2 or weight not in operands:
         return None
-    left, _, result = equation.replace(" ", "").partition("->")
+    terms = equation.replace(" ", "").replace("...", ".")
+    left, _, result = terms.partition("->")
     x, _, w = left.partition(",")
+    if operands[0] is weight:
+        x, w, operands = w, x, operands[::-1]
     if len(w) != 2 or not x or not result or x[:-1] != result[:-1] or len(set(x)) != len(x):
         return None
     if w == result[-1] + x[-1] and isinstance(operands[0], fx.Node):
@@ -187,7 +192,7 @@ def _einsum_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, None, bool] 
 def _find_adapter(site: Site) -> None:
     """Follow a site's output through views and casts to the additions of bias and LoRA branches."""
     node = site.node
-    while len(node.users) == 1:
+    while as_addition(node) or len(node.users) == 1:
         user = next(iter(node.users))
         name = op_name(user)
         if name in ("add", "__add__", "__radd__") and len(user.args) == 2 and not user.kwargs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from sparselora_fx.attention import attention_value
@@ -22,7 +23,7 @@ from sparselora_fx.fx import (
     tensor,
     writes,
 )
-from sparselora_fx.layout import Layout, concatenate, stack
+from sparselora_fx.layout import Atom, Layout, as_size, concatenate, stack
 from sparselora_fx.movement import move
 from sparselora_fx.regions import Site, Source
 from sparselora_fx.values import (
@@ -171,12 +172,31 @@ def _join(node: fx.Node, values: Values) -> Channels | None:
         full = [layout for layout in layouts if layout is not None]
         joined = stack(full, axis) if op_name(node) == "stack" else concatenate(full, axis)
     sources = dict.fromkeys(port.source for value in known for port in value.ports)
+    if len(known) == 1 and all(layouts) and op_name(node) != "stack":
+        longer = _longer(node, known[0], out)
+        if longer is not None:
+            return longer
     if joined is not None:
         rest = [Port(source, None) for source in sources if source is not first_ports[0].source]
         moved = all(value.moved for value in known)
         return Channels((Port(first_ports[0].source, joined), *rest), roots, moved=moved)
     ports = tuple(Port(source, None) for source in sources)
     return Channels(ports, roots, segments=_segments(node, pieces, values))
+
+
+def _longer(node: fx.Node, held: Channels, out: torch.Tensor) -> Channels | None:
+    """More tokens, which hold no site's channels (learned keys, say), beside those of one value."""
+    axis = axis_argument(node, 1, "dim", out.dim())
+    layouts = [port.layout for port in held.ports]
+    if not layouts or not all(one and one.is_token(axis) and one.dims[axis] for one in layouts):
+        return None
+    tokens = (Atom(as_size(out.shape[axis]), None),)
+    ports = tuple(
+        Port(port.source, replace(one, dims=(*one.dims[:axis], tokens, *one.dims[axis + 1 :])))
+        for port, one in zip(held.ports, layouts, strict=True)
+        if one is not None
+    )
+    return Channels(ports, held.roots, moved=held.moved)
 
 
 def _is_nothing(piece: fx.Node) -> bool:
