@@ -110,15 +110,22 @@ def as_matmul(node: fx.Node) -> fx.Node | None:
     rows = [c for c in left if c not in right]
     if len(shared) != 1 or len(own) != 1 or not rows or {*left, *own} - {*shared} != {*out}:
         return None
-    (inner,), (column,), row = shared, own, max(rows, key=out.index)
-    lead = [c for c in out if c not in (row, column)]
+    (inner,), (column,) = shared, own
+
+    def arrangement(row: str) -> tuple[str, str, str]:
+        """Both operands' and the product's indices, if this one counts its rows."""
+        lead = "".join(c for c in out if c not in (row, column))
+        return lead + row + inner, lead + inner + column, lead + row + column
+
+    # Scores should stay as they are, [..., queries, keys]: as the left operand or as the result.
+    fits = [arrangement(row) for row in rows]
+    a, b, product = max(fits, key=lambda fit: 2 * (fit[0] == left) + (fit[2] == out))
     with node.graph.inserting_before(node):
-        a = _arranged(operands[0], left, [*lead, row, inner])
-        b = _arranged(operands[1], right, [*lead, inner, column])
-        order = [[*lead, row, column].index(c) for c in out]
-        if order == sorted(order):
-            return _instead(node, torch.matmul, a, b)
-        return _instead(node, torch.permute, _call(torch.matmul, a, b), order)
+        factors = _arranged(operands[0], left, a), _arranged(operands[1], right, b)
+        if product == out:
+            return _instead(node, torch.matmul, *factors)
+        order = [product.index(c) for c in out]
+        return _instead(node, torch.permute, _call(torch.matmul, *factors), order)
 
 
 def _equation(node: fx.Node) -> tuple[tuple[str, str, str], tuple[fx.Node, fx.Node]] | None:
@@ -137,7 +144,7 @@ def _equation(node: fx.Node) -> tuple[tuple[str, str, str], tuple[fx.Node, fx.No
     return (terms[0], terms[1], terms[2]), operands
 
 
-def _arranged(x: fx.Node, have: str, want: list[str]) -> fx.Node:
+def _arranged(x: fx.Node, have: str, want: str) -> fx.Node:
     """x with its indices in another order, and size 1 where it lacks one."""
     order = [have.index(c) for c in want if c in have]
     x = x if order == sorted(order) else _call(torch.permute, x, order)

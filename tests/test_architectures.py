@@ -149,7 +149,29 @@ class HandLora(nn.Module):
             low = torch.einsum("blk,rk->blr", x, self.a)
             base = torch.einsum("blk,nk->bln", x, self.weight)
             return base + self.bias + torch.einsum("blr,nr->bln", low, self.b) * 0.5
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b) * 0.5
+        if self.style == "ellipsis":
+            low = torch.einsum("...k,rk->...r", x, self.a)
+            base = torch.einsum("nk,...k->...n", self.weight, x)
+            return base + self.bias + torch.einsum("...r,nr->...n", low, self.b) * 0.5
+        low = F.linear(x, self.a)
+        base = F.linear(x, self.weight, self.bias)
+        if self.style == "addmm":
+            base, low = base.flatten(0, 1), low.flatten(0, 1)
+            return torch.addmm(base, low, self.b.T, alpha=0.5).view(*x.shape[:-1], -1)
+        if self.style == "baddbmm":
+            return torch.baddbmm(base, low, self.b.T.expand(len(x), -1, -1), alpha=0.5)
+        up = F.linear(low, self.b)
+        if self.style == "alpha":
+            return torch.add(base, up, alpha=0.5)
+        if self.style == "difference":
+            return base - up * -0.5
+        if self.style == "augmented":
+            base += up * 0.5
+            return base
+        if self.style == "in place":
+            base.add_(up, alpha=0.5)
+            return base
+        return base + up * 0.5
 
 
 class HandBlock(nn.Module):
@@ -199,7 +221,13 @@ def _masked_hand(layer: HandLora, role: str, chosen: Tensor) -> Callable[[Tensor
     return forward
 
 
-@pytest.mark.parametrize("style", ["linear", "matmul", "einsum"])
+STYLES = [
+    "linear", "matmul", "einsum", "ellipsis", "addmm", "baddbmm", "alpha", "difference",
+    "augmented", "in place",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_a_hand_written_transformer_with_hand_written_lora(style: str) -> None:
     torch.manual_seed(0)
     check_hand_written(HandModel(style), "aot_eager")
