@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, axis_argument, op_name, tensor, value
+from sparselora_fx.layout import same_count
 
 _IN_PLACE = {"iadd", "add_", "isub", "sub_"}
 _ADDITIONS = _IN_PLACE | {"add", "sub", "__sub__"}
@@ -111,6 +112,9 @@ def as_matmul(node: fx.Node) -> fx.Node | None:
     if len(shared) != 1 or len(own) != 1 or not rows or {*left, *own} - {*shared} != {*out}:
         return None
     (inner,), (column,) = shared, own
+    sizes = [n.meta["example_value"].shape[t.index(inner)] for n, t in zip(operands, (left, right))]
+    if not same_count(sizes[:1], sizes[1:]):
+        return None  # one of them is 1: an einsum repeats it
 
     def arrangement(row: str) -> tuple[str, str, str]:
         """Both operands' and the product's indices, if this one counts its rows."""

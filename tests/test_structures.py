@@ -247,6 +247,16 @@ def test_scores_may_take_any_way_to_the_mix(body: Any) -> None:
     assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
 
 
+def test_an_einsum_that_repeats_what_it_sums_over_is_left_alone() -> None:
+    def body(net: Any, x: Tensor) -> Tensor:
+        q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+        k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+        scores = torch.einsum("bhqd,bhkd->bhqk", q, k.mean(-1, keepdim=True))
+        return net.o(merged(scores.softmax(-1) @ v))
+
+    check(attention(body), 0.5)
+
+
 def test_a_gated_linear_unit_of_one_projection() -> None:
     widths = {"ab": 2 * HIDDEN, "out": WIDTH}
     body = lambda net, x: net.out(F.glu(net.ab(x)))  # noqa: E731
