@@ -112,7 +112,8 @@ def as_matmul(node: fx.Node) -> fx.Node | None:
     if len(shared) != 1 or len(own) != 1 or not rows or {*left, *own} - {*shared} != {*out}:
         return None
     (inner,), (column,) = shared, own
-    sizes = [n.meta["example_value"].shape[t.index(inner)] for n, t in zip(operands, (left, right))]
+    terms = zip(operands, (left, right), strict=True)
+    sizes = [n.meta["example_value"].shape[term.index(inner)] for n, term in terms]
     if not same_count(sizes[:1], sizes[1:]):
         return None  # one of them is 1: an einsum repeats it
 
