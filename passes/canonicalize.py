@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor, writes
-from sparselora_fx.regions import Rewrite
-from sparselora_fx.spellings import as_matmul, as_product
+from sparselora_fx.ops import OPS
+from sparselora_fx.regions import DENSE, Rewrite
+from sparselora_fx.spellings import as_product
 
 _INPUT_IS_NOT_FIRST = ("where", "searchsorted")  # of functions with an argument "input"
 _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
@@ -18,8 +19,7 @@ _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contig
 def canonicalize(rewrite: Rewrite) -> int:
     """Pass a function's ``input`` and ``other`` by position; erase casts to the dtype a tensor
     already has and dropout that is off; write a buffer that is filled slice by slice as a
-    concatenation, an einsum of two activations as a matmul, a glu as a product. Returns the
-    changes.
+    concatenation; in graphs with sparse linears write a glu as a product. Returns the changes.
 
     Before:  y: f32 = linear(input=x, weight=w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0)
              v = silu(u)
@@ -27,7 +27,7 @@ def canonicalize(rewrite: Rewrite) -> int:
     After:   y: f32 = linear(x, weight=w);  v = silu(y)
              k = cat((a, b), -1)
     Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
-             dropout that is off), but for the order of sums in an einsum.
+             dropout that is off), but for the rounding of a glu.
     """
     erased = 0
     for node in rewrite.graph.nodes:
@@ -36,12 +36,18 @@ def canonicalize(rewrite: Rewrite) -> int:
             node.replace_all_uses_with(node.args[0])
             rewrite.graph.erase_node(node)
             erased += 1
-    for node in list(rewrite.graph.nodes):
-        erased += bool(as_product(node) or as_matmul(node))
+    for node in list(rewrite.graph.nodes) if _is_sparse(rewrite.graph) else ():
+        erased += bool(as_product(node))
     for node in list(rewrite.graph.nodes):
         if op_name(node) in ("new_empty", "empty", "empty_like"):
             erased += _filled_to_cat(rewrite.graph, node)
     return erased
+
+
+def _is_sparse(graph: fx.Graph) -> bool:
+    """Whether a linear of the graph may be sliced: with sparsity 0, no value may change."""
+    marks = (n for n in graph.nodes if n.target is OPS.site.default or n.target is OPS.site)
+    return any(mark.args[5] != DENSE for mark in marks)
 
 
 def _pass_by_position(node: fx.Node) -> bool:

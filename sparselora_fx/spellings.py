@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, axis_argument, op_name, tensor, value
-from sparselora_fx.layout import same_count
 
 _IN_PLACE = {"iadd", "add_", "isub", "sub_"}
 _ADDITIONS = _IN_PLACE | {"add", "sub", "__sub__"}
@@ -95,68 +94,6 @@ def as_product(node: fx.Node) -> fx.Node | None:
         halves = _call(torch.chunk, x, 2, -1)
         half, gate = (_call(operator.getitem, halves, i) for i in (0, 1))
         return _instead(node, torch.mul, half, _call(torch.sigmoid, gate))
-
-
-def as_matmul(node: fx.Node) -> fx.Node | None:
-    """An einsum of two computed tensors that is one matrix product for each of its other indices.
-
-    einsum("bqhd,bkhd->bhqk", q, k)  ->  matmul(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1))
-    """
-    read = _equation(node)
-    if read is None:
-        return None
-    (left, right, out), operands = read
-    shared = [c for c in left if c in right and c not in out]
-    own = [c for c in right if c not in left]
-    rows = [c for c in left if c not in right]
-    if len(shared) != 1 or len(own) != 1 or not rows or {*left, *own} - {*shared} != {*out}:
-        return None
-    (inner,), (column,) = shared, own
-    terms = zip(operands, (left, right), strict=True)
-    sizes = [n.meta["example_value"].shape[term.index(inner)] for n, term in terms]
-    if not same_count(sizes[:1], sizes[1:]):
-        return None  # one of them is 1: an einsum repeats it
-
-    def arrangement(row: str) -> tuple[str, str, str]:
-        """Both operands' and the product's indices, if this one counts its rows."""
-        lead = "".join(c for c in out if c not in (row, column))
-        return lead + row + inner, lead + inner + column, lead + row + column
-
-    # Scores should stay as they are, [..., queries, keys]: as the left operand or as the result.
-    fits = [arrangement(row) for row in rows]
-    a, b, product = max(fits, key=lambda fit: 2 * (fit[0] == left) + (fit[2] == out))
-    with node.graph.inserting_before(node):
-        factors = _arranged(operands[0], left, a), _arranged(operands[1], right, b)
-        if product == out:
-            return _instead(node, torch.matmul, *factors)
-        order = [product.index(c) for c in out]
-        return _instead(node, torch.permute, _call(torch.matmul, *factors), order)
-
-
-def _equation(node: fx.Node) -> tuple[tuple[str, str, str], tuple[fx.Node, fx.Node]] | None:
-    """The three terms of ``a,b->c`` and both operands; None if an operand is an input of the graph
-    (a weight), a term repeats an index, or the call is spelled another way."""
-    if op_name(node) != "einsum" or not isinstance(node.args[0], str):
-        return None
-    operands: Any = node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    computed = [isinstance(n, fx.Node) and n.op != "placeholder" for n in operands]
-    terms = node.args[0].replace(" ", "").replace("->", ",").split(",")
-    once = all(term.isalpha() and len(set(term)) == len(term) for term in terms)
-    if computed != [True, True] or len(terms) != 3 or "->" not in node.args[0] or not once:
-        return None
-    return (terms[0], terms[1], terms[2]), operands
-
-
-def _arranged(x: fx.Node, have: str, want: str) -> fx.Node:
-    """x with its indices in another order, and size 1 where it lacks one."""
-    order = [have.index(c) for c in want if c in have]
-    x = x if order == sorted(order) else _call(torch.permute, x, order)
-    for place, index in enumerate(want):
-        if index not in have:
-            x = _call(torch.unsqueeze, x, place)
-    return x
 
 
 def _call(function: Callable[..., Any], *args: Any) -> fx.Node:

@@ -206,21 +206,6 @@ def masked_in_place(net: Any, x: Tensor) -> Tensor:
     return net.o(merged(scores.softmax(-1) @ v))
 
 
-def by_einsum(net: Any, x: Tensor) -> Tensor:
-    """Queries in groups, each with the keys and values of its own kv head."""
-    q = net.q(x).unflatten(-1, (KV, HEADS // KV, DIM))
-    k, v = (t.unflatten(-1, (KV, DIM)) for t in (net.k(x), net.v(x)))
-    scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * 0.4
-    return net.o(torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(-1), v).flatten(2))
-
-
-def by_einsum_of_heads(net: Any, x: Tensor) -> Tensor:
-    q, k, v = (t(x).unflatten(-1, (-1, DIM)) for t in (net.q, net.k, net.v))
-    k, v = (t.repeat_interleave(HEADS // KV, dim=2) for t in (k, v))
-    scores = torch.einsum("b q h d, b k h d -> b h q k", [q, k])
-    return net.o(torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2))
-
-
 def with_learned_keys(net: Any, x: Tensor) -> Tensor:
     """Keys and values of no token beside the tokens' own, as in prefix tuning."""
     q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
@@ -237,24 +222,12 @@ def with_learned_keys(net: Any, x: Tensor) -> Tensor:
         with_scaled_sinks,
         soft_capped,
         masked_in_place,
-        by_einsum,
-        by_einsum_of_heads,
         with_learned_keys,
     ],
 )
 def test_scores_may_take_any_way_to_the_mix(body: Any) -> None:
     record, table = check(attention(body), 0.5)
     assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
-
-
-def test_an_einsum_that_repeats_what_it_sums_over_is_left_alone() -> None:
-    def body(net: Any, x: Tensor) -> Tensor:
-        q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
-        k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
-        scores = torch.einsum("bhqd,bhkd->bhqk", q, k.mean(-1, keepdim=True))
-        return net.o(merged(scores.softmax(-1) @ v))
-
-    check(attention(body), 0.5)
 
 
 def test_a_gated_linear_unit_of_one_projection() -> None:
