@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_near_misses import HIDDEN, WIDTH, Adapted, Net, check
+from test_near_misses import HIDDEN, WIDTH, Adapted, Net, build, check, step
 from torch import Tensor, nn
+
+import sparselora_fx as slx
 
 HEADS, KV, DIM = 4, 2, 6
 
@@ -230,11 +233,23 @@ def test_scores_may_take_any_way_to_the_mix(body: Any) -> None:
     assert set(record.sites) == {f"{n}.base" for n in "qkvo"}, table
 
 
-def test_a_gated_linear_unit_of_one_projection() -> None:
+def glu() -> nn.Module:
     widths = {"ab": 2 * HIDDEN, "out": WIDTH}
-    body = lambda net, x: net.out(F.glu(net.ab(x)))  # noqa: E731
-    record, table = check(lambda: Block(widths, body, {"out": HIDDEN}), 0.5)
+    return Block(widths, lambda net, x: net.out(F.glu(net.ab(x))), {"out": HIDDEN})
+
+
+def test_a_gated_linear_unit_of_one_projection() -> None:
+    record, table = check(glu, 0.5)
     assert set(record.sites) == {"ab.base", "out.base"}, table
+
+
+def test_a_gated_linear_unit_stays_as_it_is_without_sparsity() -> None:
+    model, x = build(glu)
+    model.__dict__["forward"] = torch.compile(model.forward, backend="aot_eager")
+    expected = step(model, x)
+    del model.__dict__["forward"]
+    slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.0), backend="aot_eager")
+    oracle.assert_identical(step(model, x), expected)
 
 
 def test_heads_in_groups_of_a_fused_projection() -> None:
