@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparselora_fx as slx
+from sparselora_fx.fx import is_pointwise
 
 WIDTH, HIDDEN = 24, 40
 
@@ -606,3 +607,12 @@ def test_a_branch_added_head_by_head_is_cut_with_its_site() -> None:
     with oracle.masked_reference(model, record):
         expected = step(model, x)
     assert abs(float(got.loss - expected.loss)) <= 1e-9
+
+
+def test_a_call_that_tiny_shapes_do_not_allow_is_not_pointwise() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.randn(2, 9, 144)
+    part = graph.call_method("narrow", (x, -1, 72, 72))
+    part.meta["example_value"] = torch.randn(2, 9, 72)
+    assert not is_pointwise(part)
