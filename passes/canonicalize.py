@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor, writes
-from sparselora_fx.ops import OPS
 from sparselora_fx.regions import DENSE, Rewrite
 from sparselora_fx.spellings import as_product
 
@@ -46,8 +45,7 @@ def canonicalize(rewrite: Rewrite) -> int:
 
 def _is_sparse(graph: fx.Graph) -> bool:
     """Whether a linear of the graph may be sliced: with sparsity 0, no value may change."""
-    marks = (n for n in graph.nodes if n.target is OPS.site.default or n.target is OPS.site)
-    return any(mark.args[5] != DENSE for mark in marks)
+    return any(op_name(node) == "site" and node.args[5] != DENSE for node in graph.nodes)
 
 
 def _pass_by_position(node: fx.Node) -> bool:

@@ -39,7 +39,10 @@ def as_addition(base: fx.Node) -> fx.Node | None:
         return _unfused(node, base)
     if name not in _ADDITIONS or not isinstance(other, fx.Node):
         return None
-    factor = argument(node, 2, "alpha", 1) * (-1 if "sub" in name else 1)
+    alpha = argument(node, 2, "alpha", 1)
+    if isinstance(alpha, fx.Node):
+        return None  # a number that the graph computes
+    factor = -alpha if "sub" in name else alpha
     if name in _IN_PLACE and not _same_kind(base, other):
         return None  # the sum would not have the base's shape and dtype
     if name not in _IN_PLACE and factor == 1:
