@@ -19,7 +19,7 @@ from sparselora_fx.quiet import quieten
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 # Versions of torch whose Inductor the lowerings were written for.
-KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+KNOWN_VERSIONS = ("2.11", "2.12", "2.13", "2.14")
 # A phase, a token-length class and a plan level each make a graph; torch's default is 8.
 _RECOMPILES = 256
 

@@ -22,6 +22,8 @@ from sparselora_fx.lowering.constraints import Problem
 from sparselora_fx.lowering.triton import FAMILIES, TEMPLATES, read_template
 from sparselora_fx.ops import OPS
 
+pytestmark = pytest.mark.private_torch
+
 assert autograd.LIBRARY is not None  # importing it registers the derivatives
 GPU = torch.device("cuda", 0)
 GOOD = Problem(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.private_torch
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import json

@@ -19,6 +19,8 @@ import sparselora_fx as slx
 from sparselora_fx import backend as slx_backend
 from sparselora_fx.pieces import compile_in_pieces
 
+pytestmark = pytest.mark.private_torch
+
 LAYERS = 4
 EVEN = {"mlp": 0.75, "self_attn": 0.25}
 
