@@ -69,6 +69,15 @@ def mark_dynamic(tensor: torch.Tensor) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
+def python_dispatcher() -> AbstractContextManager[None]:
+    """Run ops on fake tensors as Dynamo and AOTAutograd do: without it, an op that is composed of
+    others in C++ (``pad``) asks symbolic sizes for integers there, which fixes them. Run on 2.13.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def save_selections(gm: fx.GraphModule) -> None:
     """Under activation checkpointing, save chosen channels: a backward that recomputes a block must
     not choose again. Blocks with a checkpoint policy of the user's own are left to it. Run on 2.13.

@@ -1,6 +1,12 @@
-"""What each op returns when only shapes are known: its rule for tracing."""
+"""What each op returns when only shapes are known: its rule for tracing.
+
+A rule makes the result and nothing else: whatever it computed on the way could read a symbolic
+size, which fixes it, and each other size would be compiled anew.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -82,9 +88,39 @@ def _(scores: Tensor, k: int) -> Tensor:
 
 @torch.library.register_fake("sparselora::pool_tokens", lib=LIBRARY)
 def _(x: Tensor, token_weight: Tensor | None) -> Tensor:
-    return ops.pool_tokens(x, token_weight)
+    samples = math.prod((x.shape[0], *x.shape[2:-1])) if x.dim() > 2 else 1
+    if token_weight is not None and ops.same_tokens(x, token_weight):
+        samples = token_weight.shape[0]
+    return x.new_empty(samples, x.shape[-1])
 
 
 @torch.library.register_fake("sparselora::low_rank_norms", lib=LIBRARY)
 def _(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
-    return ops.low_rank_norms(x, a, b, token_weight)
+    return a.new_empty(a.shape[0], dtype=_wide(x))
+
+
+@torch.library.register_fake("sparselora::sample_tokens", lib=LIBRARY)
+def _(x: Tensor, counted: Tensor | None, n: int) -> Tensor:
+    return x.new_empty(n, x.shape[-1])
+
+
+@torch.library.register_fake("sparselora::channel_energy", lib=LIBRARY)
+def _(h: Tensor, counted: Tensor | None, norms: Tensor | None, normalise: bool) -> Tensor:
+    return h.new_empty(h.shape[-1], dtype=_wide(h))
+
+
+@torch.library.register_fake("sparselora::low_rank_energy", lib=LIBRARY)
+def _(
+    z: Tensor,
+    a: Tensor,
+    offset: Tensor | None,
+    counted: Tensor | None,
+    norms: Tensor | None,
+    normalise: bool,
+) -> Tensor:
+    return z.new_empty(a.shape[0], dtype=_wide(z))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums over tokens."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

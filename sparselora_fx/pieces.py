@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from sparselora_fx import _torch
 from sparselora_fx.cutting import cut
 from sparselora_fx.fx import value
 
@@ -49,8 +50,8 @@ def compile_in_pieces(
 
     Args:
         gm: a Dynamo graph.
-        inputs: what the graph is compiled with; pieces are compiled with the fake values that
-            Dynamo left on the graph's placeholders.
+        inputs: what the graph is compiled with. Pieces get those that they read as they are, and
+            fake values of what other pieces make.
         blocks: names of the model's repeated blocks ("model.layers.3").
         compile_graph: called with a graph and its inputs, as a backend of `torch.compile` is.
     """
@@ -63,6 +64,8 @@ def compile_in_pieces(
         return compile_graph(gm, inputs)
     groups = _merged(runs, keys)
     log.info("%d pieces, %d of them compiled", len(groups), len({key for key, _ in groups}))
+    # A fake input would be copied, and the copy of a scalar does not know that it is a symbol.
+    env.update(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     return _chain(gm, groups, env, compile_graph)
 
 
@@ -84,7 +87,7 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] 
         if key in results:
             fakes = results[key]
         else:
-            with mode:
+            with mode, _torch.python_dispatcher():
                 _propagate(runner, run)
             fakes = results[key] = [env[node] for node in piece.outputs]
         if not all(isinstance(fake, torch.SymInt) or _is_plain(fake) for fake in fakes):

@@ -104,13 +104,13 @@ def check_flag(what: str, value: object) -> bool:
 
 
 def _op(schema: str) -> Callable[[Body], Body]:
-    """Define an op whose eager body, and whose rule for tracing, is the decorated function."""
+    """Define an op whose eager body is the decorated function. Its rule for tracing is in
+    `fakes`: the body would read sizes, and fix them."""
     LIBRARY.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
 
     def register(body: Body) -> Body:
         torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(body)
-        torch.library.register_fake(f"sparselora::{name}", body, lib=LIBRARY)
         return body
 
     return register
