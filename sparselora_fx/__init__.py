@@ -12,6 +12,7 @@ from sparselora_fx.errors import (
 )
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.explain import explain
+from sparselora_fx.named_tokens import output_tokens
 from sparselora_fx.plan import SparsityPlan
 from sparselora_fx.progress import load_calibration, save_calibration
 from sparselora_fx.recording import Recording, record
@@ -33,6 +34,7 @@ __all__ = [
     "compile",
     "explain",
     "load_calibration",
+    "output_tokens",
     "record",
     "restore",
     "save_calibration",

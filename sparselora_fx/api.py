@@ -15,10 +15,11 @@ from sparselora_fx import (
     lowering,
 )
 from sparselora_fx.backend import make_backend
+from sparselora_fx.conventions import convention_of
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
-from sparselora_fx.forward import CompiledForward, predicts_next
+from sparselora_fx.forward import CompiledForward
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
@@ -46,6 +47,7 @@ def compile(
     regional: bool = False,
     precompile: bool = False,
     trim_logits: bool = False,
+    shift: bool | None = None,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -62,7 +64,9 @@ def compile(
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
         trim_logits: in sparse steps compute what follows the last attention only for tokens whose
             prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
-    What is compiled of it is restored first. Sparse calls get `use_cache=False` unless told.
+        shift: the loss compares label t + 1 with what the model makes of token t (True), or label t
+            (False); None: as the traced graph shows, both where it shows none (see policies.md).
+    What is compiled of it is restored first. Sparse calls keep no KV cache unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
@@ -70,18 +74,19 @@ def compile(
     """
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
-    score, shift = found.score_of(checked.score), predicts_next(model)
+    score, convention = found.score_of(checked.score), convention_of(model, shift)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, checked, sparsity, frozen, collector=collector)
-    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter, shift)
+    state = State(model, checked, sparsity, frozen, convention=convention, collector=collector)
+    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(found.factors, found.vectors(frozen, score))
     state.mark_logits(head)
+    state.mark_caches()
     model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 

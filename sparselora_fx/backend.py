@@ -4,13 +4,16 @@ within reach."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
 from sparselora_fx import _torch
+from sparselora_fx.conventions import OtherConvention
 from sparselora_fx.frozen import block_names
+from sparselora_fx.labels import shown_conventions
 from sparselora_fx.passes import DENSE_PHASE, PIPELINE
 from sparselora_fx.pieces import compile_in_pieces
 from sparselora_fx.pipeline import GraphReport, run
@@ -25,10 +28,15 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
     repeated = block_names(state.frozen).values()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        convention = state.convention
+        if convention.learn(shown_conventions(gm.graph)) and state.phase.tokens:
+            convention.retry = True
+            raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
         state.graphs += 1
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
-        report = run(gm, inputs, options, DENSE_PHASE if observed else PIPELINE)
+        now = replace(options, shift=bool(convention.shift))
+        report = run(gm, inputs, now, DENSE_PHASE if observed else PIPELINE)
         rewritten = report is not None and not observed
         compile_graph = partial(_torch.backend_compile, name, rewritten=rewritten)
         if rewritten:

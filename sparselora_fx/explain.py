@@ -14,6 +14,10 @@ _UNREACHED = (
     "inside a checkpointed block left the block to plain PyTorch"
 )
 
+_FEW = (
+    "hardly a token was sparse in any step so far, and such steps run dense (the plan's min_sparse)"
+)
+
 
 def explain(model: nn.Module) -> str:
     """A table of every frozen linear: its region, k of N kept channels, and "rewritten" or the
@@ -39,6 +43,8 @@ def explain(model: nn.Module) -> str:
     ]
     done = sum(row[4].startswith("rewritten") for row in rows)
     lines.append(f"{done} of {count} frozen linears rewritten; {state.graphs} graphs compiled")
+    if state.tally.describe():
+        lines.append(state.tally.describe())
     if state.collector is not None:
         lines.append(state.collector.describe())
     return "\n".join(lines)
@@ -53,6 +59,8 @@ def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
         return name, shape, "-", "-", "dense: outside the blocks that regional=True compiles"
     if seen is None and (state.seen or state.stepped):
         return name, shape, "-", "-", f"dense: no compiled graph multiplies with it ({_UNREACHED})"
+    if seen is None and state.tally.only_dense:
+        return name, shape, "-", "-", f"dense: {_FEW}"
     if seen is None:
         words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
         return name, shape, "-", "-", f"not traced yet (plan: {words}); run a training step"

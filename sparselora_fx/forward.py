@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx.ahead import run_ahead
+from sparselora_fx.caching import (
+    AS_CALLED,
+    LEFT_OUT,
+    STANDS_IN,
+    is_unset,
+    may_be_packed,
+    takes_use_cache,
+)
 from sparselora_fx.errors import CompileError
+from sparselora_fx.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
 from sparselora_fx.state import State
 from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
 from sparselora_fx.trimming import label_rows
-
-# Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
-# one.
-_UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
 
 
 class CompiledForward:
@@ -47,16 +52,19 @@ class CompiledForward:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
         config = getattr(base, "config", None)
-        self.cacheable = _takes_use_cache(self.base_forward, config)
+        self.cacheable = takes_use_cache(self.base_forward, config)
         # One token grid would have to serve two stacks of other lengths: every token is sparse
         # then.
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        self.shift = predicts_next(model)
+        self.takes_key = OUTPUT_TOKENS not in inspect.signature(self.base_forward).parameters
         # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.takes_key and self.state.active and OUTPUT_TOKENS in kwargs:
+            with output_tokens(kwargs.pop(OUTPUT_TOKENS)):
+                return self(*args, **kwargs)
         state = self.state
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
@@ -75,20 +83,34 @@ class CompiledForward:
         return out
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One compiled call."""
-        state = self.state
+        """One compiled call. A graph that is traced may show that other tokens carry loss than was
+        assumed: the call then begins anew, before that graph has run."""
+        state, convention = self.state, self.state.convention
+        tally = replace(state.tally)
+        while True:
+            convention.retry = False
+            state.tally = replace(tally)
+            try:
+                result = self._call(args, dict(kwargs))
+            except Exception:
+                if not convention.retry:
+                    raise
+                continue
+            if not convention.retry:
+                return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, phase = self.state, self.state.phase
         arguments = call_arguments(self.base_forward, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
-        sliced = self._set_phase(arguments)
-        unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
-        stepping = self.model.training or state.measured is not None
-        if self.cacheable and stepping and unset and (sliced or self._is_in_parts()):
-            # A step reads no cache, and with one, keys would escape. A dense graph is left as it
-            # is: another one may be compiled to other roundings.
+        sliced = self._set_phase(self._with_tokens(arguments))
+        phase.caching = self._caching(sliced)
+        packed = phase.caching == STANDS_IN and may_be_packed(arguments)
+        if self.cacheable and phase.caching and is_unset(arguments) and not packed:
             kwargs["use_cache"] = False
         # Blocks compiled one by one run compiled in a recomputation too.
-        state.phase.grad = torch.is_grad_enabled() and not state.blocks
+        phase.grad = torch.is_grad_enabled() and not state.blocks
         state.inside = True
         try:
             result = self.compiled(*args, **kwargs)
@@ -96,27 +118,51 @@ class CompiledForward:
             return result
         finally:
             state.inside = False
+            phase.caching = AS_CALLED
 
-    def _is_in_parts(self) -> bool:
-        """Whether blocks are compiled, measured or checkpointed one by one, where a cache that they
-        write to makes each another graph (or, checkpointed, is switched off with a warning)."""
-        apart = bool(self.state.blocks) or self.state.measured is not None
-        return apart or any(
+    def _with_tokens(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments, with what is known besides of the tokens that carry loss."""
+        named, kept = named_tokens(), self.state.kept_labels
+        if named is not None:
+            return {**arguments, OUTPUT_TOKENS: named}
+        if kept is not None and arguments.get("labels") is None:
+            return {**arguments, "labels": kept.labels}
+        return arguments
+
+    def _shift(self, arguments: Mapping[str, Any]) -> bool | None:
+        """How the labels of a call are predicted: see `Convention.shift`."""
+        convention, kept = self.state.convention, self.state.kept_labels
+        mine = kept is not None and kept.own_loss and arguments.get("labels") is kept.labels
+        return None if mine and not convention.said else convention.shift
+
+    def _caching(self, sliced: bool) -> str:
+        """What becomes of the KV cache of this call. A step reads none, and with one, keys would
+        escape. A dense graph is left as it is: another one may be compiled to other roundings. Only
+        where blocks are compiled, measured or checkpointed one by one, a cache that they write to
+        makes each another graph (or, checkpointed, is switched off with a warning)."""
+        if not (self.model.training or self.state.measured is not None):
+            return AS_CALLED
+        if self.model.training and any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-        )
+        ):
+            return LEFT_OUT
+        apart = bool(self.state.blocks) or self.state.measured is not None
+        return STANDS_IN if sliced or apart else AS_CALLED
 
     def _set_phase(self, arguments: Mapping[str, Any]) -> bool:
         """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
         any linear may be sliced."""
         state, phase = self.state, self.state.phase
-        share = state.share() if self.model.training else 0.0
+        # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
+        training = self.model.training and torch.is_grad_enabled()
+        share = state.share() if training else 0.0
         share = 1.0 if state.measured else share
         calibrating = state.collector is not None and self.model.training and not state.measured
+        shift = self._shift(arguments)
         tokens = None
         if (share or calibrating) and not self.encoder_decoder:
-            tokens = split_tokens(state.plan, arguments, shift=self.shift)
-        empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
-        sparse = bool(share) and not empty
+            tokens = split_tokens(state.plan, arguments, shift=shift)
+        sparse = bool(share) and self._is_worth_it(tokens)
         if share and calibrating and state.forced is None:
             state.end_dense_phase()
         observed = calibrating and not sparse
@@ -133,10 +179,40 @@ class CompiledForward:
         whole = not state.blocks and state.measured is None
         phase.padded = whole and tokens is not None and tokens.padded
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        phase.shift, phase.labels = self.shift, []
+        phase.labels = []
         if self.trim_logits and sparse and tokens is not None:
-            phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
+            phase.shift, phase.labels = self._label_rows(arguments, tokens, shift)
         return sparse and any(max(own) > 0 for own in state.sparsity.values())
+
+    def _label_rows(
+        self, arguments: Mapping[str, Any], tokens: Tokens, shift: bool | None
+    ) -> tuple[bool, list[Tensor]]:
+        """What `trim_logits` needs: how labels are predicted, and the list of those tokens."""
+        if shift is not None:
+            known = self.state.phase.tokens
+            return shift, label_rows(arguments, tokens, known, shift=shift)
+        if isinstance(arguments.get("labels"), Tensor):
+            self.state.tally.warn_untrimmed()
+        return True, []
+
+    def _is_worth_it(self, tokens: Tokens | None) -> bool:
+        """Whether a call that the schedule makes sparse has sparse tokens enough."""
+        state, plan = self.state, self.state.plan
+        counted = state.forced is None and state.measured is None
+        if tokens is None or not tokens.split:
+            if counted:
+                state.tally.all_sparse += 1
+            if plan.tokens == "context" and not self.encoder_decoder:
+                state.tally.warn_unknown()
+            return True
+        sparse, dense = tokens.counts
+        least = 0.0 if state.measured else plan.min_sparse
+        few = sparse == 0 or sparse < least * (sparse + dense)
+        if counted:
+            state.tally.add(sparse, sparse + dense, dense=few)
+        if few and not state.measured:
+            state.tally.warn_few(sparse, sparse + dense, least)
+        return not few
 
     def _observe(self, tokens: Tokens | None, arguments: Mapping[str, Any]) -> list[Tensor]:
         """What is observed of a dense call. Calls that compile ahead, and those without gradients,
@@ -157,25 +233,8 @@ class CompiledForward:
         )
 
 
-def predicts_next(model: nn.Module) -> bool:
-    """Whether a model's loss compares what it makes of token t with label t + 1."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    kind = str(getattr(base, "loss_type", None) or type(base).__name__)
-    return not any(word in kind for word in _UNSHIFTED)
-
-
 def _decodes(arguments: Mapping[str, Any]) -> bool:
     """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
     where it is called on a model in training mode."""
     cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
     return bool(cached) and not torch.is_grad_enabled()
-
-
-def _takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
-    """Whether a forward knows ``use_cache``: by name, or (transformers) among its open keywords."""
-    known = inspect.signature(forward).parameters
-    if "use_cache" in known:
-        return True
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    text = getattr(config, "text_config", None)  # of a model that also hears or sees
-    return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))

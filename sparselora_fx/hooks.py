@@ -46,12 +46,18 @@ class Phase:
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.shift = True
         self.grad = False  # the call began with gradients: a part without them may run again
+        self.caching = ""  # what becomes of a KV cache: see `caching`
         self.key = next(_keys)
         _PHASES[self.key] = self
 
     def close(self) -> None:
         """Forget the phase; hooks that read it are gone."""
         _PHASES.pop(self.key, None)
+
+
+def phase_of(key: int) -> Phase | None:
+    """The phase of a compiled model, unless that is restored."""
+    return _PHASES.get(key)
 
 
 def site_hook(key: int, marks: tuple[Mark, ...]) -> Any:

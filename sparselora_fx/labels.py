@@ -21,6 +21,21 @@ def ignores_unlabelled(loss: fx.Node) -> bool:
     )
 
 
+def shown_conventions(graph: fx.Graph) -> set[bool]:
+    """How the cross entropies of a graph read the batch's labels ``[B, L]``: True, row t with label
+    t + 1; False, row t with label t. Empty where there is none to be seen."""
+    losses = [node for node in graph.nodes if ignores_unlabelled(node)]
+    found = [labels_of(argument(loss, 1, "target")) for loss in losses]
+    return {shift for labels, shift, _ in filter(None, found) if _is_labels(labels)}
+
+
+def _is_labels(node: fx.Node) -> bool:
+    """Whether a node is the input of a call that is named labels, one for each token."""
+    name, example = str(node.target), tensor(node)
+    named = node.op == "placeholder" and "labels" in name and "shift_labels" not in name
+    return named and example is not None and example.dim() == 2
+
+
 def labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
     """The labels ``[B, L]`` that a loss's targets are, row by row; whether row t is label t + 1;
     and whether there is a row for every token. None for anything else, and for labels that the

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx._torch import in_backward
+from sparselora_fx.caching import cache_hook, caching_modules
+from sparselora_fx.conventions import Convention
 from sparselora_fx.dense_phase import Collector
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
+from sparselora_fx.named_tokens import KeptLabels
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
 from sparselora_fx.schedule import refreshes, share_at
+from sparselora_fx.tally import TokenTally
 from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
@@ -45,6 +49,9 @@ class State:
     sparsity: dict[str, Sparsity]
     frozen: list[FrozenWeight]
     phase: Phase = field(default_factory=Phase)
+    convention: Convention = field(default_factory=lambda: Convention(None))
+    kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
+    tally: TokenTally = field(default_factory=TokenTally)
     active: bool = True
     padded: bool = False  # a sparse step has had padding
     inside: bool = False  # a compiled call of the model is under way
@@ -213,6 +220,12 @@ class State:
             names = [name for i in seen.weights if (name := self.name_of(args[i])) is not None]
             taken = None if seen.taken is None else extra[seen.taken]
             self.collector.add(names, extra[seen.rows], taken)
+
+    def mark_caches(self) -> None:
+        """Put a hook on every model of transformers inside the model, which makes KV caches."""
+        for module in caching_modules(self.model):
+            hook = cache_hook(self.phase.key, module)
+            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def mark_logits(self, module: nn.Module | None) -> None:
         """Put a hook on the output embedding, if given: it says which of its rows carry a label."""

@@ -3,7 +3,7 @@
 The dense tokens are those whose *prediction* carries loss. A causal model predicts label t+1 from
 token t (transformers shifts the labels inside the loss), so token t is dense when
 ``labels[t + 1] != -100``; the last answer token predicts nothing and is context. A masked model
-predicts label t at token t.
+predicts label t at token t. Of a loss that nobody has seen, both are taken to count.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sparselora_fx._torch import mark_dynamic
 from sparselora_fx.errors import PlanError
+from sparselora_fx.named_tokens import OUTPUT_TOKENS, checked
 from sparselora_fx.plan import SparsityPlan
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy
@@ -50,6 +52,12 @@ class Tokens:
         masks = [self.sparse, self.dense]
         masks += [self.sparse | self.dense, ~self.sparse] if self.padded else []
         return [tensor for mask in masks for tensor in _token_list(mask, taken)]
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """How many tokens are sparse, and how many dense: one read of the device, kept."""
+        sparse, dense = torch.stack([self.sparse.sum(), self.dense.sum()]).tolist()
+        return int(sparse), int(dense)
 
     def has_padding(self) -> bool:
         """Whether some token is neither sparse nor dense."""
@@ -97,15 +105,19 @@ def call_arguments(
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: bool) -> Tokens | None:
+def split_tokens(
+    plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: bool | None
+) -> Tokens | None:
     """Apply a plan's token policy to one call; None when the call has no token grid ``[B, L]``.
 
     Args:
         plan: its ``tokens``, ``sink_tokens`` and ``sparse_outputs``.
         arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid,
             ``attention_mask[B, L]`` the padding (either side), ``labels[B, L]`` the output tokens,
-            ``position_ids[B, L]`` or ``cu_seq_lens[S + 1]`` the starts of packed samples.
-        shift: labels are predicted one token earlier (causal models).
+            ``position_ids[B, L]`` or ``cu_seq_lens[S + 1]`` the starts of packed samples;
+            ``output_tokens``: bool[B, L], the output tokens by name, whatever the labels say.
+        shift: labels are predicted one token earlier (causal models); None: not known, a token is
+            dense if its own label or the next one counts.
     """
     grid = _grid(arguments)
     if grid is None:
@@ -114,10 +126,12 @@ def split_tokens(plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: boo
     shown = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
     if isinstance(mask, Tensor) and mask.shape == grid.shape:
         shown = mask.to(device=grid.device, dtype=torch.bool)
-    labels = arguments.get("labels")
-    labelled = isinstance(labels, Tensor) and labels.shape == grid.shape
+    labels, named = arguments.get("labels"), arguments.get(OUTPUT_TOKENS)
+    labelled = named is not None or (isinstance(labels, Tensor) and labels.shape == grid.shape)
     predicting = torch.zeros_like(shown)
-    if isinstance(labels, Tensor) and labelled:
+    if named is not None:
+        predicting = checked(named, grid)
+    elif isinstance(labels, Tensor) and labelled:
         # Also where the mask hides the token: behind padding on the left the first label is
         # predicted by a padding token, and the loss reads that prediction.
         predicting = _predicting(labels.to(grid.device), shift=shift)
@@ -148,14 +162,17 @@ def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(grid, Tensor):
         embeds = arguments.get("inputs_embeds")
         grid = embeds[..., 0] if isinstance(embeds, Tensor) and embeds.dim() == 3 else None
+    if grid is None:
+        grid = arguments.get(OUTPUT_TOKENS)
     return grid if grid is not None and grid.dim() == 2 else None
 
 
-def _predicting(labels: Tensor, *, shift: bool) -> Tensor:
+def _predicting(labels: Tensor, *, shift: bool | None) -> Tensor:
     carries = labels != IGNORED
-    if not shift:
+    if shift is False:
         return carries
-    return torch.nn.functional.pad(carries[:, 1:], (0, 1), value=False)
+    before = torch.nn.functional.pad(carries[:, 1:], (0, 1), value=False)
+    return before if shift else before | carries
 
 
 def _places(real: Tensor, arguments: Mapping[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from sparselora_fx.errors import CompileError
 from sparselora_fx.progress import calibration_file, load_calibration, save_calibration
 from sparselora_fx.recording import get_state
 from sparselora_fx.state import ATTRIBUTE
+from sparselora_fx.trainer_labels import hide_labels, show_labels, trainer_of
 
 
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
@@ -24,6 +25,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
     resuming from a checkpoint need nothing more. With a plan that calibrates in the dense phase,
     what was collected (later: the estimator) is saved in each checkpoint and loaded on resume.
+    Labels that the Trainer keeps from the model (``label_smoothing_factor``, ``compute_loss_func``,
+    a ``compute_loss`` of one's own) are shown to the token policy all the same: while it trains,
+    the Trainer's ``compute_loss`` is wrapped.
     Raises `CompileError` at the start of training if no module of the model is compiled.
 
     Args:
@@ -38,6 +42,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self._drive(state, kwargs["model"])
+        trainer = trainer_of(self)
+        if trainer is not None:
+            show_labels(trainer, get_state(model))
         if state.global_step > 0 and get_state(model).collector is not None:
             self._resume(args, state, model)
 
@@ -45,6 +52,13 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._drive(state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = trainer_of(self)
+        if trainer is not None:
+            hide_labels(trainer)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
