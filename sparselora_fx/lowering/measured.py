@@ -33,7 +33,8 @@ _assumed: list[float] = []  # by `assume`, the innermost last
 
 def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> float | None:
     """Time of a template over that of gather + cuBLAS, for ``y[tokens, outputs] = x[tokens, inner]
-    @ gathered(w)``: that of the point with the nearest sizes (by their logarithms).
+    @ gathered(w)``: that of the point with the nearest sizes (by their logarithms), the slower of
+    two that are equally near.
 
     None: no GPU of this name was measured, or not near these sizes. Raises `CompileError` for a
     table that cannot be read.
@@ -47,8 +48,8 @@ def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> flo
             sizes = [math.log2(point[name]) for name in _SIZES]
             apart = [abs(a - b) for a, b in zip(sizes, asked, strict=True)]
             if max(apart) <= _NEAR:
-                near.append((math.hypot(*apart), point["ratio"]))
-    return min(near)[1] if near else None
+                near.append((math.hypot(*apart), -point["ratio"]))
+    return -min(near)[1] if near else None
 
 
 @contextmanager
