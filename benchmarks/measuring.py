@@ -1,17 +1,21 @@
-"""Clocks, memory and machine for `benchmarks.step_time`."""
+"""Clocks, memory, work on a device, and machine: what `benchmarks.stepping` measures with."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.graphs import Counted, batch_of, capture, llama
@@ -19,15 +23,54 @@ from benchmarks.presets import Preset
 from benchmarks.published import RANK, plan_of
 
 
-def now(clock: str = "wall") -> float:
-    """Seconds, once the device has done what was asked of it.
+def tick(clock: str = "wall") -> float:
+    """Seconds, without waiting for the device.
 
     ``clock="cpu"``: the processor time of this process, all threads, which a busy machine disturbs
     less than the time on the wall. With one thread both agree on an idle machine.
     """
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
+
+def now(clock: str = "wall") -> float:
+    """Seconds, once the device has done what was asked of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.process_time() if clock == "cpu" else time.perf_counter()
+    return tick(clock)
+
+
+def device_work(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """What a GPU does in ``run``, which takes ``steps`` steps: milliseconds a step in which some
+    kernel runs (``busy_ms``), launches a step (kernels, copies and fills), and the dozen kernels
+    that take most, as ``[name, launches a step, ms a step]``."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        now()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() != DeviceType.CPU and not event.is_user_annotation()
+    ]
+    spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in events]
+    counts: Counter[str] = Counter(event.name() for event in events)
+    spent: Counter[str] = Counter()
+    for event in events:
+        spent[event.name()] += event.duration_ns()
+    top = [
+        [n[:120], counts[n] / steps, round(t / steps / 1e6, 3)] for n, t in spent.most_common(12)
+    ]
+    busy = covered(spans) / steps / 1e6
+    return {"busy_ms": round(busy, 3), "launches": round(len(events) / steps), "top": top}
+
+
+def covered(spans: list[tuple[int, int]]) -> int:
+    """The length of the union of some spans."""
+    total, end = 0, 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -136,7 +179,9 @@ def versions() -> dict[str, str]:
 
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
     return {
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "python": platform.python_version(), "commit": commit,
+        "torch": torch.__version__, "triton": triton or "not installed",
+        "transformers": transformers.__version__, "peft": peft.__version__,
+        "python": platform.python_version(), "commit": commit,
     }  # fmt: skip

@@ -33,6 +33,11 @@ class Preset:
     lora_rank: int = 8
     published: str = ""  # the model whose published plans the preset can take
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What steps run in under autocast: the dtype of a base that is not in fp32."""
+        return None if self.dtype == torch.float32 else self.dtype
+
     def levels(self) -> list[Level]:
         """``(ffn, attention)`` sparsity of each layer."""
         if self.stack is not None:

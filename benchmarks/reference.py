@@ -140,9 +140,12 @@ def _parts(layer: nn.Module) -> tuple[nn.Linear, list[tuple[nn.Module, nn.Module
 
 
 def _lora(x: Tensor, branches: list[tuple[nn.Module, nn.Module, float]], out: Tensor) -> Tensor:
+    """Add the branches, each in the dtype of its own matrices, as PEFT does: adapters in fp32 on a
+    base in bf16."""
+    dtype = out.dtype
     for a, b, scale in branches:
-        out = torch.add(out, b(a(x)), alpha=scale)
-    return out
+        out = torch.add(out, b(a(x.to(b.weight.dtype))), alpha=scale)
+    return out.to(dtype)
 
 
 def produce(layer: nn.Module, x: Tensor, rows: Tensor | None, cut: bool) -> Tensor:

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measuring, peers
 from benchmarks.presets import PRESETS
-from benchmarks.step_time import BASELINE, OURS, Peer
+from benchmarks.step_time import BASELINE, OURS
+from benchmarks.stepping import Peer
 
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl", "mkldnn")
 ATTENTION = ("scaled_dot_product", "flash_attention")
@@ -80,7 +81,7 @@ def main() -> None:
     inductor_config.cpp.enable_kernel_profile = True  # names the kernels that Inductor generates
     built, _ = peers.build(preset)
     batch = preset.batches(1)[0]
-    running = [Peer(name, built[name], args.clock) for name in names]
+    running = [Peer(name, built[name], args.clock, preset.autocast) for name in names]
     for peer in running * 3:
         peer.step(batch)
     narrow = 4 * preset.lora_rank

@@ -13,7 +13,8 @@ Every peer trains the same LoRA on the same frozen weights, batches and optimize
 
 Peers take turns, A B C A B C, so that a busy machine disturbs all of them alike. A ratio is the
 median over turns of (baseline's time / peer's time): above 1 is faster than the baseline. Random
-weights: time depends on shapes alone. Peak memory is that of one step, all weights of the peer
+weights: time depends on shapes alone. How a step runs and is timed is `benchmarks.stepping`'s
+business: on a GPU under autocast, and without waiting inside a step. Peak memory is that of one step, all weights of the peer
 included. ``flop_ratio`` is dense over sparse FLOPs, counted as `benchmarks.flops` does, and
 ``realised`` is ``ratio / flop_ratio``. ``estimator_share`` is the time of the nodes that choose
 channels, compiled by themselves, over the time of the sparse step.
@@ -23,19 +24,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import measuring, peers
 from benchmarks.flops import DENSE, Counter
 from benchmarks.presets import PRESETS, Preset
+from benchmarks.stepping import PHASES, Peer, ratio, take_turns
 
 BASELINE = "peft+compile"
 OURS = "sparselora_fx"
@@ -43,55 +41,6 @@ FACE = (
     "preset", "baseline", "ratio", "flop_ratio", "realised", "peers", "peak_memory_ratio",
     "estimator_share", "pairs", "machine", "versions",
 )  # fmt: skip
-PHASES = ("forward", "backward", "optimizer")
-
-
-class Peer:
-    """A model that trains, with its optimizer and the times of its steps, in seconds."""
-
-    def __init__(self, name: str, model: nn.Module, clock: str) -> None:
-        self.name = name
-        self.clock = clock
-        self.model = model
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-        self.times: list[dict[str, float]] = []
-
-    def step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One training step; the time of each phase."""
-        marks = [measuring.now(self.clock)]
-        loss = self.model(**batch).loss
-        marks.append(measuring.now(self.clock))
-        loss.backward()
-        marks.append(measuring.now(self.clock))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        marks.append(measuring.now(self.clock))
-        took = [after - before for before, after in itertools.pairwise(marks)]
-        return {**dict(zip(PHASES, took, strict=True)), "step": marks[-1] - marks[0]}
-
-    def median(self, phase: str) -> float:
-        """Median time of a phase."""
-        return statistics.median(taken[phase] for taken in self.times)
-
-
-def take_turns(
-    running: list[Peer], batches: list[dict[str, Any]], pairs: int, seconds: float
-) -> int:
-    """Time every peer ``pairs`` times, in turns, until the time is up. Returns the turns made."""
-    end = time.monotonic() + seconds
-    for turn in range(pairs):
-        if turn >= 3 and time.monotonic() > end:
-            return turn
-        for peer in running:
-            peer.times.append(peer.step(batches[turn % len(batches)]))
-    return pairs
-
-
-def ratio(peer: Peer, baseline: Peer) -> float:
-    """Median over turns of the baseline's step time over the peer's."""
-    pairs = zip(baseline.times, peer.times, strict=True)
-    return statistics.median(b["step"] / p["step"] for b, p in pairs)
 
 
 def flop_ratio(preset: Preset, *, trim: bool = False) -> float:
@@ -106,7 +55,7 @@ def run(preset: Preset, pairs: int, minutes: float, clock: str = "wall") -> dict
     """Measure a preset. Returns the fixed face and the details."""
     batches = preset.batches()
     built, missing = peers.build(preset)
-    running = [Peer(name, model, clock) for name, model in built.items()]
+    running = [Peer(name, model, clock, preset.autocast) for name, model in built.items()]
     for peer in running:
         for batch in batches[:2]:
             peer.step(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def clock(fn: Any) -> float:
         fn()
-        return 1.0 if fn.__defaults__ and fn.__defaults__[0].__name__ == "picked" else 2.0
+        call = fn.func if isinstance(fn, partial) else fn.__defaults__[0]
+        return 1.0 if call.__name__ == "picked" else 2.0
 
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "milliseconds", clock)
@@ -97,7 +99,7 @@ def test_every_kind_of_row_is_measured(on_cpu: None, tmp_path: Path) -> None:
     path.write_text('{"another card": []}')
     gpu.update(path, {"hardware": {"gpu": "card"}, "kernels": kernels})
     table = json.loads(path.read_text())
-    assert list(table) == ["another card", "card"]
+    assert list(table) == ["another card", "card", measured.PROVENANCE]
     names = ("template", "tokens", "outputs", "inner", "ratio")
     kept = kernels[0]["kept"]
     assert [[point[name] for name in names] for point in table["card"]] == [

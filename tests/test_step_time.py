@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measuring, peers, step_time
+from benchmarks import measuring, peers, step_time, stepping
 from benchmarks.presets import PRESETS
 
 FACE = {
@@ -34,18 +34,18 @@ def test_tiny_preset_writes_the_face(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_turns_interleave_and_ratios_are_pairwise() -> None:
     order: list[str] = []
 
-    class Fake(step_time.Peer):
+    class Fake(stepping.Peer):
         def __init__(self, name: str, seconds: list[float]) -> None:
-            self.name, self.times, self.left = name, [], seconds
+            self.name, self.times, self.left, self.device = name, [], seconds, "cpu"
 
-        def step(self, batch: object) -> dict[str, float]:
+        def turn(self, batches: object) -> dict[str, float]:
             order.append(self.name)
             return {"step": self.left.pop(0)}
 
     a, b = Fake("a", [2.0, 8.0, 4.0]), Fake("b", [1.0, 2.0, 4.0])
-    assert step_time.take_turns([a, b], [{}], 3, 60) == 3
+    assert stepping.take_turns([a, b], [{}], 3, 60) == 3
     assert order == ["a", "b"] * 3
-    assert step_time.ratio(b, a) == 2.0  # of 2, 4 and 1; the ratio of medians would be 2 / 1
+    assert stepping.ratio(b, a) == 2.0  # of 2, 4 and 1; the ratio of medians would be 2 / 1
 
 
 def test_gpu_presets_have_the_papers_batches() -> None:

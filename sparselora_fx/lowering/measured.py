@@ -4,10 +4,12 @@
 of the template, with the tile that `configs.pick` takes, over that of gather + cuBLAS. ``python -m
 benchmarks.gpu`` measures them. ``SPARSELORA_KERNEL_TABLE`` names another file of that form.
 
-    {"NVIDIA H100 80GB HBM3": [{"template": "out_sliced", "tokens": 512, "outputs": 832,
-                                "inner": 2048, "ratio": 0.8}, ...], ...}
+    {"_provenance": {"NVIDIA H200": {"commit": "b8e6301", "torch": "2.11.0", ...}},
+     "NVIDIA H200": [{"template": "out_sliced", "op": "sliced_linear", "tokens": 3072,
+                      "outputs": 144, "inner": 4096, "ratio": 0.625}, ...], ...}
 
-(Names, sizes and ratio of the example are made up.)
+``_provenance`` and ``op`` are for people: what the points of a card hold for, and which op was
+timed. Two ops that share a template and sizes do the same work.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sparselora_fx.errors import CompileError
 from sparselora_fx.settings import KERNEL_TABLE, kernel_table
 
 SHIPPED = Path(__file__).with_name("measured.json")
+PROVENANCE = "_provenance"  # beside the cards: what their points were measured with
 _SIZES = ("tokens", "outputs", "inner")
 _NEAR = 1.0  # octaves: a size that far from every measured one was not measured
 _assumed: list[float] = []  # by `assume`, the innermost last
@@ -30,7 +33,8 @@ _assumed: list[float] = []  # by `assume`, the innermost last
 
 def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> float | None:
     """Time of a template over that of gather + cuBLAS, for ``y[tokens, outputs] = x[tokens, inner]
-    @ gathered(w)``: that of the point with the nearest sizes (by their logarithms).
+    @ gathered(w)``: that of the point with the nearest sizes (by their logarithms), the slower of
+    two that are equally near.
 
     None: no GPU of this name was measured, or not near these sizes. Raises `CompileError` for a
     table that cannot be read.
@@ -44,8 +48,8 @@ def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> flo
             sizes = [math.log2(point[name]) for name in _SIZES]
             apart = [abs(a - b) for a, b in zip(sizes, asked, strict=True)]
             if max(apart) <= _NEAR:
-                near.append((math.hypot(*apart), point["ratio"]))
-    return min(near)[1] if near else None
+                near.append((math.hypot(*apart), -point["ratio"]))
+    return -min(near)[1] if near else None
 
 
 @contextmanager
@@ -72,6 +76,7 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     path = _path()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+        table.pop(PROVENANCE, None)
         for points in table.values():
             for point in points:
                 sizes = [point[name] for name in (*_SIZES, "ratio")]

@@ -96,9 +96,7 @@ class FakeGPU:
         if self.execute:
             return _boxed(load_wrapper(code))
         values = [None if node is None else node.meta["val"] for node in outputs]
-        return _boxed(
-            lambda _: [v if v is None else torch.empty(v.shape, dtype=v.dtype) for v in values]
-        )
+        return _boxed(lambda _: [_uninitialised(value) for value in values])
 
     def _generate(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: Any, is_backward: bool
@@ -183,6 +181,16 @@ def _boxed(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _uninitialised(value: Any) -> Any:
+    """What a graph that is not run returns in place of a value; sizes that vary are those of the
+    example."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty([_uninitialised(size) for size in value.shape], dtype=value.dtype)
 
 
 def _relabel(value: Any, mode: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Sliced equals masked-dense on the device at hand, at the widths that `benchmarks.gpu_suite` times.
+
+A step compiled by `sparselora_fx` chooses channels. The reference algorithm (`benchmarks.reference`,
+eager, exact gradients, a file of its own) then takes the same step of the same model on the same
+channels. Compared: the loss, and every adapter gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparselora_fx as slx
+from benchmarks import reference
+from benchmarks.peers import dense, random_estimator
+from benchmarks.presets import Preset
+from benchmarks.stepping import Peer
+from benchmarks.suite_presets import preset_of
+
+# name of a preset, dtype of the base, what the relative difference may be
+CHECKS = (
+    ("8b-math10k", torch.bfloat16, 5e-2),
+    ("8b-math10k", torch.float32, 1e-4),
+    ("1b-default", torch.bfloat16, 5e-2),
+)
+LAYERS = 4  # fewer are not compiled in pieces
+
+
+def checks(tiny: bool, backend: str) -> Iterator[dict[str, Any]]:
+    """One finding for each of `CHECKS`."""
+    for name, dtype, bound in CHECKS:
+        preset = replace(preset_of(name, LAYERS, tiny=tiny), dtype=dtype)
+        error, where = difference(preset, backend)
+        yield {
+            "what": f"sliced == masked-dense, {name}, {str(dtype)[6:]}, {LAYERS} layers",
+            "error": float(f"{error:.3g}"), "bound": bound, "where": where,
+            "passed": error <= bound,
+        }  # fmt: skip
+        torch.compiler.reset()
+
+
+def difference(preset: Preset, backend: str) -> tuple[float, str]:
+    """The largest relative difference among the loss and the gradients, and where it is."""
+    model = dense(preset)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    estimator = random_estimator(model)
+    batch = {**preset.batches(1)[0], "use_cache": False}
+    slx.compile(model, estimator, plan=preset.plan(), backend=backend, trim_logits=False)
+    with slx.record(model) as record:
+        got = _step(Peer("ours", model, autocast=preset.autocast), batch)
+    slx.restore(model)
+    if not record.sites:
+        raise RuntimeError("no linear was sliced: the check shows nothing")
+    shared = reference.apply(model, estimator.factors, preset.levels(), fixed=record.selections)
+    expected = _step(Peer("reference", model, autocast=preset.autocast), batch)
+    shared.restore()
+    return max((relative(got[name], value), name) for name, value in expected.items())
+
+
+def _step(peer: Peer, batch: dict[str, Any]) -> dict[str, Tensor]:
+    peer.model.zero_grad(set_to_none=True)
+    loss = peer.forward(batch)
+    loss.backward()
+    found = {n: p.grad for n, p in peer.model.named_parameters() if p.grad is not None}
+    peer.model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **found}
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected| / |expected|``; NaN counts as infinite."""
+    error = float((got.double() - expected.double()).norm() / expected.double().norm())
+    return error if error == error else float("inf")
