@@ -109,6 +109,7 @@ class CompiledForward:
         """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
         any linear may be sliced."""
         state, phase = self.state, self.state.phase
+        phase.arguments = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         share = state.share() if self.model.training else 0.0
         share = 1.0 if state.measured else share
         calibrating = state.collector is not None and self.model.training and not state.measured

@@ -7,11 +7,11 @@ import itertools
 import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from sparselora_fx import _torch
 from sparselora_fx.fx import bodies, op_name
@@ -87,12 +87,17 @@ class _Lifted:
 
 
 def run(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    passes: Sequence[Pass],
+    arguments: Mapping[str, Tensor],
 ) -> GraphReport | None:
     """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
-    is marked in it."""
+    is marked in it. ``arguments``: the tensors of the model's call, by name."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm, inputs, options.shift))
+    padding = padding_unread(gm, inputs, arguments, options.shift)
+    _rewrite_all(gm, options, passes, rewrites, padding)
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})
