@@ -250,7 +250,7 @@ def _check_factors(region: Region) -> None:
 def _check_tokens(region: Region) -> None:
     """The batch's token lists must be about the tokens that the sites see, in their order."""
     for site in region.sites:
-        if site.split is not None and not sees_grid(site.x, site.split[0][1]):
+        if site.split is not None and not sees_grid(site, site.split[0][1]):
             raise NoRegion("its tokens are not the token grid of the labels")
 
 
