@@ -98,11 +98,11 @@ def run(
     is marked in it. ``arguments``: the tensors of the model's call, by name."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
     padding = padding_unread(gm, inputs, arguments, options.shift)
-    batch = token_inputs(gm, inputs, arguments)
+    batch, passed = token_inputs(gm, inputs, arguments)
     orders = token_orders(gm, batch)
 
     def started(graph: fx.GraphModule) -> Rewrite:
-        return Rewrite(graph, options, padding, orders, batch)
+        return Rewrite(graph, options, padding, orders, batch, passed)
 
     _rewrite_all(gm, passes, rewrites, started)
     if not rewrites:

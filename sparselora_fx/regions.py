@@ -17,6 +17,7 @@ from sparselora_fx.layout import Atom, ChannelMap, merge_atoms, split_atoms
 from sparselora_fx.scores import Score
 
 if TYPE_CHECKING:
+    from sparselora_fx.token_rows import TokenRows
     from sparselora_fx.values import Values
 
 
@@ -83,6 +84,7 @@ class Site:
     out_features: int
     in_features: int
     padding_unread: bool = False  # whether no row of padding in what it returns reaches a loss
+    token_rows: TokenRows | None = None  # which tokens they are, if not the batch's one by one
     order: str = UNKNOWN  # how the rows of x stand to the batch's tokens (`token_order`)
     known: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.known` names
     adapter_adds: dict[fx.Node, fx.Node] = field(
@@ -259,6 +261,7 @@ class Rewrite:
     padding_unread: frozenset[fx.Node] = frozenset()  # as `padding.padding_unread` says
     orders: Mapping[fx.Node, str] = field(default_factory=dict)  # of markers, by `token_orders`
     batch: frozenset[fx.Node] = frozenset()  # the inputs that hold the batch's tokens
+    passed: frozenset[fx.Node] = frozenset()  # all inputs that the model's caller gave
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     dense: list[Site] = field(default_factory=list)  # marked for their padding alone

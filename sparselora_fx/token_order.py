@@ -22,11 +22,17 @@ _Place = tuple[fx.Node, Needs]
 
 def token_inputs(
     gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor]
-) -> frozenset[fx.Node]:
-    """The inputs of a graph that hold the batch's tokens, ``[B, L]`` or ``[B, L, D]``."""
-    given = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    batch = [arguments[name] for name in _BATCH if name in arguments]
-    return frozenset(node for node, value in given if any(value is tokens for tokens in batch))
+) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
+    """The inputs of a graph that hold the batch's tokens, ``[B, L]`` or ``[B, L, D]``, and all that
+    the model's caller gave."""
+    given = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+    def among(tensors: list[Tensor]) -> frozenset[fx.Node]:
+        ids = {id(t) for t in tensors}
+        return frozenset(node for node, value in given if id(value) in ids)
+
+    tokens = [arguments[name] for name in _BATCH if name in arguments]
+    return among(tokens), among(list(arguments.values()))
 
 
 def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node, str]:
