@@ -23,6 +23,7 @@ from sparselora_fx.regions import (
 )
 from sparselora_fx.scoring import can_score
 from sparselora_fx.splitting import sees_grid
+from sparselora_fx.token_rows import token_rows
 from sparselora_fx.values import Channels, Port, Value, Values, attention_of, sources_of
 
 
@@ -59,7 +60,7 @@ def find_regions(rewrite: Rewrite) -> int:
     for region in found:
         try:
             _check_factors(region)
-            _check_tokens(region)
+            _check_tokens(region, rewrite)
             _choose_kept(region, rewrite)
             rewrite.regions.append(region)
         except NoRegion as reason:
@@ -247,11 +248,22 @@ def _check_factors(region: Region) -> None:
                 raise NoRegion("the estimator has no factors for one of its producers")
 
 
-def _check_tokens(region: Region) -> None:
-    """The batch's token lists must be about the tokens that the sites see, in their order."""
+def _check_tokens(region: Region, rewrite: Rewrite) -> None:
+    """The batch's token lists must be about the tokens that the sites see, in their order; where
+    all tokens are sparse, padding must be told from the others."""
     for site in region.sites:
-        if site.split is not None and not sees_grid(site.x, site.split[0][1]):
+        if not site.tokens or sees_grid(site, site.tokens[0]):
+            continue
+        if site.split is not None:
             raise NoRegion("its tokens are not the token grid of the labels")
+        if site is region.consumer.site:
+            continue  # it is not scored by its input
+        rows = token_rows(rewrite.graph, rewrite.batch, rewrite.passed)
+        site.token_rows = rows.get(site.x)
+        if site.x not in rows:
+            site.tokens = ()  # no tokens of the batch: every row counts
+        elif site.token_rows is None:
+            raise NoRegion("its rows are not the batch's tokens, so padding cannot be told there")
 
 
 def _choose_kept(region: Region, rewrite: Rewrite) -> None:

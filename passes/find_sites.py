@@ -10,6 +10,7 @@ from sparselora_fx.fx import argument, op_name, tensor
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import (
     DENSE,
+    UNKNOWN,
     WITHOUT_GRADIENTS,
     Rewrite,
     Site,
@@ -51,6 +52,8 @@ def find_sites(rewrite: Rewrite) -> int:
     for mark in marks:
         by_weight.setdefault(mark.args[1], []).append(mark)
     carried = {weight: group[0].args for weight, group in by_weight.items()}
+    orders = {weight: rewrite.orders[group[0]] for weight, group in by_weight.items()
+              if group[0] in rewrite.orders}  # fmt: skip
     for mark in marks:
         mark.replace_all_uses_with(mark.args[0])
         rewrite.graph.erase_node(mark)
@@ -60,6 +63,7 @@ def find_sites(rewrite: Rewrite) -> int:
         found = _site(weight, args, len(by_weight[weight]))
         if isinstance(found, Site):
             found.padding_unread = found.node in rewrite.padding_unread
+            found.order = orders.get(weight, UNKNOWN)
         if args[5] == DENSE:
             rewrite.dense += [] if isinstance(found, Skip) else [found]
         elif isinstance(found, Skip):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from sparselora_fx.ops import OPS
 from sparselora_fx.region_scores import (
     every_channel,
@@ -12,6 +14,7 @@ from sparselora_fx.region_scores import (
 )
 from sparselora_fx.regions import Region, Rewrite, Skip
 from sparselora_fx.scoring import side_inputs
+from sparselora_fx.token_rows import TokenRows, count_tokens
 
 
 def insert_predictor(rewrite: Rewrite) -> int:
@@ -46,6 +49,7 @@ def insert_predictor(rewrite: Rewrite) -> int:
         if rewrite.options.score.rope:
             _make_even(region)
         with rewrite.graph.inserting_before(first):
+            _count_rows(region, rewrite)
             for choice in region.choices:
                 if choice.whole:
                     choice.selection = every_channel(rewrite.graph, choice)
@@ -60,6 +64,17 @@ def insert_predictor(rewrite: Rewrite) -> int:
                 )
                 inserted += 1
     return inserted
+
+
+def _count_rows(region: Region, rewrite: Rewrite) -> None:
+    """Let what counts be said of the rows that producers see, where those are not the batch's tokens
+    one by one."""
+    done: dict[TokenRows, fx.Node] = {}
+    for site in producers_of(region):
+        if (rows := site.token_rows) is not None:
+            if rows not in done:
+                done[rows] = count_tokens(rewrite.graph, rows, site.tokens[0])
+            site.tokens = (done[rows],)
 
 
 def _make_even(region: Region) -> None:

@@ -34,7 +34,7 @@ def skip_padding(rewrite: Rewrite) -> int:
     sliced = {site for region in rewrite.regions for site in region.sites}
     dense = [*rewrite.dense, *(site for site in rewrite.sites if site not in sliced)]
     found = [site for site in dense if site.unpadded and not site.node._erased]
-    found = [site for site in found if sees_grid(site.x, site.unpadded[1])]  # type: ignore[index]
+    found = [site for site in found if sees_grid(site, site.unpadded[1])]  # type: ignore[index]
     if not rewrite.regions:
         return 0
     for site in found:

@@ -36,7 +36,8 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
         now = replace(options, shift=bool(convention.shift))
-        report = run(gm, inputs, now, DENSE_PHASE if observed else PIPELINE)
+        passes = DENSE_PHASE if observed else PIPELINE
+        report = run(gm, inputs, now, passes, state.phase.arguments)
         rewritten = report is not None and not observed
         compile_graph = partial(_torch.backend_compile, name, rewritten=rewritten)
         if rewritten:

@@ -153,6 +153,7 @@ class CompiledForward:
         """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
         any linear may be sliced."""
         state, phase = self.state, self.state.phase
+        phase.arguments = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
         training = self.model.training and torch.is_grad_enabled()
         share = state.share() if training else 0.0

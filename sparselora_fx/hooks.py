@@ -44,6 +44,7 @@ class Phase:
         self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.picked: list[Tensor] = []  # which rows to observe, while the sites' specs say so
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
+        self.arguments: dict[str, Tensor] = {}  # the tensors of the present call, by name
         self.shift = True
         self.grad = False  # the call began with gradients: a part without them may run again
         self.caching = ""  # what becomes of a KV cache: see `caching`

@@ -5,10 +5,10 @@ See docs/decisions/0008.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from sparselora_fx.fx import argument, bodies, op_name, tensor
 from sparselora_fx.labels import ignores_unlabelled, labels_of
@@ -17,29 +17,34 @@ from sparselora_fx.mask_values import MaskValues
 from sparselora_fx.masks import hides_padding, key_axis
 from sparselora_fx.regions import PADDED
 from sparselora_fx.rows import NOTHING, Lists, Needs, Rows, common, read_rows
+from sparselora_fx.score_spans import ScoreSpans
 
 _REAL: Lists = ("real tokens",)
 
 
-def padding_unread(gm: fx.GraphModule, inputs: Sequence[Any], shift: bool) -> frozenset[fx.Node]:
+def padding_unread(
+    gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor], shift: bool
+) -> frozenset[fx.Node]:
     """The nodes of a graph and its bodies, ``[B, L, N]`` or ``[B * L, N]``, of which no row of
     padding reaches a loss.
 
     From the graph's end backwards, each reader works token by token, or is one where padding stops:
     a cross entropy on the batch's labels, or an attention that the batch's mask keeps from it. Of
-    rows of tokens that a graph returns, its caller is believed to look at real ones alone: logits
-    beside a loss, or what a graph without its loss (a block compiled by itself, a part before a
-    graph break) hands on.
+    rows of tokens that are returned beside a loss (logits, hidden states) the caller is believed to
+    look at real ones alone. A graph that ends before it has seen the loss (a block compiled by
+    itself, a part before a graph break, a model whose loss is computed elsewhere) proves nothing.
 
     Args:
         gm: as it was traced, with site markers.
         inputs: what it was traced with.
+        arguments: the tensors of the model's call, by name: inputs are known by identity, as a
+            model may give another tensor the name.
         shift: as in `regions.Options`.
     """
     real = _real(gm)
     if real is None:
         return frozenset()
-    proof = _Proof(gm, inputs, real, shift)
+    proof = _Proof(gm, inputs, real, arguments, shift)
     proof.read(gm, None)
     return frozenset(node for node, unread in proof.unread.items() if unread)
 
@@ -63,14 +68,22 @@ class _Proof:
     call of its body is meant."""
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], real: fx.Node, shift: bool
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        real: fx.Node,
+        arguments: Mapping[str, Tensor],
+        shift: bool,
     ) -> None:
         grid = tensor(real)
         assert grid is not None
         self.grid = grid.shape
         self.unread: dict[fx.Node, bool] = {}
-        self.losses = {node for node in gm.graph.nodes if _is_loss(node, shift)}
-        self.masks = MaskValues(gm, inputs, None if self.losses else real)
+        given = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        labels = {node for node, value in given if value is arguments.get("labels")}
+        self.losses = {node for node in gm.graph.nodes if _is_loss(node, labels, shift)}
+        self.believed = bool(self.losses) and not _is_broken_off(gm)
+        self.spans = ScoreSpans(MaskValues(gm, inputs, arguments))
 
     def read(
         self, gm: fx.GraphModule, returned: Sequence[Needs | None] | None
@@ -106,7 +119,7 @@ class _Proof:
         operands: list[Any],
         rows: Rows,
     ) -> list[Needs | None]:
-        self.masks.enter(body, operands)
+        self.spans.enter(body, operands)
         output = body.graph.output_node().args[0]
         returned: list[Needs | None] = [rows.get(call)]
         if isinstance(output, tuple | list):
@@ -124,7 +137,7 @@ class _Proof:
             values = values if isinstance(values, tuple | list) else (values,)
             return common(n for v, n in zip(values, returned, strict=True) if v is node)
         example = tensor(node)
-        if example is None:
+        if example is None or not self.believed:
             return None
         # Of rows of tokens, a caller looks at real ones; anything else may be a loss of its own.
         if example.dim() == 3 and _agree(example.shape[:2], self.grid):
@@ -142,18 +155,22 @@ class _Proof:
         # A row of padding may attend to padding: its own result must be unread, too.
         out = tensor(user)
         need = rows.get(user, NOTHING)
-        alone = out is not None and need.axis == out.dim() - 2 and need.batch < need.axis
-        if alone and hides_padding(user, node, self.masks):
-            return Needs(need.batch, key_axis(user, node, self.masks), _REAL)
+        alone = out is not None and need.axis == out.dim() - 2 and need.batch == 0 < need.axis
+        if alone and hides_padding(user, node, self.spans):
+            return Needs(need.batch, key_axis(user, node, self.spans), _REAL)
         return None
 
 
-def _is_loss(node: fx.Node, shift: bool) -> bool:
+def _is_loss(node: fx.Node, labels: set[fx.Node], shift: bool) -> bool:
     """Whether a node is a cross entropy on the call's labels, in which padding has no part."""
     found = labels_of(argument(node, 1, "target")) if ignores_unlabelled(node) else None
-    if found is None or found[1] != shift:
-        return False
-    return found[0].op == "placeholder" and "labels" in str(found[0].target)
+    return found is not None and found[1] == shift and found[0] in labels
+
+
+def _is_broken_off(gm: fx.GraphModule) -> bool:
+    """Whether a graph ends in a graph break: what follows may read all that it returns."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is None or bool(reason.graph_break)
 
 
 def _agree(left: Sequence[Any], right: Sequence[Any]) -> bool:

@@ -7,17 +7,18 @@ import itertools
 import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from sparselora_fx import _torch
 from sparselora_fx.fx import bodies, op_name
 from sparselora_fx.ops import MARKERS
 from sparselora_fx.padding import padding_unread
 from sparselora_fx.regions import Observed, Options, Region, Rewrite
+from sparselora_fx.token_order import token_inputs, token_orders
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,23 @@ class _Lifted:
 
 
 def run(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    passes: Sequence[Pass],
+    arguments: Mapping[str, Tensor],
 ) -> GraphReport | None:
     """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
-    is marked in it."""
+    is marked in it. ``arguments``: the tensors of the model's call, by name."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm, inputs, options.shift))
+    padding = padding_unread(gm, inputs, arguments, options.shift)
+    batch, passed = token_inputs(gm, inputs, arguments)
+    orders = token_orders(gm, batch)
+
+    def started(graph: fx.GraphModule) -> Rewrite:
+        return Rewrite(graph, options, padding, orders, batch, passed)
+
+    _rewrite_all(gm, passes, rewrites, started)
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})
@@ -106,17 +118,16 @@ def run(
 
 def _rewrite_all(
     gm: fx.GraphModule,
-    options: Options,
     passes: Sequence[Pass],
     rewrites: dict[fx.GraphModule, Rewrite],
-    padding: frozenset[fx.Node],
+    started: Callable[[fx.GraphModule], Rewrite],
 ) -> None:
     for _, body, _ in bodies(gm):
         if body not in rewrites:
-            _rewrite_all(body, options, passes, rewrites, padding)
+            _rewrite_all(body, passes, rewrites, started)
     if not any(op_name(node) in MARKERS for node in gm.graph.nodes):
         return
-    rewrite = rewrites[gm] = Rewrite(gm, options, padding)
+    rewrite = rewrites[gm] = started(gm)
     for step in passes:
         start = time.perf_counter()
         changes = step(rewrite)

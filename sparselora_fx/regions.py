@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from sparselora_fx.layout import Atom, ChannelMap, merge_atoms, split_atoms
 from sparselora_fx.scores import Score
 
 if TYPE_CHECKING:
+    from sparselora_fx.token_rows import TokenRows
     from sparselora_fx.values import Values
 
 
@@ -54,6 +56,10 @@ class SiteSpec:
 # The words of a weight that stays dense. Its marker, if there is one, is about padding.
 DENSE = SiteSpec(0.0, 0.0).encode()
 
+# How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, or as
+# no way back to the batch says (`token_order`).
+IN_ORDER, SWAPPED, MOVED, UNKNOWN = "in order", "swapped", "moved", "unknown"
+
 PADDED = 9  # tensors that a marker carries in a batch with padding (`tokens.Tokens.tensors`)
 
 # What a marker carries in place of the plan's words where gradients are off inside a call that
@@ -78,6 +84,8 @@ class Site:
     out_features: int
     in_features: int
     padding_unread: bool = False  # whether no row of padding in what it returns reaches a loss
+    token_rows: TokenRows | None = None  # which tokens they are, if not the batch's one by one
+    order: str = UNKNOWN  # how the rows of x stand to the batch's tokens (`token_order`)
     known: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.known` names
     adapter_adds: dict[fx.Node, fx.Node] = field(
         default_factory=dict
@@ -251,6 +259,9 @@ class Rewrite:
     gm: fx.GraphModule
     options: Options
     padding_unread: frozenset[fx.Node] = frozenset()  # as `padding.padding_unread` says
+    orders: Mapping[fx.Node, str] = field(default_factory=dict)  # of markers, by `token_orders`
+    batch: frozenset[fx.Node] = frozenset()  # the inputs that hold the batch's tokens
+    passed: frozenset[fx.Node] = frozenset()  # all inputs that the model's caller gave
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     dense: list[Site] = field(default_factory=list)  # marked for their padding alone

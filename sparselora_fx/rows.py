@@ -60,7 +60,7 @@ def read_rows(graph: fx.Graph, end: End) -> Rows:
             continue
         live = [user for user in node.users if rows.get(user) != NOTHING]
         readers = [user for user in live if not reads_shape_only(user, node)]
-        need = common(end(user, node, rows) or _needed(user, node, rows) for user in readers)
+        need = common(end(user, node, rows) or needed(user, node, rows) for user in readers)
         unread = len(readers) == len(live) and not changes_input(node)
         if need is not None and (need != NOTHING or unread):
             rows[node] = need
@@ -80,7 +80,7 @@ def taken_by(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     return Needs(0, x.dim() - 2, user.args[1:]) if takes and x is not None else None
 
 
-def _needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
+def needed(user: fx.Node, node: fx.Node, rows: Rows) -> Needs | None:
     """The rows of a node that a user of it needs, by what is needed of the user; None: all, or
     unknown."""
     if user not in rows or (changes_input(user) and not _updates_only(user)):

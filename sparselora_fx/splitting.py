@@ -11,7 +11,7 @@ from torch import fx
 from sparselora_fx.fx import before_flattening, tensor, with_stand_in
 from sparselora_fx.layout import same_count
 from sparselora_fx.ops import OPS
-from sparselora_fx.regions import Site
+from sparselora_fx.regions import IN_ORDER, MOVED, SWAPPED, Site
 from sparselora_fx.sinking import take_of
 
 Split = tuple[Sequence[Any], Sequence[Any]]  # [idx, pos] of context tokens, and of output tokens
@@ -93,11 +93,19 @@ def _before_rows(x: fx.Node) -> fx.Node:
     return node
 
 
-def sees_grid(x: fx.Node, pos: fx.Node) -> bool:
-    """Whether the rows of x are the batch's tokens ``[B, L]``, in their order."""
-    held, grid = tensor(_before_rows(x)), tensor(pos)
+def sees_grid(site: Site, pos: fx.Node) -> bool:
+    """Whether the rows that a site reads are the batch's tokens ``[B, L]``, in their order.
+
+    Where a batch has as many samples as tokens, shapes do not tell the order: the way back to the
+    batch must.
+    """
+    held, grid = tensor(_before_rows(site.x)), tensor(pos)
     assert held is not None and grid is not None
     lead = [size for size in held.shape[:-1] if not same_count((size,), ())]
     tokens = [size for size in grid.shape if not same_count((size,), ())]
+    if len(tokens) == 2 and site.order != IN_ORDER:
+        square = same_count(tokens[:1], tokens[1:]) or len(lead) == 1
+        if site.order == SWAPPED or square:
+            return False
     ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
-    return ordered or (len(lead) == 1 and same_count(lead, tokens))
+    return site.order != MOVED and (ordered or (len(lead) == 1 and same_count(lead, tokens)))
