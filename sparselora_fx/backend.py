@@ -25,7 +25,7 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
     repeated = block_names(state.frozen).values()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        state.graphs += 1
+        state.recompiles.compiling()
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
         report = run(gm, inputs, options, DENSE_PHASE if observed else PIPELINE)
