@@ -32,6 +32,7 @@ from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
 from sparselora_fx.trimming import output_embedding
+from sparselora_fx.uncompiled import leave_uncompiled, restore_uncompiled
 
 
 def compile(
@@ -82,6 +83,7 @@ def compile(
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(found.factors, found.vectors(frozen, score))
     state.mark_logits(head)
+    leave_uncompiled(model)
     model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 
@@ -98,6 +100,7 @@ def restore(model: nn.Module) -> nn.Module:
     state = get_state(model)
     state.active = False
     restore_blocks(state)
+    restore_uncompiled(model)
     state.unmark()
     give_back_forward(model, CompiledForward)
     del model.__dict__[ATTRIBUTE]
