@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor, writes
+from sparselora_fx.layout import same_shape
 from sparselora_fx.regions import DENSE, Rewrite
 from sparselora_fx.spellings import as_product
 
@@ -113,8 +114,8 @@ def _write(user: fx.Node, whole: torch.Tensor) -> tuple[int, int, fx.Node, list[
     if not all(isinstance(n, int | None) for n in (width, last.start, last.stop)):
         return None
     start, stop, _ = last.indices(width)
-    same = values.dtype == whole.dtype and values.shape == (*whole.shape[:-1], stop - start)
-    return (start, stop, source, nodes) if same else None
+    fits = same_shape(values.shape, (*whole.shape[:-1], stop - start))
+    return (start, stop, source, nodes) if fits and values.dtype == whole.dtype else None
 
 
 def _in_order(graph: fx.Graph, own: list[fx.Node], readers: list[fx.Node]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.layout import same_shape
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import (
     DENSE,
@@ -101,7 +102,7 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     transposed = transposed != stored_as_kn
     n, k = (int(s) for s in (reversed(shape.shape) if transposed else shape.shape))
     x_value = tensor(x)
-    if x_value is None or x_value.shape[-1] != k or out.shape[-1] != n or n == k == 0:
+    if x_value is None or not _ends_with(x_value, k) or not _ends_with(out, n) or n == k == 0:
         return Skip(weight, "the linear does not act on the last dimension of its input")
     if x_value.dim() < 2:
         return Skip(
@@ -216,10 +217,14 @@ def _find_adapter(site: Site) -> None:
         node = user
 
 
+def _ends_with(value: Tensor, channels: int) -> bool:
+    return same_shape(value.shape[-1:], (channels,))
+
+
 def _is_bias(node: Any, site: Site) -> bool:
     example = tensor(node)
     held = isinstance(node, fx.Node) and node.op == "placeholder"
-    return held and example is not None and example.shape == (site.out_features,)
+    return held and example is not None and same_shape(example.shape, (site.out_features,))
 
 
 def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:

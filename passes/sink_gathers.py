@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
+from sparselora_fx.layout import same_shape
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.sinking import Moved, dropout_mask, keeps_last, sink_all, slice_of
@@ -78,7 +79,7 @@ def _through_pointwise(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved:
 
     def gathered(node: fx.Node) -> fx.Node:
         example = tensor(node)
-        if example is None or example.dim() == 0 or example.shape[-1] != out.shape[-1]:
+        if example is None or not same_shape(example.shape[-1:], out.shape[-1:]):
             return node
         if node not in gathers:
             gathers[node] = _gathered(graph, node, idx)

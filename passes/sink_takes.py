@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
+from sparselora_fx.layout import same_shape
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.sinking import (
@@ -130,7 +131,7 @@ def _kind(node: fx.Node, out: torch.Tensor) -> str:
     lead = example.shape[:-1]
     if all(isinstance(size, int) and size == 1 for size in lead):
         return "channels"
-    return "tokens" if example.dim() == out.dim() and lead == out.shape[:-1] else "other"
+    return "tokens" if example.dim() == out.dim() and same_shape(lead, out.shape[:-1]) else "other"
 
 
 def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -149,7 +150,8 @@ def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | N
     example = tensor(weight)
     # The rows of one list are fewer than all; two lists may take what is cheaper to take after.
     alone = all(user.args[1] is lists[0] for user in source.users)
-    if example is None or not (alone or example.shape[0] > example.shape[1]):
+    known = example is not None and all(isinstance(size, int) for size in example.shape)
+    if example is None or not (alone or (known and example.shape[0] > example.shape[1])):
         return None
     take = _taken(graph, x, lists)
     new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from sparselora_fx.adapters import adapter_weights, is_down_projection
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor
+from sparselora_fx.layout import same_shape
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Rewrite
 from sparselora_fx.sinking import keeps_last, slice_of
@@ -109,7 +110,9 @@ def _find_zeros(node: fx.Node, known: dict[fx.Node, _Zeros | None]) -> _Zeros | 
 def _keeps_zeros(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a call gives zero wherever one of its operands is zero."""
     made, read = tensor(node), tensor(operand)
-    if made is None or read is None or made.shape[-1] != read.shape[-1] or not is_pointwise(node):
+    if made is None or read is None or not same_shape(made.shape[-1:], read.shape[-1:]):
+        return False
+    if not is_pointwise(node):
         return False
     if op_name(node) == "mul":
         return True

@@ -15,7 +15,6 @@ from torch import fx
 
 from sparselora_fx import ops, scores
 from sparselora_fx.ops import OPS
-from sparselora_fx.quiet import quieten
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 # Versions of torch whose Inductor the lowerings were written for.
@@ -78,32 +77,21 @@ def python_dispatcher() -> AbstractContextManager[None]:
     return enable_python_dispatcher()
 
 
-def save_selections(gm: fx.GraphModule) -> None:
-    """Under activation checkpointing, save chosen channels: a backward that recomputes a block must
-    not choose again. Blocks with a checkpoint policy of the user's own are left to it. Run on 2.13.
-    """
-    for body in gm.modules():
-        if isinstance(body, fx.GraphModule) and body.graph.find_nodes(
-            op="call_function", target=OPS.topk_channels.default
-        ):
-            body.meta.setdefault("_checkpoint_context_fn", _selection_contexts)
-            quieten()
+def recompile_reason() -> str:
+    """Why the graph that is compiled now did not fit those compiled before, in torch's words; ""
+    for a first one. Run on 2.13."""
+    from torch._dynamo.utils import get_metrics_context
+
+    return str(get_metrics_context()._metrics.get("recompile_reason") or "")
 
 
-def _selection_contexts() -> Any:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+def refused_compilations() -> int:
+    """How often torch has left a function uncompiled, in this process, as it was compiled too often
+    before. Run on 2.13."""
+    from torch._dynamo.utils import counters
 
-    return create_selective_checkpoint_contexts(_save_selection)
-
-
-_selection_contexts.cache_hash = "sparselora_fx: selections"  # type: ignore[attr-defined]
-
-
-def _save_selection(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    chosen = op is OPS.topk_channels.default
-    return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+    said = counters["unimplemented"].items()
+    return sum(count for words, count in said if "recompile limit" in words)
 
 
 def backend_compile(

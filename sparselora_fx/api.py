@@ -33,6 +33,7 @@ from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
 from sparselora_fx.trimming import output_embedding
+from sparselora_fx.uncompiled import leave_uncompiled, restore_uncompiled
 
 
 def compile(
@@ -87,6 +88,7 @@ def compile(
     state.mark(found.factors, found.vectors(frozen, score))
     state.mark_logits(head)
     state.mark_caches()
+    leave_uncompiled(model)
     model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 
@@ -103,6 +105,7 @@ def restore(model: nn.Module) -> nn.Module:
     state = get_state(model)
     state.active = False
     restore_blocks(state)
+    restore_uncompiled(model)
     state.unmark()
     give_back_forward(model, CompiledForward)
     del model.__dict__[ATTRIBUTE]

@@ -13,7 +13,7 @@ import math
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
-from sparselora_fx.layout import Atom, Layout
+from sparselora_fx.layout import Atom, Layout, same_shape
 from sparselora_fx.movement import permuted
 from sparselora_fx.regions import Attention, Heads, Site
 from sparselora_fx.values import Channels, Port, Scores, Value, Values
@@ -122,7 +122,7 @@ def _output_layout(
     parts = [(c, *(p for _, p in c.segments.parts)) if c.segments else (c,) for c in operands]
     ports = [port for c in itertools.chain(*parts) if c is not None for port in c.ports]
     for model in (port.layout for port in ports):
-        if model is not None and len(model.dims) == len(shape) and shape[-1] == dim:
+        if model is not None and len(model.dims) == len(shape) and same_shape(shape[-1:], (dim,)):
             found = _renumbered(model, heads, dim)
             if found is not None:
                 return found

@@ -32,7 +32,7 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
         if convention.learn(shown_conventions(gm.graph)) and state.phase.tokens:
             convention.retry = True
             raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
-        state.graphs += 1
+        state.recompiles.compiling()
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
         now = replace(options, shift=bool(convention.shift))

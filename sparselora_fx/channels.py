@@ -23,7 +23,7 @@ from sparselora_fx.fx import (
     tensor,
     writes,
 )
-from sparselora_fx.layout import Atom, Layout, as_size, concatenate, stack
+from sparselora_fx.layout import Atom, Layout, as_size, concatenate, same_shape, stack
 from sparselora_fx.movement import move
 from sparselora_fx.regions import Site, Source
 from sparselora_fx.values import (
@@ -202,7 +202,7 @@ def _longer(node: fx.Node, held: Channels, out: torch.Tensor) -> Channels | None
 def _is_nothing(piece: fx.Node) -> bool:
     """Whether ``cat`` skips a piece: a list without elements (an empty cache)."""
     example = tensor(piece)
-    return example is not None and example.dim() == 1 and example.shape[0] == 0
+    return example is not None and same_shape(example.shape, (0,))
 
 
 def _segments(node: fx.Node, pieces: Sequence[fx.Node], values: Values) -> Segments | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -113,12 +113,20 @@ class CompiledForward:
         phase.grad = torch.is_grad_enabled() and not state.blocks
         state.inside = True
         try:
-            result = self.compiled(*args, **kwargs)
+            with state.recompiles.watching(self._kind(), arguments):
+                result = self.compiled(*args, **kwargs)
             state.stepped |= state.words_set is not None and state.words_set[0] > 0
             return result
         finally:
             state.inside = False
             phase.caching = AS_CALLED
+
+    def _kind(self) -> Hashable:
+        """What tells this call from others for which graphs of their own are compiled."""
+        state, phase = self.state, self.state.phase
+        words = state.words_set or tuple((state.measured or {}).items())
+        lists = (len(phase.tokens), len(phase.picked), len(phase.labels), phase.padded)
+        return words, lists, self.model.training, torch.is_grad_enabled()
 
     def _with_tokens(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments, with what is known besides of the tokens that carry loss."""

@@ -13,6 +13,8 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sparselora_fx.layout import same_shape
+
 Shape = torch.Size
 
 _TRANSPARENT = {
@@ -145,7 +147,9 @@ def before_flattening(node: fx.Node) -> fx.Node:
     start = node
     while op_name(node) in ("view", "reshape", "flatten") and isinstance(node.args[0], fx.Node):
         example, source = tensor(node), tensor(node.args[0])
-        if example is None or source is None or example.shape[-1] != source.shape[-1]:
+        if example is None or source is None:
+            break
+        if not same_shape(example.shape[-1:], source.shape[-1:]):
             break
         node = node.args[0]
     example = tensor(node)

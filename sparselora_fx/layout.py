@@ -223,6 +223,12 @@ def same_count(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt])
     return _equal(counts[0], counts[1])
 
 
+def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes are equal, whatever their symbolic sizes turn out to be. ``a == b`` would
+    answer for the sizes of this call, and have each other size compiled anew."""
+    return len(a) == len(b) and all(same_count((m,), (n,)) for m, n in zip(a, b, strict=True))
+
+
 def _equal(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b

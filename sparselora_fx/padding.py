@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from sparselora_fx.fx import argument, bodies, op_name, tensor
 from sparselora_fx.labels import ignores_unlabelled, labels_of
-from sparselora_fx.layout import same_count
+from sparselora_fx.layout import same_count, same_shape
 from sparselora_fx.mask_values import MaskValues
 from sparselora_fx.masks import hides_padding, key_axis
 from sparselora_fx.regions import PADDED
@@ -140,7 +140,7 @@ class _Proof:
         if example is None or not self.believed:
             return None
         # Of rows of tokens, a caller looks at real ones; anything else may be a loss of its own.
-        if example.dim() == 3 and _agree(example.shape[:2], self.grid):
+        if example.dim() == 3 and same_shape(example.shape[:2], self.grid):
             return Needs(0, 1, _REAL)
         if example.dim() == 2 and same_count(example.shape[:1], self.grid):
             return Needs(0, 0, _REAL)
@@ -171,7 +171,3 @@ def _is_broken_off(gm: fx.GraphModule) -> bool:
     """Whether a graph ends in a graph break: what follows may read all that it returns."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason is None or bool(reason.graph_break)
-
-
-def _agree(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    return all(same_count((a,), (b,)) for a, b in zip(left, right, strict=True))

@@ -18,7 +18,7 @@ from sparselora_fx.fx import (
     reads_shape_only,
     tensor,
 )
-from sparselora_fx.layout import same_count
+from sparselora_fx.layout import same_count, same_shape
 from sparselora_fx.movement import order_of
 from sparselora_fx.ops import MARKERS, OPS
 from sparselora_fx.values import CASTS, NORMS, PERMUTES, REDUCTIONS, RESHAPES
@@ -121,7 +121,7 @@ def _source_axis(
         return None if new == axis else axis - (new < axis)
     if name in REDUCTIONS or (name in ("max", "min") and isinstance(argument(user, 1, "dim"), int)):
         return _before_reduction(user, x, axis)
-    if x.dim() != rank or not _same(x.shape[axis : axis + 1], out.shape[axis : axis + 1]):
+    if x.dim() != rank or not same_shape(x.shape[axis : axis + 1], out.shape[axis : axis + 1]):
         return None
     keeps = (
         name in CASTS
@@ -183,10 +183,10 @@ def _before_reshape(x: torch.Tensor, out: torch.Tensor, need: Needs) -> Needs | 
 def _same_place(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
     """The axis of x that is an axis of its reshape: nothing before it changes, or nothing after."""
     lead, tail = axis + 1, out.dim() - axis - 1
-    if x.dim() >= lead and _same(x.shape[:lead], out.shape[:lead]):
+    if x.dim() >= lead and same_shape(x.shape[:lead], out.shape[:lead]):
         return axis
     source = x.dim() - tail - 1
-    kept = source >= 0 and _same(x.shape[source:], out.shape[axis:])
+    kept = source >= 0 and same_shape(x.shape[source:], out.shape[axis:])
     return source if kept else None
 
 
@@ -214,10 +214,6 @@ def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
     if isinstance(chosen, list):
         return None
     return source if chosen.start in (None, 0) and chosen.step in (None, 1) else None
-
-
-def _same(left: Any, right: Any) -> bool:
-    return all(map(same_count, zip(left, strict=True), zip(right, strict=True)))
 
 
 def _before_reduction(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:

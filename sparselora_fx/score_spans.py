@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparselora_fx.fx import argument, changes_input, is_pointwise, op_name, reads_shape_only, tensor
+from sparselora_fx.fx import (
+    argument,
+    changes_input,
+    is_pointwise,
+    op_name,
+    reads_shape_only,
+    tensor,
+)
 from sparselora_fx.mask_values import LAYERS, MaskValues, called, is_weight
 from sparselora_fx.values import CASTS, PERMUTES, RESHAPES, SPLITS
 

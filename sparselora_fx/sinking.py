@@ -10,6 +10,7 @@ from torch import fx
 
 from sparselora_fx.aliases import is_changed
 from sparselora_fx.fx import argument, is_pointwise, op_name, tensor
+from sparselora_fx.layout import same_shape
 from sparselora_fx.ops import OPS
 
 
@@ -107,7 +108,7 @@ def keeps_last(node: fx.Node) -> bool:
     before, after = tensor(node.args[0]), tensor(node)
     if before is None or after is None or min(before.dim(), after.dim()) < 2:
         return False
-    return before.shape[-1] == after.shape[-1] and isinstance(before.shape[-1], int)
+    return isinstance(before.shape[-1], int) and same_shape(before.shape[-1:], after.shape[-1:])
 
 
 def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
@@ -191,4 +192,6 @@ def _rows_of(node: fx.Node) -> fx.Node:
 
 def _same_rows(before: fx.Node, after: fx.Node) -> bool:
     first, second = tensor(before), tensor(after)
-    return first is not None and second is not None and first.shape[:-1] == second.shape[:-1]
+    if first is None or second is None:
+        return False
+    return same_shape(first.shape[:-1], second.shape[:-1])

@@ -21,6 +21,7 @@ from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
 from sparselora_fx.named_tokens import KeptLabels
 from sparselora_fx.pipeline import GraphReport, SiteReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
+from sparselora_fx.recompiles import Recompiles
 from sparselora_fx.regions import SiteSpec
 from sparselora_fx.schedule import refreshes, share_at
 from sparselora_fx.tally import TokenTally
@@ -60,7 +61,7 @@ class State:
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
-    graphs: int = 0
+    recompiles: Recompiles = field(default_factory=Recompiles)
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
@@ -75,6 +76,11 @@ class State:
 
     def __post_init__(self) -> None:
         self.names = self._names()
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled so far."""
+        return self.recompiles.graphs
 
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""

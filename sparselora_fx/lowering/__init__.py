@@ -13,7 +13,9 @@ from sparselora_fx.settings import check_bounds
 
 _HERE = Path(__file__).parent
 # The files that hold the ops' bodies and derivatives, beside those in this folder.
-_TRACED = ("_torch", "ops", "scores", "fakes", "autograd", "checks", "settings")
+_TRACED = (
+    "_torch", "ops", "scores", "fakes", "autograd", "checks", "settings", "checkpointing",
+)  # fmt: skip
 
 
 def key() -> str:
