@@ -229,7 +229,9 @@ def _check_readers(region: Region, values: Values) -> None:
                 continue
             if _inside(values.get(user), inside):
                 continue
-            raise NoRegion(f"its channels are also read by {_describe(user)}")
+            kept = region.attention is not None and user.op == "output"
+            cache = " (a KV cache? use_cache=False in training calls)" if kept else ""
+            raise NoRegion(f"its channels are also read by {_describe(user)}{cache}")
 
 
 def _inside(value: Value | None, inside: set[Source]) -> bool:

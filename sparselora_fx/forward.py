@@ -47,6 +47,7 @@ class CompiledForward:
         self.compile_eval = compile_eval
         self.precompile = state.ahead = precompile
         self.trim_logits = trim_logits
+        self.untrimmed = False  # the call under way should trim logits, and cannot
         self.original: Callable[..., Any] = model.forward
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -115,6 +116,8 @@ class CompiledForward:
         try:
             with state.recompiles.watching(self._kind(), arguments):
                 result = self.compiled(*args, **kwargs)
+            if self.untrimmed and not state.convention.retry:
+                state.tally.warn_untrimmed()
             state.stepped |= state.words_set is not None and state.words_set[0] > 0
             return result
         finally:
@@ -188,7 +191,7 @@ class CompiledForward:
         whole = not state.blocks and state.measured is None
         phase.padded = whole and tokens is not None and tokens.padded
         phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        phase.labels = []
+        phase.labels, self.untrimmed = [], False
         if self.trim_logits and sparse and tokens is not None:
             phase.shift, phase.labels = self._label_rows(arguments, tokens, shift)
         return sparse and any(max(own) > 0 for own in state.sparsity.values())
@@ -200,8 +203,7 @@ class CompiledForward:
         if shift is not None:
             known = self.state.phase.tokens
             return shift, label_rows(arguments, tokens, known, shift=shift)
-        if isinstance(arguments.get("labels"), Tensor):
-            self.state.tally.warn_untrimmed()
+        self.untrimmed = isinstance(arguments.get("labels"), Tensor)
         return True, []
 
     def _is_worth_it(self, tokens: Tokens | None) -> bool:

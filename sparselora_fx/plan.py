@@ -25,7 +25,7 @@ _DEFAULT = "default"
 _DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
     "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
-    "calibrate": None, "refresh": None, "min_sparse": 0.1,
+    "calibrate": None, "refresh": None, "min_sparse": 0.05,
 }  # fmt: skip
 _OWN_KEYS = ("sparsity", *_DEFAULTS)
 _REFERENCE_KEYS = ("mode", "skip_output_tokens", "ffn_sparsity", "qkvo_sparsity")
@@ -65,7 +65,7 @@ class SparsityPlan:
         track_adapter: score with W + s B A as it is now, not with the frozen W alone.
         calibrate: "dense_phase": build the estimator from what the dense first steps read; or None.
         refresh: calibrate again every n steps, from n / 20 dense ones (see `schedule.refreshes`).
-        min_sparse: a call in which a smaller share of the tokens is sparse (0.1) runs dense.
+        min_sparse: a call in which a smaller share of the tokens is sparse (0.05) runs dense.
     """
 
     sparsity: float | dict[str, float] | str
