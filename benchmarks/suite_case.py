@@ -94,7 +94,8 @@ def measure(preset: Preset, names: Sequence[str], arguments: argparse.Namespace)
     """Compile, wait for the device, take turns for so many seconds, examine each peer."""
     running, rows = warmed(preset, names, arguments.backend, arguments.compile_until)
     say("ready", peers=[peer.name for peer in running])
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return  # the suite has ended
     end = time.time() + arguments.seconds
     batches = preset.batches()
     while running and time.time() < end:
