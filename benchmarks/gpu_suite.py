@@ -177,7 +177,7 @@ class Suite:
             "minutes": self.arguments.minutes,
             "seconds_taken": round(time.time() - self.start, 1),
             "tiny": self.arguments.tiny,
-            "correct": checked and all(check["passed"] for check in checks),
+            "correct": bool(checks) and checked and all(check["passed"] for check in checks),
             "checks": checks,
             "checks_state": {job.name: job.state for job in self.jobs if job.checks},
             "presets": presets,

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: nothing is compiled
 
 import torch
 from peft import LoraConfig, get_peft_model
