@@ -13,10 +13,10 @@ Every peer trains the same LoRA on the same frozen weights, batches and optimize
 
 Peers take turns, A B C A B C, so that a busy machine disturbs all of them alike. A ratio is the
 median over turns of (baseline's time / peer's time): above 1 is faster than the baseline. Random
-weights: time depends on shapes alone. How a step runs and is timed is `benchmarks.stepping`'s
-business: on a GPU under autocast, and without waiting inside a step. Peak memory is that of one step, all weights of the peer
-included. ``flop_ratio`` is dense over sparse FLOPs, counted as `benchmarks.flops` does, and
-``realised`` is ``ratio / flop_ratio``. ``estimator_share`` is the time of the nodes that choose
+weights: time depends on shapes alone. `benchmarks.stepping` says how a step is run and timed: on a
+GPU under autocast, and without waiting inside it. Peak memory is that of one step, all weights of
+the peer included. ``flop_ratio`` is dense over sparse FLOPs, counted as `benchmarks.flops` does,
+and ``realised`` is ``ratio / flop_ratio``. ``estimator_share`` is the time of the nodes that choose
 channels, compiled by themselves, over the time of the sparse step.
 """
 

@@ -86,7 +86,7 @@ def examined(peer: Peer, row: dict[str, Any], preset: Preset) -> None:
         row["busy_share"] = round(row["busy_ms"] / row["wall_ms"], 3)
     peak = measuring.peak_memory(peer.model, lambda: peer.turn(batches[:1]))
     loss, norm = peer.gradient_norm(batches[0])
-    row |= {"peak_gib": round(peak / 2**30, 3), "loss": round(loss, 4)}
+    row |= {"peak_gib": float(f"{peak / 2**30:.4g}"), "loss": round(loss, 4)}
     row["grad_norm"] = float(f"{norm:.4g}")
 
 
@@ -94,7 +94,8 @@ def measure(preset: Preset, names: Sequence[str], arguments: argparse.Namespace)
     """Compile, wait for the device, take turns for so many seconds, examine each peer."""
     running, rows = warmed(preset, names, arguments.backend, arguments.compile_until)
     say("ready", peers=[peer.name for peer in running])
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return  # the suite has ended
     end = time.time() + arguments.seconds
     batches = preset.batches()
     while running and time.time() < end:

@@ -1,8 +1,8 @@
-"""Sliced equals masked-dense on the device at hand, at the widths that `benchmarks.gpu_suite` times.
+"""Sliced equals masked-dense on the device at hand, at the widths that the GPU suite times.
 
-A step compiled by `sparselora_fx` chooses channels. The reference algorithm (`benchmarks.reference`,
-eager, exact gradients, a file of its own) then takes the same step of the same model on the same
-channels. Compared: the loss, and every adapter gradient.
+A step compiled by `sparselora_fx` chooses channels. The reference algorithm (eager, with exact
+gradients: `benchmarks.reference`) then takes the same step of the same model on the same channels.
+Compared: the loss, and every adapter gradient.
 """
 
 from __future__ import annotations

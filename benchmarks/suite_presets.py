@@ -58,20 +58,17 @@ SUITE = {
         _published("13b-math10k", LLAMA_13B, "Math10K"),
     )
 }
-LAYERS = {"1b-default": 16, "13b-math10k": 5}  # of the others: 8
+LAYERS = {"8b-math10k": 8, "1b-default": 16}  # of the others: 4
 
 
 def preset_of(name: str, layers: int | None = None, *, tiny: bool = False) -> Preset:
     """A preset of the suite: so many layers, or the number that it is usually timed with. Tiny: its
-    plan and head share on a toy of four layers in bf16, on a CPU."""
-    preset = shortened(SUITE[name], layers or LAYERS.get(name, 8))
+    plan on a toy of so many layers, or two, in bf16 on a CPU."""
     if not tiny:
-        return preset
-    shape = {**PRESETS["tiny"].shape, "num_hidden_layers": 4}
-    stack = thinned(preset.levels(), 4)
-    return replace(
-        preset, shape=shape, stack=stack, batch=(2, 24, 6), device="cpu", lora_rank=4, published=""
-    )
+        return shortened(SUITE[name], layers or LAYERS.get(name, 4))
+    short = shortened(SUITE[name], layers or 2)
+    shape = {**PRESETS["tiny"].shape, "num_hidden_layers": layers or 2}
+    return replace(short, shape=shape, batch=(2, 24, 6), device="cpu", lora_rank=4)
 
 
 def matmul_parameters(preset: Preset) -> int:
