@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from torch import fx
 
@@ -10,6 +11,7 @@ from sparselora_fx.channels import propagate
 from sparselora_fx.fx import op_name, reads_shape_only, tensor
 from sparselora_fx.layout import Atom, ChannelMap, channel_map
 from sparselora_fx.regions import (
+    IN_ORDER,
     Attention,
     Choice,
     Heads,
@@ -256,6 +258,8 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
     for site in region.sites:
         if not site.tokens or sees_grid(site, site.tokens[0]):
             continue
+        if site.split is not None and sees_grid(replace(site, order=IN_ORDER), site.tokens[0]):
+            raise NoRegion("nothing shows that its rows are the batch's tokens in their order")
         if site.split is not None:
             raise NoRegion("its tokens are not the token grid of the labels")
         if site is region.consumer.site:

@@ -67,8 +67,8 @@ def insert_predictor(rewrite: Rewrite) -> int:
 
 
 def _count_rows(region: Region, rewrite: Rewrite) -> None:
-    """Let what counts be said of the rows that producers see, where those are not the batch's tokens
-    one by one."""
+    """Say which rows that producers see count, where those are not the batch's tokens one by
+    one."""
     done: dict[TokenRows, fx.Node] = {}
     for site in producers_of(region):
         if (rows := site.token_rows) is not None:

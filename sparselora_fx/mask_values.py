@@ -16,8 +16,8 @@ from sparselora_fx.fx import changes_input, op_name, value
 
 _MOST = 1 << 28  # elements of a mask that is computed to be looked at
 LAYERS = (
-    "linear", "matmul", "bmm", "addmm", "baddbmm", "embedding", "softmax", "site", "einsum", "conv1d",
-    "layer_norm", "rms_norm", "scaled_dot_product_attention",
+    "linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "embedding", "softmax",
+    "layer_norm", "rms_norm", "scaled_dot_product_attention", "site",
 )  # fmt: skip
 
 

@@ -56,8 +56,8 @@ class SiteSpec:
 # The words of a weight that stays dense. Its marker, if there is one, is about padding.
 DENSE = SiteSpec(0.0, 0.0).encode()
 
-# How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, or as
-# no way back to the batch says (`token_order`).
+# How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, or
+# as no way back to the batch says (`token_order`).
 IN_ORDER, SWAPPED, MOVED, UNKNOWN = "in order", "swapped", "moved", "unknown"
 
 PADDED = 9  # tensors that a marker carries in a batch with padding (`tokens.Tokens.tensors`)

@@ -10,6 +10,7 @@ import itertools
 import logging
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,8 +190,7 @@ class ScoreSpans:
         found = {source: span for source, span in spans.items() if span is not None}
         if name in (*_SHIFTS, "baddbmm"):
             found = {n: self._small(n, span) for n, span in found.items()}
-        plain = fx.map_arg((node.args, node.kwargs), lambda n: found.get(n, n))
-        key = (node.op, node.target, _key_of(plain))
+        key = (node.op, node.target, _key_of(node, found))
         if key not in self.calls:
             self.calls[key] = self._call(node, found)
         return self.calls[key]
@@ -215,9 +215,9 @@ class ScoreSpans:
         return Span(tuple(lows), tuple(highs))
 
 
-def _key_of(arguments: Any) -> str:
+def _key_of(node: fx.Node, spans: dict[fx.Node, Span]) -> str:
     """A key for a call's arguments: nodes and spans by identity, the rest by value."""
-    return repr(fx.map_arg(arguments, lambda n: f"{n.name}@{id(n)}"))
+    return repr(fx.map_arg((node.args, node.kwargs), lambda n: f"@{id(spans.get(n, n))}"))
 
 
 def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
@@ -228,7 +228,7 @@ def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
     found: list[Tensor] = []
     for choice in itertools.product(*points.values()):
         chosen = dict(zip(points, choice, strict=True))
-        found.append(called(node, lambda n, chosen=chosen: _operand(n, chosen)))
+        found.append(called(node, partial(_operand, chosen)))
     low = high = found[0]
     for other in found[1:]:
         if other.dtype == torch.bool:
@@ -240,12 +240,12 @@ def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
 def _of_product(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
     """``beta * bias + alpha * (a @ b)``."""
     beta = argument(node, 3, "beta", 1)
-    (low, high), = ends.values()
+    ((low, high),) = ends.values()
     low, high = sorted((low * beta, high * beta), key=lambda t: float(t.flatten()[0]))
     return low - _LAYER, high + _LAYER
 
 
-def _operand(node: fx.Node, chosen: dict[fx.Node, Tensor]) -> Any:
+def _operand(chosen: dict[fx.Node, Tensor], node: fx.Node) -> Any:
     if node in chosen:
         return chosen[node]
     example = tensor(node)
@@ -285,7 +285,9 @@ def _are_apart(low: Tensor, high: Tensor, shown: Tensor) -> bool:
     if low.dim() not in (2, 4) or low.dtype == torch.bool:
         return False
     shape = torch.broadcast_shapes(low.shape, high.shape)
-    low, high = (t.expand(shape) if t.dim() == 4 else t.expand(shape)[None, None] for t in (low, high))
+    low, high = (
+        t.expand(shape) if t.dim() == 4 else t.expand(shape)[None, None] for t in (low, high)
+    )
     samples, length = shown.shape
     sizes = ((1, samples), (1, length), (length,))
     if any(low.shape[d] not in allowed for d, allowed in zip((0, 2, 3), sizes, strict=True)):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sparselora_fx.fx import argument, bodies, op_name, tensor
+from sparselora_fx.mask_values import is_weight
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import IN_ORDER, MOVED, SWAPPED, UNKNOWN
 from sparselora_fx.rows import NOTHING, Needs, needed
@@ -39,13 +40,15 @@ def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node,
     """How the rows of each site marker of a graph and its bodies, ``[B, L, N]`` or ``[B * L, N]``,
     stand to the tokens of ``roots``.
 
-    ``IN_ORDER`` where some way back keeps samples and tokens in place, else ``SWAPPED`` (tokens
-    first), else ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``.
+    ``IN_ORDER`` where some way back keeps samples and tokens in place, else ``UNKNOWN`` where some
+    way ends in what another part of the model has computed, else ``SWAPPED`` (tokens first), else
+    ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``.
     """
     walk = _Walk(gm)
     starts = {mark: start for mark in walk.marks if (start := _start(mark)) is not None}
     ways: dict[_Place, list[_Place]] = {}  # a place -> the places that lead back to it
-    ends: dict[str, set[_Place]] = {IN_ORDER: set(), SWAPPED: set(), MOVED: set()}
+    words = (IN_ORDER, UNKNOWN, SWAPPED, MOVED)
+    ends: dict[str, set[_Place]] = {word: set() for word in words}
     todo = list(starts.values())
     seen = set(todo)
     while todo:
@@ -57,6 +60,8 @@ def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node,
         found = list(walk.before(node, need))
         if not found and _moves(node, need):
             ends[MOVED].add(place)
+        elif not found and node.op == "placeholder" and not is_weight(node):
+            ends[UNKNOWN].add(place)
         for before in found:
             ways.setdefault(before, []).append(place)
         todo += [before for before in found if before not in seen]
@@ -98,7 +103,9 @@ class _Walk:
     def _enter(self, gm: fx.GraphModule) -> None:
         self.marks += [n for n in gm.graph.nodes if n.target in (OPS.site, OPS.site.default)]
         for call, body, operands in bodies(gm):
-            for node, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+            for node, operand in zip(
+                body.graph.find_nodes(op="placeholder"), operands, strict=True
+            ):
                 if isinstance(operand, fx.Node):
                     self.outer.setdefault(node, []).append(operand)
             self.inner[call] = body.graph.output_node().args[0]
