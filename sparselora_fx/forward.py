@@ -89,13 +89,14 @@ class CompiledForward:
             kwargs["use_cache"] = False
         # Blocks compiled one by one run compiled in a recomputation too.
         state.phase.grad = torch.is_grad_enabled() and not state.blocks
-        state.inside = True
+        state.phase.inside = True
+        state.calls += 1
         try:
             result = self.compiled(*args, **kwargs)
             state.stepped |= state.words_set is not None and state.words_set[0] > 0
             return result
         finally:
-            state.inside = False
+            state.phase.inside = False
 
     def _is_in_parts(self) -> bool:
         """Whether blocks are compiled, measured or checkpointed one by one, where a cache that they
@@ -117,6 +118,8 @@ class CompiledForward:
             tokens = split_tokens(state.plan, arguments, shift=self.shift)
         empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
         sparse = bool(share) and not empty
+        if self.model.training and not sparse and state.forced is None:
+            state.dense_calls.add("no token was sparse" if share else "the schedule was dense")
         if share and calibrating and state.forced is None:
             state.end_dense_phase()
         observed = calibrating and not sparse

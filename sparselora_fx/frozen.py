@@ -28,12 +28,13 @@ class FrozenWeight:
     """One frozen 2-D parameter and the module that owns it.
 
     Attributes:
-        name: name of ``module`` in ``model.named_modules()``.
+        name: name of ``module`` in ``model.named_modules()``, with ``"." + param`` unless that is
+            ``"weight"``: one name for each matrix, also of a module that holds several.
         module: the owner; ``getattr(module, param)`` is the parameter.
         param: attribute name of the parameter, usually ``"weight"``.
         transposed: the parameter is stored ``[in, out]``, as in transformers' ``Conv1D``.
-        shared: names of further modules (with ``"." + param`` unless it is ``"weight"``) that hold
-            the same parameter object. Such a parameter is listed once, under the first owner.
+        shared: such names of further modules that hold the same parameter object. Such a parameter
+            is listed once, under the first owner.
     """
 
     name: str
@@ -46,7 +47,7 @@ class FrozenWeight:
     def weight(self) -> nn.Parameter:
         """The parameter as stored: ``[out, in]``, or ``[in, out]`` if ``transposed``."""
         found = self.module._parameters[self.param]
-        assert found is not None, f"{self.name}.{self.param} was removed after it was listed"
+        assert found is not None, f"{self.name} was removed after it was listed"
         return found
 
     def logical(self) -> torch.Tensor:
@@ -65,9 +66,15 @@ class FrozenWeight:
 
     @property
     def canonical(self) -> str:
-        """The same name with and without PEFT; ends in ``"." + param`` unless it is "weight"."""
-        path = canonical_path(self.name)
-        return path if self.param == "weight" else f"{path}.{self.param}".lstrip(".")
+        """The same name with and without PEFT."""
+        return canonical_path(self.name)
+
+    @property
+    def place(self) -> str:
+        """Name of ``module`` in ``model.named_modules()``."""
+        if self.param == "weight":
+            return self.name
+        return self.name.removesuffix(self.param).removesuffix(".")
 
 
 def canonical_path(name: str) -> str:
@@ -114,10 +121,11 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
         for param, value in _candidates(module):
             if id(value) in skipped:
                 continue
+            full = name if param == "weight" else f"{name}.{param}".lstrip(".")
             if id(value) in found:
-                aliases[id(value)].add(name if param == "weight" else f"{name}.{param}".lstrip("."))
+                aliases[id(value)].add(full)
                 continue
-            found[id(value)] = FrozenWeight(name, module, param, _is_conv1d(module))
+            found[id(value)] = FrozenWeight(full, module, param, _is_conv1d(module))
             aliases[id(value)] = set()
     return [
         FrozenWeight(w.name, w.module, w.param, w.transposed, frozenset(aliases[key]))
@@ -229,7 +237,7 @@ def block_names(weights: list[FrozenWeight]) -> dict[str, str]:
     """
     members: dict[str, set[int]] = defaultdict(set)
     counts: dict[str, int] = defaultdict(int)
-    lists = {w.name: _numbered_lists(w.name) for w in weights}
+    lists = {w.name: _numbered_lists(w.place) for w in weights}
     for found in lists.values():
         for prefix, number in found.items():
             members[prefix].add(number)

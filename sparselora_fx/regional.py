@@ -36,7 +36,7 @@ class CompiledBlock:
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.active and (self.state.inside or _torch.in_backward()):
+        if self.state.active and (self.state.phase.inside or _torch.in_backward()):
             return self.compiled(*args, **kwargs)
         return self.original(*args, **kwargs)
 

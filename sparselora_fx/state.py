@@ -16,7 +16,8 @@ from sparselora_fx.dense_phase import Collector
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
-from sparselora_fx.pipeline import GraphReport, SiteReport
+from sparselora_fx.outcomes import Seen, note_outcomes
+from sparselora_fx.pipeline import GraphReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.regions import SiteSpec
 from sparselora_fx.schedule import refreshes, share_at
@@ -24,16 +25,6 @@ from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 _OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
-
-
-@dataclass
-class Seen:
-    """What a graph that ran said of one frozen weight."""
-
-    report: SiteReport
-    region: str = ""  # its module's name
-    kind: str = ""  # "ffn" or "attention"
-    kept: str = ""
 
 
 @dataclass
@@ -47,13 +38,14 @@ class State:
     phase: Phase = field(default_factory=Phase)
     active: bool = True
     padded: bool = False  # a sparse step has had padding
-    inside: bool = False  # a compiled call of the model is under way
     forced: float | None = None  # the share while `ahead` compiles for it
     ahead: bool = False  # compile the levels to come before the next training call
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
     graphs: int = 0
+    calls: int = 0  # compiled calls of the model
+    dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
@@ -237,18 +229,9 @@ class State:
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
         """Note what a graph did to the weights it was called with (one graph serves many
         layers)."""
-        for region in report.regions:
-            names = [self.name_of(args[site.weight]) for site in region.sites]
-            where = common_module([name for name in names if name is not None])
-            kept = ", ".join(f"{k} of {n}" for _, k, n in region.choices.values())
-            for name, site in zip(names, region.sites, strict=True):
-                if name is not None:
-                    self.seen[name] = Seen(site, where, region.kind, kept)
-                    self.phase.sliced.add(id(args[site.weight]))
-        for site in report.dense:
-            name = self.name_of(args[site.weight])
-            if name is not None:
-                self.seen[name] = Seen(site)
+        note_outcomes(self.seen, report, args, self.name_of, self.calls)
+        for site in (site for region in report.regions for site in region.sites):
+            self.phase.sliced.add(id(args[site.weight]))
 
 
 def marked_by(frozen: Iterable[FrozenWeight]) -> list[State]:
@@ -261,17 +244,3 @@ def marked_by(frozen: Iterable[FrozenWeight]) -> list[State]:
 def spec_name(weight: FrozenWeight) -> str:
     """The attribute of a module that says how sparse a frozen weight of it is now."""
     return f"_sparselora_spec_{weight.param}"
-
-
-def common_module(names: list[str]) -> str:
-    """The deepest module that holds all the named modules (a single module's own name, if there is
-    one)."""
-    if len(names) == 1:
-        return names[0]
-    parts = [name.split(".") for name in names]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) != 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
