@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,16 +16,18 @@ from sparselora_fx import (
     lowering,
 )
 from sparselora_fx.backend import make_backend
+from sparselora_fx.copies import put, stop_watching, take_off, watch_unloading
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.forward import CompiledForward, predicts_next
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
+from sparselora_fx.keywords import unknown_keyword
+from sparselora_fx.opaque import refuse_opaque, warn_opaque
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
 from sparselora_fx.regional import (
     compile_blocks,
-    give_back_forward,
     repeated_blocks,
     restore_blocks,
 )
@@ -46,6 +49,7 @@ def compile(
     regional: bool = False,
     precompile: bool = False,
     trim_logits: bool = False,
+    **unknown: Any,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -64,15 +68,19 @@ def compile(
             prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
     What is compiled of it is restored first. Sparse calls get `use_cache=False` unless told.
     Raises:
-        CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
+        CompileError: no module, frozen weight, block or (trim_logits) head, an unknown word, or a
+            base that is quantised or sharded. KeywordError: an unknown keyword (a TypeError too).
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
+    if unknown:
+        raise unknown_keyword(next(iter(unknown)))
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, shift = found.score_of(checked.score), predicts_next(model)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
+    warn_opaque(model, len(frozen))
     _restore_earlier(model, frozen)
     state = State(model, checked, sparsity, frozen, collector=collector)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter, shift)
@@ -82,12 +90,17 @@ def compile(
     compile_blocks(state, blocks, runner, dynamic)
     state.mark(found.factors, found.vectors(frozen, score))
     state.mark_logits(head)
-    model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
+    model.__dict__[ATTRIBUTE] = state
+    put(model, "forward", forward)
+    watch_unloading(model, partial(_restore_if, state))
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: the model computes, saves and looks as before. Returns the same object.
+
+    PEFT's ``merge_and_unload()`` and ``unload()`` of a compiled model do it too. Copies and pickles
+    of a compiled model (`copy.deepcopy`, ``torch.save(model)``) are restored ones.
 
     Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward``
     since: the wrapped forward then passes straight through to the original.
@@ -99,9 +112,16 @@ def restore(model: nn.Module) -> nn.Module:
     state.active = False
     restore_blocks(state)
     state.unmark()
-    give_back_forward(model, CompiledForward)
+    take_off(model, "forward")
+    stop_watching(model)
     del model.__dict__[ATTRIBUTE]
     return model
+
+
+def _restore_if(state: State) -> None:
+    """Undo one compilation, unless that is done."""
+    if state.active:
+        restore(state.model)
 
 
 def step(model: nn.Module, n: int, total: int | None = None) -> None:
@@ -190,6 +210,7 @@ def _checked(
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
     frozen = frozen_weights(model)
+    refuse_opaque(model, len(frozen), CompileError)
     if not frozen:
         raise CompileError(
             "the model has no frozen linear weight, so there is nothing to skip; "

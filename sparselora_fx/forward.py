@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselora_fx import _torch
 from sparselora_fx.ahead import run_ahead
-from sparselora_fx.errors import CompileError
+from sparselora_fx.copies import StandIn
+from sparselora_fx.devices import check_devices
 from sparselora_fx.state import State
 from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
 from sparselora_fx.trimming import label_rows
@@ -22,7 +24,7 @@ from sparselora_fx.trimming import label_rows
 _UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
 
 
-class CompiledForward:
+class CompiledForward(StandIn):
     """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
     model's own forward."""
 
@@ -43,7 +45,6 @@ class CompiledForward:
         self.precompile = state.ahead = precompile
         self.trim_logits = trim_logits
         self.original: Callable[..., Any] = model.forward
-        self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
         config = getattr(base, "config", None)
@@ -58,6 +59,8 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
+        if args and args[0] is self.model:
+            args = args[1:]  # bound to the model, as accelerate binds what it has unwrapped
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
@@ -66,6 +69,12 @@ class CompiledForward:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One compiled call, and before it those that compile ahead."""
         state = self.state
+        if _torch.in_transform():
+            state.warn_once(
+                "a torch.func transform (vmap, grad, ...) is around this model's call: such calls "
+                "are dense and run the model's own forward, for nothing compiled runs inside one"
+            )
+            return self.original(*args, **kwargs)
         if state.ahead and self.model.training and torch.is_grad_enabled():
             run_ahead(state, lambda: self._run(args, dict(kwargs)))
         before = state.graphs
@@ -80,6 +89,7 @@ class CompiledForward:
         arguments = call_arguments(self.base_forward, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
+        check_devices(self.model, arguments)
         sliced = self._set_phase(arguments)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         stepping = self.model.training or state.measured is not None
@@ -152,12 +162,6 @@ class CompiledForward:
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
         device = device or next(self.model.parameters()).device
         return state.collector.begin(tokens, device, counting=counting)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise CompileError(
-            "a compiled model cannot be deep-copied: its forward belongs to this very object; "
-            "call sparselora_fx.restore(model), copy it, then compile each copy"
-        )
 
 
 def predicts_next(model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparselora_fx.opaque import opaque_by
+
 _WRAPPERS = frozenset(
     {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 )
@@ -107,9 +109,9 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
 
     Counted: 2-D floating parameters with ``requires_grad=False`` owned directly by ``nn.Linear``
     and its subclasses, by transformers' ``Conv1D`` or by any other module (hand-written layers).
-    Not counted: embeddings and weights tied to one, the output head (``get_output_embeddings()``),
-    adapter weights (``lora_A``, ``lora_B``, ...) even when frozen, and PEFT's unused
-    ``original_module`` copies.
+    Not counted: quantised and sharded weights (see `opaque`), embeddings and weights tied to one,
+    the output head (``get_output_embeddings()``), adapter weights (``lora_A``, ``lora_B``, ...)
+    even when frozen, and PEFT's unused ``original_module`` copies.
     """
     skipped = _embedding_parameters(model)
     heads = _output_heads(model)
@@ -167,6 +169,8 @@ def fingerprint_of(weight: torch.Tensor) -> str:
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if opaque_by(module) is not None:
+        return
     for param, value in module._parameters.items():
         if value is None or value.requires_grad or param.startswith(_ADAPTER_PREFIXES):
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from sparselora_fx import _torch
+from sparselora_fx.checkpointing import save_selections
 from sparselora_fx.fx import bodies, op_name
 from sparselora_fx.ops import MARKERS
 from sparselora_fx.padding import padding_unread
@@ -100,7 +100,7 @@ def run(
     _finish(gm)
     for body in rewrites:
         _finish(body)
-    _torch.save_selections(gm)
+    save_selections(gm)
     return report
 
 
