@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sparselora_fx.frozen import FrozenWeight, frozen_stacks
+from sparselora_fx.opaque import opaque_modules
 from sparselora_fx.recording import get_state
 from sparselora_fx.state import State
 
@@ -37,6 +38,7 @@ def explain(model: nn.Module) -> str:
     rows += [
         (name, "x".join(map(str, shape)), "-", "-", _STACK) for name, shape in frozen_stacks(model)
     ]
+    rows += [(item.name, "-", "-", "-", f"dense: {item.why}") for item in opaque_modules(model)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])

@@ -43,7 +43,7 @@ def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
         sharder = _sharder(tensor)
         if sharder:
             return sharder, True
-        odd = tensor.dtype not in _PLAIN or tensor.is_sparse or _is_foreign(tensor)
+        odd = tensor.dtype not in _PLAIN or tensor.is_sparse or is_foreign(tensor)
         matrix = tensor.dim() >= 2 and not tensor.requires_grad
         if name in _PACKED or (name == "weight" and matrix and odd):
             return _quantiser(module, tensor), False
@@ -80,8 +80,8 @@ def refuse_opaque(model: nn.Module, plain: int, error: type[SparseLoraError]) ->
         raise error(
             f"the base is {_by(found)} ({len(found)} linears, first: {found[0].name}), which is "
             "not supported yet: rows and columns are taken of plain matrices; load the base "
-            "without quantization_config (dtype=torch.bfloat16), or call base.dequantize(), then attach "
-            "LoRA and compile"
+            "without quantization_config (dtype=torch.bfloat16), or call base.dequantize(), then "
+            "attach LoRA and compile"
         )
 
 
@@ -101,7 +101,7 @@ def _by(found: list[Opaque]) -> str:
     return " and ".join(Counter(item.why for item in found))
 
 
-def _is_foreign(tensor: Tensor) -> bool:
+def is_foreign(tensor: Tensor) -> bool:
     """Whether a tensor is of a class that computes in a way of its own."""
     kind = type(tensor)
     if kind in (Tensor, nn.Parameter) or kind.__module__.startswith(_OWN_TENSORS):
