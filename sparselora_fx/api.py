@@ -87,12 +87,16 @@ def compile(
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
-    compile_blocks(state, blocks, runner, dynamic)
-    state.mark(found.factors, found.vectors(frozen, score))
-    state.mark_logits(head)
     model.__dict__[ATTRIBUTE] = state
-    put(model, "forward", forward)
-    watch_unloading(model, partial(_restore_if, state))
+    try:
+        compile_blocks(state, blocks, runner, dynamic)
+        state.mark(found.factors, found.vectors(frozen, score))
+        state.mark_logits(head)
+        put(model, "forward", forward)
+        watch_unloading(model, partial(_restore_if, state))
+    except BaseException:
+        restore(model)
+        raise
     return model
 
 

@@ -57,7 +57,7 @@ class _Choosing(TorchDispatchMode):
         return True
 
     def __init__(self, chosen: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.chosen = chosen
 
     def __torch_dispatch__(
@@ -76,7 +76,7 @@ class _ChoosingAgain(_Choosing):
 
     def __enter__(self) -> Any:
         self.place = 0
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None

@@ -275,3 +275,20 @@ def test_transforms_run_the_models_own_forward() -> None:
     with slx.record(model) as record:
         model(ids[0])
     assert set(record.sites) == {"up", "down"}
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_failure_while_marking_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, regional: bool
+) -> None:
+    from sparselora_fx.weights import GatherLayout
+
+    def fail(*args: Any, **kwargs: Any) -> int:
+        raise MemoryError("no room for another layout")
+
+    monkeypatch.setattr(GatherLayout, "apply", fail)
+    model = oracle.llama(layers=2)
+    before, weights = oracle.marks(model), oracle.copy_of_weights(model)
+    with pytest.raises(MemoryError, match="no room"):
+        slx.compile(model, oracle.estimator_of(model), plan=0.5, regional=regional)
+    oracle.assert_untouched(model, before, weights)
