@@ -5,7 +5,9 @@ from sparselora_fx.ahead import warm_up
 from sparselora_fx.api import compile, restore, step
 from sparselora_fx.errors import (
     CompileError,
+    DeviceError,
     EstimatorError,
+    KeywordError,
     PlanError,
     SensitivityError,
     SparseLoraError,
@@ -22,7 +24,9 @@ from sparselora_fx.sensitivity_table import SensitivityTable
 __version__ = "0.1.0"
 __all__ = [
     "CompileError",
+    "DeviceError",
     "EstimatorError",
+    "KeywordError",
     "PlanError",
     "Recording",
     "SVDEstimator",

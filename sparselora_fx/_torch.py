@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -59,6 +60,11 @@ def compile_callable(
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread. Run on 2.13."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way in this thread. Run on 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def mark_dynamic(tensor: torch.Tensor) -> None:
@@ -113,14 +119,15 @@ def backend_compile(
         compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
         on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
         settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
-        with saving_less():
+        with saving_less(), donating_nothing():
             if not install_lowerings():
                 return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
             settings["post_grad_custom_pre_pass"] = _key_pass()
             return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(name)(gm, list(inputs))
+    with donating_nothing() if rewritten else nullcontext():
+        return lookup_backend(name)(gm, list(inputs))
 
 
 def saving_less() -> AbstractContextManager[None]:
@@ -129,6 +136,20 @@ def saving_less() -> AbstractContextManager[None]:
     import torch._functorch.config as functorch_config
 
     return functorch_config.patch(ban_recompute_materialized_backward=False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def donating_nothing() -> Iterator[None]:
+    """Let a backward run twice (``retain_graph=True``) through a graph with symbolic sizes.
+
+    Torch compiles such a backward together with the forward, before it can know, and lets it write
+    into what was saved (at most one buffer of memory at a time). Token lists make every graph of
+    ours one of these, also where plain ``torch.compile`` sees fixed sizes. Run on 2.13.
+    """
+    from torch._functorch._aot_autograd import graph_compile
+
+    with mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", return_value=[]):
+        yield
 
 
 def _body(name: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,16 +17,18 @@ from sparselora_fx import (
 )
 from sparselora_fx.backend import make_backend
 from sparselora_fx.conventions import convention_of
+from sparselora_fx.copies import put, stop_watching, take_off, watch_unloading
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.forward import CompiledForward
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
+from sparselora_fx.keywords import unknown_keyword
+from sparselora_fx.opaque import refuse_opaque, warn_opaque
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
 from sparselora_fx.regional import (
     compile_blocks,
-    give_back_forward,
     repeated_blocks,
     restore_blocks,
 )
@@ -49,6 +52,7 @@ def compile(
     precompile: bool = False,
     trim_logits: bool = False,
     shift: bool | None = None,
+    **unknown: Any,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
@@ -69,32 +73,45 @@ def compile(
             (False); None: as the traced graph shows, both where it shows none (see policies.md).
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told.
     Raises:
-        CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
+        CompileError: no module, frozen weight, block or (trim_logits) head, an unknown word, or a
+            base that is quantised or sharded. KeywordError: an unknown keyword (a TypeError too).
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
+    if unknown:
+        raise unknown_keyword(next(iter(unknown)))
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, convention = found.score_of(checked.score), convention_of(model, shift)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
+    warn_opaque(model, len(frozen))
     _restore_earlier(model, frozen)
     state = State(model, checked, sparsity, frozen, convention=convention, collector=collector)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
-    compile_blocks(state, blocks, runner, dynamic)
-    state.mark(found.factors, found.vectors(frozen, score))
-    state.mark_logits(head)
-    state.mark_caches()
-    leave_uncompiled(model)
-    model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
+    model.__dict__[ATTRIBUTE] = state
+    try:
+        compile_blocks(state, blocks, runner, dynamic)
+        state.mark(found.factors, found.vectors(frozen, score))
+        state.mark_logits(head)
+        state.mark_caches()
+        leave_uncompiled(model)
+        put(model, "forward", forward)
+        watch_unloading(model, partial(_restore_if, state))
+    except BaseException:
+        restore(model)
+        raise
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: the model computes, saves and looks as before. Returns the same object.
+
+    PEFT's ``merge_and_unload()`` and ``unload()`` of a compiled model do it too. Copies and pickles
+    of a compiled model (`copy.deepcopy`, ``torch.save(model)``) are restored ones.
 
     Works when something else (such as accelerate's mixed precision) has wrapped ``model.forward``
     since: the wrapped forward then passes straight through to the original.
@@ -107,9 +124,16 @@ def restore(model: nn.Module) -> nn.Module:
     restore_blocks(state)
     restore_uncompiled(model)
     state.unmark()
-    give_back_forward(model, CompiledForward)
+    take_off(model, "forward")
+    stop_watching(model)
     del model.__dict__[ATTRIBUTE]
     return model
+
+
+def _restore_if(state: State) -> None:
+    """Undo one compilation, unless that is done."""
+    if state.active:
+        restore(state.model)
 
 
 def step(model: nn.Module, n: int, total: int | None = None) -> None:
@@ -198,6 +222,7 @@ def _checked(
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
     frozen = frozen_weights(model)
+    refuse_opaque(model, len(frozen), CompileError)
     if not frozen:
         raise CompileError(
             "the model has no frozen linear weight, so there is nothing to skip; "

@@ -19,3 +19,11 @@ class CompileError(SparseLoraError):
 
 class SensitivityError(SparseLoraError):
     """A sensitivity table cannot be measured, read, written or drawn."""
+
+
+class KeywordError(CompileError, TypeError):
+    """`compile` was given a keyword that it does not have."""
+
+
+class DeviceError(SparseLoraError, RuntimeError):
+    """A batch is on another device than the model."""

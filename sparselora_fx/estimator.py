@@ -16,6 +16,7 @@ from .errors import EstimatorError
 from .estimator_file import Contents, read, write
 from .frozen import FrozenWeight, fingerprint_of, frozen_weights, shown
 from .moments import DAMPING, Statistics, column_norms
+from .opaque import refuse_opaque
 from .scores import DEFAULT, DEFAULT_CALIBRATED, Score, parse_score
 from .spft import read_spft
 from .svd import Factors, compute_device, plain_factors, ranks_of
@@ -248,6 +249,7 @@ class SVDEstimator:
 
 def _checked_weights(model: nn.Module) -> list[FrozenWeight]:
     weights = frozen_weights(model)
+    refuse_opaque(model, len(weights), EstimatorError)
     if not weights:
         raise EstimatorError(
             "the model has no frozen linear weight; attach LoRA (get_peft_model) or freeze it first"

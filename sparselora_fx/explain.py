@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparselora_fx.frozen import frozen_stacks
+from sparselora_fx.frozen import FrozenWeight, frozen_stacks
+from sparselora_fx.opaque import opaque_modules
 from sparselora_fx.recording import get_state
 from sparselora_fx.state import State
 
@@ -12,6 +13,14 @@ _STACK = "dense: a stack of matrices, one for each expert or head, is no linear"
 _UNREACHED = (
     "its module did not run, an adapter computes another weight from this one, or a graph break "
     "inside a checkpointed block left the block to plain PyTorch"
+)
+_EAGER = (
+    "its module runs in code that torch.compile leaves to plain PyTorch: behind a graph break, in "
+    "a function that is kept from compiling, or with the compiler switched off"
+)
+_PAST = (
+    "training ran past the compiled forward, so nothing was sliced; call the model that "
+    "sparselora_fx.compile returned, not a module inside it"
 )
 
 _FEW = (
@@ -28,14 +37,12 @@ def explain(model: nn.Module) -> str:
     """
     state = get_state(model)
     rows = [("frozen linear", "shape", "region", "kept", "status")]
-    rows += [
-        _row(state, weight.name, f"{weight.out_features}x{weight.in_features}")
-        for weight in state.frozen
-    ]
+    rows += [_row(state, weight) for weight in state.frozen]
     count = len(rows) - 1
     rows += [
         (name, "x".join(map(str, shape)), "-", "-", _STACK) for name, shape in frozen_stacks(model)
     ]
+    rows += [(item.name, "-", "-", "-", f"dense: {item.why}") for item in opaque_modules(model)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
@@ -50,21 +57,38 @@ def explain(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _row(state: State, name: str, shape: str) -> tuple[str, str, str, str, str]:
-    sparsity = state.sparsity[name]
+def _row(state: State, weight: FrozenWeight) -> tuple[str, str, str, str, str]:
+    name, shape = weight.name, f"{weight.out_features}x{weight.in_features}"
     seen = state.seen.get(name)
-    if sparsity.ffn == 0 and sparsity.attention == 0:
+    if max(state.sparsity[name]) == 0:
         return name, shape, "-", "-", "dense: the plan keeps it dense (sparsity 0)"
-    if seen is None and state.blocks and not any(name.startswith(f"{b}.") for b in state.blocks):
-        return name, shape, "-", "-", "dense: outside the blocks that regional=True compiles"
-    if seen is None and (state.seen or state.stepped):
-        return name, shape, "-", "-", f"dense: no compiled graph multiplies with it ({_UNREACHED})"
-    if seen is None and state.tally.only_dense:
-        return name, shape, "-", "-", f"dense: {_FEW}"
     if seen is None:
-        words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
-        return name, shape, "-", "-", f"not traced yet (plan: {words}); run a training step"
-    if seen.report.role == "dense":
+        return name, shape, "-", "-", _why_unseen(state, weight)
+    if not seen.sliced:
         return name, shape, "-", "-", f"dense: {seen.report.reason}"
-    which = "rows" if seen.report.role == "out" else "columns"
-    return name, shape, f"{seen.region} [{seen.kind}]", seen.kept, f"rewritten ({which})"
+    status = f"rewritten ({'rows' if seen.report.role == 'out' else 'columns'})"
+    uses = seen.sliced + len(seen.dense)
+    if seen.dense:
+        status += f" in {seen.sliced} of its {uses} uses, dense in others: {seen.dense[0]}"
+    elif uses > 1:
+        status += f", {uses} uses, each with a choice of its own"
+    return name, shape, f"{seen.region} [{seen.kind}]", seen.kept, status
+
+
+def _why_unseen(state: State, weight: FrozenWeight) -> str:
+    """Why no graph has told anything of a weight that the plan makes sparse."""
+    if state.blocks and not any(weight.name.startswith(f"{block}.") for block in state.blocks):
+        return "dense: outside the blocks that regional=True compiles"
+    phase, held = state.phase, id(weight.weight)
+    if state.stepped or state.seen:
+        why = _EAGER if held in phase.eager else _UNREACHED
+        return f"dense: no compiled graph multiplies with it ({why})"
+    if state.tally.only_dense:
+        return f"dense: {_FEW}"
+    if state.dense_calls:
+        return f"dense in every training call so far ({', '.join(sorted(state.dense_calls))})"
+    if held in phase.past:
+        return f"dense: {_PAST}"
+    sparsity = state.sparsity[weight.name]
+    words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
+    return f"not traced yet (plan: {words}); run a training step"

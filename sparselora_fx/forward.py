@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselora_fx import _torch
 from sparselora_fx.ahead import run_ahead
 from sparselora_fx.caching import (
     AS_CALLED,
@@ -20,14 +21,15 @@ from sparselora_fx.caching import (
     may_be_packed,
     takes_use_cache,
 )
-from sparselora_fx.errors import CompileError
+from sparselora_fx.copies import StandIn
+from sparselora_fx.devices import check_devices
 from sparselora_fx.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
 from sparselora_fx.state import State
 from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
 from sparselora_fx.trimming import label_rows
 
 
-class CompiledForward:
+class CompiledForward(StandIn):
     """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
     model's own forward."""
 
@@ -49,7 +51,6 @@ class CompiledForward:
         self.trim_logits = trim_logits
         self.untrimmed = False  # the call under way should trim logits, and cannot
         self.original: Callable[..., Any] = model.forward
-        self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
         config = getattr(base, "config", None)
@@ -67,6 +68,8 @@ class CompiledForward:
             with output_tokens(kwargs.pop(OUTPUT_TOKENS)):
                 return self(*args, **kwargs)
         state = self.state
+        if args and args[0] is self.model:
+            args = args[1:]  # bound to the model, as accelerate binds what it has unwrapped
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
@@ -75,6 +78,12 @@ class CompiledForward:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """One compiled call, and before it those that compile ahead."""
         state = self.state
+        if _torch.in_transform():
+            state.warn_once(
+                "a torch.func transform (vmap, grad, ...) is around this model's call: such calls "
+                "are dense and run the model's own forward, for nothing compiled runs inside one"
+            )
+            return self.original(*args, **kwargs)
         if state.ahead and self.model.training and torch.is_grad_enabled():
             run_ahead(state, lambda: self._run(args, dict(kwargs)))
         before = state.graphs
@@ -105,6 +114,7 @@ class CompiledForward:
         arguments = call_arguments(self.base_forward, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
+        check_devices(self.model, arguments)
         sliced = self._set_phase(self._with_tokens(arguments))
         phase.caching = self._caching(sliced)
         packed = phase.caching == STANDS_IN and may_be_packed(arguments)
@@ -112,7 +122,8 @@ class CompiledForward:
             kwargs["use_cache"] = False
         # Blocks compiled one by one run compiled in a recomputation too.
         phase.grad = torch.is_grad_enabled() and not state.blocks
-        state.inside = True
+        phase.inside = True
+        state.calls += 1
         try:
             with state.recompiles.watching(self._kind(), arguments):
                 result = self.compiled(*args, **kwargs)
@@ -121,7 +132,7 @@ class CompiledForward:
             state.stepped |= state.words_set is not None and state.words_set[0] > 0
             return result
         finally:
-            state.inside = False
+            phase.inside = False
             phase.caching = AS_CALLED
 
     def _kind(self) -> Hashable:
@@ -175,6 +186,8 @@ class CompiledForward:
         if (share or calibrating) and not self.encoder_decoder:
             tokens = split_tokens(state.plan, arguments, shift=shift)
         sparse = bool(share) and self._is_worth_it(tokens)
+        if self.model.training and not sparse and state.forced is None:
+            state.dense_calls.add("no token was sparse" if share else "the schedule was dense")
         if share and calibrating and state.forced is None:
             state.end_dense_phase()
         observed = calibrating and not sparse
@@ -236,12 +249,6 @@ class CompiledForward:
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
         device = device or next(self.model.parameters()).device
         return state.collector.begin(tokens, device, counting=counting)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise CompileError(
-            "a compiled model cannot be deep-copied: its forward belongs to this very object; "
-            "call sparselora_fx.restore(model), copy it, then compile each copy"
-        )
 
 
 def _decodes(arguments: Mapping[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparselora_fx.opaque import opaque_by
+
 _WRAPPERS = frozenset(
     {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 )
@@ -28,12 +30,13 @@ class FrozenWeight:
     """One frozen 2-D parameter and the module that owns it.
 
     Attributes:
-        name: name of ``module`` in ``model.named_modules()``.
+        name: name of ``module`` in ``model.named_modules()``, with ``"." + param`` unless that is
+            ``"weight"``: one name for each matrix, also of a module that holds several.
         module: the owner; ``getattr(module, param)`` is the parameter.
         param: attribute name of the parameter, usually ``"weight"``.
         transposed: the parameter is stored ``[in, out]``, as in transformers' ``Conv1D``.
-        shared: names of further modules (with ``"." + param`` unless it is ``"weight"``) that hold
-            the same parameter object. Such a parameter is listed once, under the first owner.
+        shared: such names of further modules that hold the same parameter object. Such a parameter
+            is listed once, under the first owner.
     """
 
     name: str
@@ -46,7 +49,7 @@ class FrozenWeight:
     def weight(self) -> nn.Parameter:
         """The parameter as stored: ``[out, in]``, or ``[in, out]`` if ``transposed``."""
         found = self.module._parameters[self.param]
-        assert found is not None, f"{self.name}.{self.param} was removed after it was listed"
+        assert found is not None, f"{self.name} was removed after it was listed"
         return found
 
     def logical(self) -> torch.Tensor:
@@ -65,9 +68,15 @@ class FrozenWeight:
 
     @property
     def canonical(self) -> str:
-        """The same name with and without PEFT; ends in ``"." + param`` unless it is "weight"."""
-        path = canonical_path(self.name)
-        return path if self.param == "weight" else f"{path}.{self.param}".lstrip(".")
+        """The same name with and without PEFT."""
+        return canonical_path(self.name)
+
+    @property
+    def place(self) -> str:
+        """Name of ``module`` in ``model.named_modules()``."""
+        if self.param == "weight":
+            return self.name
+        return self.name.removesuffix(self.param).removesuffix(".")
 
 
 def canonical_path(name: str) -> str:
@@ -100,9 +109,9 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
 
     Counted: 2-D floating parameters with ``requires_grad=False`` owned directly by ``nn.Linear``
     and its subclasses, by transformers' ``Conv1D`` or by any other module (hand-written layers).
-    Not counted: embeddings and weights tied to one, the output head (``get_output_embeddings()``),
-    adapter weights (``lora_A``, ``lora_B``, ...) even when frozen, and PEFT's unused
-    ``original_module`` copies.
+    Not counted: quantised and sharded weights (see `opaque`), embeddings and weights tied to one,
+    the output head (``get_output_embeddings()``), adapter weights (``lora_A``, ``lora_B``, ...)
+    even when frozen, and PEFT's unused ``original_module`` copies.
     """
     skipped = _embedding_parameters(model)
     heads = _output_heads(model)
@@ -114,10 +123,11 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
         for param, value in _candidates(module):
             if id(value) in skipped:
                 continue
+            full = name if param == "weight" else f"{name}.{param}".lstrip(".")
             if id(value) in found:
-                aliases[id(value)].add(name if param == "weight" else f"{name}.{param}".lstrip("."))
+                aliases[id(value)].add(full)
                 continue
-            found[id(value)] = FrozenWeight(name, module, param, _is_conv1d(module))
+            found[id(value)] = FrozenWeight(full, module, param, _is_conv1d(module))
             aliases[id(value)] = set()
     return [
         FrozenWeight(w.name, w.module, w.param, w.transposed, frozenset(aliases[key]))
@@ -159,6 +169,8 @@ def fingerprint_of(weight: torch.Tensor) -> str:
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if opaque_by(module) is not None:
+        return
     for param, value in module._parameters.items():
         if value is None or value.requires_grad or param.startswith(_ADAPTER_PREFIXES):
             continue
@@ -229,7 +241,7 @@ def block_names(weights: list[FrozenWeight]) -> dict[str, str]:
     """
     members: dict[str, set[int]] = defaultdict(set)
     counts: dict[str, int] = defaultdict(int)
-    lists = {w.name: _numbered_lists(w.name) for w in weights}
+    lists = {w.name: _numbered_lists(w.place) for w in weights}
     for found in lists.values():
         for prefix, number in found.items():
             members[prefix].add(number)

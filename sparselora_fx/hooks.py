@@ -46,6 +46,10 @@ class Phase:
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.arguments: dict[str, Tensor] = {}  # the tensors of the present call, by name
         self.shift = True
+        self.inside = False  # a compiled call of the model is under way
+        # Ids of weights whose modules ran in plain PyTorch: inside a compiled call, and past it.
+        self.eager: set[int] = set()
+        self.past: set[int] = set()
         self.grad = False  # the call began with gradients: a part without them may run again
         self.caching = ""  # what becomes of a KV cache: see `caching`
         self.key = next(_keys)
@@ -67,7 +71,7 @@ def site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling():
-            _refuse_recomputation(module, _PHASES.get(key), marks)
+            _note_eager(module, _PHASES.get(key), marks)
             return None
         phase = _PHASES[key]
         if args and isinstance(args[0], Tensor):
@@ -80,10 +84,21 @@ def site_hook(key: int, marks: tuple[Mark, ...]) -> Any:
     return hook
 
 
-def _refuse_recomputation(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
+def _note_eager(module: nn.Module, phase: Phase | None, marks: tuple[Mark, ...]) -> None:
+    """A marked module runs in plain PyTorch: its linears are dense in this call."""
+    if phase is None:
+        return
+    if in_backward():
+        _refuse_recomputation(module, phase, marks)
+    elif module.training and torch.is_grad_enabled():
+        ran = phase.eager if phase.inside else phase.past
+        ran.update(id(getattr(module, mark.param)) for mark in marks)
+
+
+def _refuse_recomputation(module: nn.Module, phase: Phase, marks: tuple[Mark, ...]) -> None:
     """Raise where a backward pass runs a module again outside compiled code: that forward would be
     dense although the first one was sliced, and gradients silently wrong."""
-    if phase is None or not phase.sliced or not in_backward():
+    if not phase.sliced:
         return
     words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
     dense = (DENSE, OBSERVED)

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparselora_fx._torch import in_backward
 from sparselora_fx.errors import CompileError
+from sparselora_fx.outcomes import common_module, numbered
 from sparselora_fx.pipeline import GraphReport
-from sparselora_fx.state import ATTRIBUTE, State, common_module
+from sparselora_fx.state import ATTRIBUTE, State
 
 
 @dataclass
@@ -19,27 +21,61 @@ class Recording:
     """Channel choices of the training calls made inside `record`; a later call replaces an earlier
     one's entries.
 
+    Where one call of the model makes several choices under one name (a block that is applied twice,
+    two feed-forwards side by side in one module), the first has the name and the next ones end in
+    ``#2``, ``#3``, in the order in which they are computed.
+
     Attributes:
         selections: region's module name -> ``{"ffn": int64[k]}`` or ``{"qk": int64[k], "v":
         int64[k]}`` (kv channels).
-        sites: frozen linear's module name -> ``("out", rows used)`` or ``("in", columns used)``,
-        both int64, on CPU.
+        sites: frozen linear's name -> ``("out", rows used)`` or ``("in", columns used)``, both
+        int64, on CPU. The name is that of its module, with ``"." + parameter`` where the matrix is
+        no ``weight`` of it.
     """
 
     selections: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sites: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    _call: int = field(default=0, repr=False)
+    # What the present call has written: ("site" or "region", name).
+    _fresh: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add(self, report: GraphReport, args: tuple[Any, ...], extra: Any, state: State) -> None:
-        """Take over what one graph call chose. ``extra`` are the graph's extra outputs."""
+        """Take over what one graph call chose. ``extra`` are the graph's extra outputs. What a
+        backward computes again was recorded before."""
+        if in_backward():
+            return
+        if self._call != state.calls:
+            self._call, self._fresh = state.calls, set()
         for region in report.regions:
             names = [state.name_of(args[site.weight]) for site in region.sites]
-            known = [name for name in names if name is not None]
-            chosen = self.selections.setdefault(common_module(known), {})
-            for choice, (index, _, _) in region.choices.items():
-                chosen[choice] = extra[index].detach().clone().cpu()
+            chosen = {
+                choice: extra[index].detach().clone().cpu()
+                for choice, (index, _, _) in region.choices.items()
+            }
+            where = common_module([name for name in names if name is not None])
+            self._select(where, chosen)
             for name, site in zip(names, region.sites, strict=True):
                 if name is not None and site.rows is not None:
-                    self.sites[name] = (site.role, extra[site.rows].detach().clone().cpu())
+                    used = (site.role, extra[site.rows].detach().clone().cpu())
+                    self.sites[self._key("site", name, self.sites)] = used
+
+    def _select(self, where: str, chosen: dict[str, Tensor]) -> None:
+        """Enter a region's choices; a feed-forward and an attention of one module share a key."""
+        beside = self.selections.get(where)
+        if ("region", where) in self._fresh and beside is not None and not beside.keys() & chosen:
+            beside |= chosen
+        else:
+            self.selections[self._key("region", where, self.selections)] = chosen
+
+    def _key(self, kind: str, name: str, entries: dict[str, Any]) -> str:
+        """The first key of this name that the present call has not written; what earlier calls
+        wrote of it goes."""
+        first = (kind, name) not in self._fresh
+        if first:
+            self._fresh.add((kind, name))
+            for old in [key for key in entries if key.partition("#")[0] == name]:
+                del entries[old]
+        return numbered(name, entries)
 
 
 @contextmanager

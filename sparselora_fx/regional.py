@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparselora_fx import _torch
+from sparselora_fx.copies import StandIn, put, take_off
 from sparselora_fx.errors import CompileError
 from sparselora_fx.frozen import FrozenWeight, block_names
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sparselora_fx.state import State
 
 
-class CompiledBlock:
+class CompiledBlock(StandIn):
     """The instance-level ``forward`` of one block: compiled inside a compiled call of the model.
 
     Under eager activation checkpointing a block runs again in the backward; so does its compiled
@@ -32,11 +33,10 @@ class CompiledBlock:
         self.state = state
         self.compiled = compiled
         self.original: Callable[..., Any] = block.forward
-        self.replaced = block.__dict__.get("forward")
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.active and (self.state.inside or _torch.in_backward()):
+        if self.state.active and (self.state.phase.inside or _torch.in_backward()):
             return self.compiled(*args, **kwargs)
         return self.original(*args, **kwargs)
 
@@ -59,23 +59,12 @@ def compile_blocks(
     for name in names:
         block = state.model.get_submodule(name)
         run = _torch.compile_callable(block.forward, backend, dynamic)
-        block.__dict__["forward"] = CompiledBlock(block, state, run)
+        put(block, "forward", CompiledBlock(block, state, run))
         state.blocks[name] = block
 
 
 def restore_blocks(state: State) -> None:
     """Give the blocks their own forwards back."""
     for block in state.blocks.values():
-        give_back_forward(block, CompiledBlock)
+        take_off(block, "forward")
     state.blocks.clear()
-
-
-def give_back_forward(module: nn.Module, ours: type) -> None:
-    """Put back the ``forward`` that stood on a module before one of type ``ours`` replaced it."""
-    forward = module.__dict__.get("forward")
-    if not isinstance(forward, ours):
-        return
-    del module.__dict__["forward"]
-    replaced = getattr(forward, "replaced", None)
-    if replaced is not None:
-        module.__dict__["forward"] = replaced

@@ -159,12 +159,13 @@ def _real_tokens(batch: Batch) -> float:
 
 def _saved(state: State, kept: Mapping[str, int]) -> int:
     """Multiply-adds that a sparse token no longer costs, given rows or columns kept by site."""
+    weights = {weight.name: weight for weight in state.frozen}
     saved = 0
-    for weight in state.frozen:
-        if weight.name in kept:
-            n, k, left = weight.out_features, weight.in_features, kept[weight.name]
-            out = state.seen[weight.name].report.role == "out"
-            saved += (n - left) * k if out else n * (k - left)
+    for key, left in kept.items():  # a further use of a linear has a key of its own
+        name = key.partition("#")[0]
+        n, k = weights[name].out_features, weights[name].in_features
+        out = state.seen[name].report.role == "out"
+        saved += (n - left) * k if out else n * (k - left)
     return saved
 
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from sparselora_fx._torch import in_backward
 from sparselora_fx.caching import cache_hook, caching_modules
 from sparselora_fx.conventions import Convention
+from sparselora_fx.copies import OWNER, forget_plain, keep_plain
 from sparselora_fx.dense_phase import Collector
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
 from sparselora_fx.hooks import OBSERVED, Mark, Phase, label_hook, site_hook
 from sparselora_fx.named_tokens import KeptLabels
-from sparselora_fx.pipeline import GraphReport, SiteReport
+from sparselora_fx.outcomes import Seen, note_outcomes
+from sparselora_fx.pipeline import GraphReport
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recompiles import Recompiles
 from sparselora_fx.regions import SiteSpec
@@ -28,17 +30,6 @@ from sparselora_fx.tally import TokenTally
 from sparselora_fx.weights import GatherLayout
 
 ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
-_OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
-
-
-@dataclass
-class Seen:
-    """What a graph that ran said of one frozen weight."""
-
-    report: SiteReport
-    region: str = ""  # its module's name
-    kind: str = ""  # "ffn" or "attention"
-    kept: str = ""
 
 
 @dataclass
@@ -55,19 +46,20 @@ class State:
     tally: TokenTally = field(default_factory=TokenTally)
     active: bool = True
     padded: bool = False  # a sparse step has had padding
-    inside: bool = False  # a compiled call of the model is under way
     forced: float | None = None  # the share while `ahead` compiles for it
     ahead: bool = False  # compile the levels to come before the next training call
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
     recompiles: Recompiles = field(default_factory=Recompiles)
+    calls: int = 0  # compiled calls of the model
+    dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
     words_set: tuple[float, bool] | None = None
     collector: Collector | None = None  # of a plan that calibrates in the dense phase
-    warned: bool = False
+    told: set[str] = field(default_factory=set)  # what `warn_once` has said
     stepped: bool = False  # a sparse training call has run to its end
     handles: list[Any] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -111,15 +103,19 @@ class State:
         if self.step is not None:
             share = share_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
             return 0.0 if share and self.refreshes() else share
-        if (plan.start_step or plan.end_step is not None or plan.ramp) and not self.warned:
-            self.warned = True
-            warnings.warn(
+        if plan.start_step or plan.end_step is not None or plan.ramp:
+            self.warn_once(
                 "nothing drives the plan's schedule, so training is sparse from the first call: "
                 "add sparselora_fx.SparsityCallback() to the Trainer, call "
-                "sparselora_fx.step(model, n, total) before each step, or pass start_step=0",
-                stacklevel=4,
+                "sparselora_fx.step(model, n, total) before each step, or pass start_step=0"
             )
         return 1.0
+
+    def warn_once(self, text: str) -> None:
+        """Warn, unless this model's user has been told."""
+        if text not in self.told:
+            self.told.add(text)
+            warnings.warn(text, stacklevel=5)
 
     def refreshes(self) -> bool:
         """Whether the present step is one of those that calibrate again."""
@@ -158,8 +154,7 @@ class State:
                 self._attach(weight, word, factor.to(like.dtype))
         for module, marks in owners.items():
             hook = site_hook(self.phase.key, tuple(marks))
-            hook.__dict__[_OWNER] = self
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hang(module, hook, with_kwargs=True)
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
     def set_share(self, share: float, *, observed: bool = False) -> None:
@@ -236,8 +231,12 @@ class State:
     def mark_logits(self, module: nn.Module | None) -> None:
         """Put a hook on the output embedding, if given: it says which of its rows carry a label."""
         if module is not None:
-            hook = label_hook(self.phase.key)
-            self.handles.append(module.register_forward_pre_hook(hook))
+            self._hang(module, label_hook(self.phase.key), with_kwargs=False)
+
+    def _hang(self, module: nn.Module, hook: Any, *, with_kwargs: bool) -> None:
+        hook.__dict__[OWNER] = self
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        keep_plain(module)
 
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
@@ -248,6 +247,8 @@ class State:
             module._non_persistent_buffers_set.discard(name)
         for weight in self.frozen:
             weight.module.__dict__.pop(spec_name(weight), None)
+        for module in (*self.model.modules(), *(weight.module for weight in self.frozen)):
+            forget_plain(module)
         self.phase.close()
         self.handles.clear()
         self.buffers.clear()
@@ -256,41 +257,23 @@ class State:
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
         """Note what a graph did to the weights it was called with (one graph serves many
         layers)."""
-        for region in report.regions:
-            names = [self.name_of(args[site.weight]) for site in region.sites]
-            where = common_module([name for name in names if name is not None])
-            kept = ", ".join(f"{k} of {n}" for _, k, n in region.choices.values())
-            for name, site in zip(names, region.sites, strict=True):
-                if name is not None:
-                    self.seen[name] = Seen(site, where, region.kind, kept)
-                    self.phase.sliced.add(id(args[site.weight]))
-        for site in report.dense:
-            name = self.name_of(args[site.weight])
-            if name is not None:
-                self.seen[name] = Seen(site)
+        note_outcomes(self.seen, report, args, self.name_of, self.calls)
+        for site in (site for region in report.regions for site in region.sites):
+            self.phase.sliced.add(id(args[site.weight]))
 
 
 def marked_by(frozen: Iterable[FrozenWeight]) -> list[State]:
-    """The states of compiled models that have marked any of these weights' modules."""
-    hooks = [hook for weight in frozen for hook in weight.module._forward_pre_hooks.values()]
-    owners = [getattr(hook, _OWNER, None) for hook in hooks]
-    return list({id(owner): owner for owner in owners if isinstance(owner, State)}.values())
+    """The states of compiled models that hold any of these weights' modules. A module that was
+    copied together with its hooks is none of them."""
+    found: dict[int, State] = {}
+    for module in (weight.module for weight in frozen):
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, OWNER, None)
+            if isinstance(owner, State) and any(w.module is module for w in owner.frozen):
+                found[id(owner)] = owner
+    return list(found.values())
 
 
 def spec_name(weight: FrozenWeight) -> str:
     """The attribute of a module that says how sparse a frozen weight of it is now."""
     return f"_sparselora_spec_{weight.param}"
-
-
-def common_module(names: list[str]) -> str:
-    """The deepest module that holds all the named modules (a single module's own name, if there is
-    one)."""
-    if len(names) == 1:
-        return names[0]
-    parts = [name.split(".") for name in names]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) != 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)

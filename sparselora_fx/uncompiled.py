@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparselora_fx.regional import give_back_forward
+from sparselora_fx.copies import StandIn, put, take_off
 
 
-class UncompiledForward:
+class UncompiledForward(StandIn):
     """The instance-level ``forward`` of a module that a compiler passes over."""
 
     def __init__(self, module: nn.Module) -> None:
         functools.update_wrapper(self, module.forward)
-        self.replaced = module.__dict__.get("forward")
         self.run = torch.compiler.disable(module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +33,7 @@ def leave_uncompiled(model: nn.Module) -> None:
     """Keep what changes its class in each call out of a model's graphs, with a warning."""
     found = _changing(model)
     for module in found:
-        module.__dict__["forward"] = UncompiledForward(module)
+        put(module, "forward", UncompiledForward(module))
     if found:
         warnings.warn(
             f"{len(found)} modules of the model run uncompiled: PEFT's LoRA on parameters that "
@@ -47,8 +46,8 @@ def leave_uncompiled(model: nn.Module) -> None:
 
 def restore_uncompiled(model: nn.Module) -> None:
     """Undo `leave_uncompiled`."""
-    for module in model.modules():
-        give_back_forward(module, UncompiledForward)
+    for module in _changing(model):
+        take_off(module, "forward")
 
 
 def _changing(model: nn.Module) -> list[nn.Module]:

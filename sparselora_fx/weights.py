@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparselora_fx.frozen import FrozenWeight
+from sparselora_fx.opaque import is_foreign
 
 
 @dataclass
@@ -113,7 +114,7 @@ def _holders(model: nn.Module) -> dict[int, int]:
     count: dict[int, int] = defaultdict(int)
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and not tensor.is_meta:
+            if tensor is not None and not tensor.is_meta and not is_foreign(tensor):
                 count[tensor.untyped_storage().data_ptr()] += 1
     return count
 

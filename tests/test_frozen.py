@@ -129,8 +129,8 @@ def test_hand_written_parameters_count_by_their_own_name() -> None:
     model[0].trained.requires_grad_(True)
     weights = frozen_weights(model)
     assert [(w.name, w.param, w.canonical) for w in weights] == [
-        ("0", "w_in", "0.w_in"),
-        ("0", "w_out", "0.w_out"),
+        ("0.w_in", "w_in", "0.w_in"),
+        ("0.w_out", "w_out", "0.w_out"),
     ]
     assert weights[0].weight is model[0].w_in
 

@@ -1,0 +1,135 @@
+"""Base weights that are no plain matrices: quantised, or sharded over processes.
+
+Nothing here imports a quantiser: modules and tensors are told by their classes, packages, dtypes
+and by the names under which packed weights are kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_fx.errors import SparseLoraError
+
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What quantised linears call their packed matrix: GPTQ and AWQ, compressed-tensors, HQQ, AQLM.
+_PACKED = ("qweight", "weight_packed", "W_q", "codebooks")
+_OWN_TENSORS = ("torch.nn.parameter", "torch._subclasses")  # classes that are still plain weights
+_HOSTS = ("torch", "peft", "transformers", "builtins", "__main__")  # these do not name a quantiser
+
+
+class Opaque(NamedTuple):
+    """A module whose matrix is no plain one: its name, what made it so, and how."""
+
+    name: str
+    by: str
+    sharded: bool
+
+    @property
+    def why(self) -> str:
+        return f"{'sharded' if self.sharded else 'quantised'} by {self.by}"
+
+
+def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
+    """What quantised or sharded a module's own matrix, and whether it is sharded; None: plain."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return None
+    held = [*module._parameters.items(), *module._buffers.items()]
+    for name, tensor in ((n, t) for n, t in held if t is not None):
+        sharder = _sharder(tensor)
+        if sharder:
+            return sharder, True
+        odd = tensor.dtype not in _PLAIN or tensor.is_sparse or is_foreign(tensor)
+        matrix = tensor.dim() >= 2 and not tensor.requires_grad
+        if name in _PACKED or (name == "weight" and matrix and odd):
+            return _quantiser(module, tensor), False
+    if any(name in _PACKED and value is not None for name, value in module.__dict__.items()):
+        return _quantiser(module, torch.empty(0)), False
+    return None
+
+
+def opaque_modules(model: nn.Module) -> list[Opaque]:
+    """Every module of a model whose own matrix is quantised or sharded, in order."""
+    found = ((name, opaque_by(module)) for name, module in model.named_modules())
+    return [Opaque(name, *by) for name, by in found if by is not None]
+
+
+def refuse_opaque(model: nn.Module, plain: int, error: type[SparseLoraError]) -> None:
+    """Raise if sharded weights, or nothing but quantised ones, are all that a model has to slice;
+    warn if some of its linears are quantised.
+
+    Args:
+        model: only read.
+        plain: how many plain frozen weights it has.
+        error: the type to raise.
+    """
+    found = opaque_modules(model)
+    sharded = [item for item in found if item.sharded]
+    if sharded:
+        raise error(
+            f"{len(sharded)} modules of the model are {_by(sharded)} (first: {sharded[0].name}), "
+            "and rows and columns can be taken of whole matrices only; compile a model that is not "
+            "sharded: leave fully_shard, FSDP, tensor parallelism or ZeRO-3 out and train in one "
+            "process, with the whole base on its device"
+        )
+    if found and not plain:
+        raise error(
+            f"the base is {_by(found)} ({len(found)} linears, first: {found[0].name}), which is "
+            "not supported yet: rows and columns are taken of plain matrices; load the base "
+            "without quantization_config (dtype=torch.bfloat16), or call base.dequantize(), then "
+            "attach LoRA and compile"
+        )
+
+
+def warn_opaque(model: nn.Module, plain: int) -> None:
+    """Warn where some of a model's linears are quantised: they stay dense."""
+    found = opaque_modules(model)
+    if found:
+        warnings.warn(
+            f"{len(found)} of {len(found) + plain} frozen linears are {_by(found)} (first: "
+            f"{found[0].name}) and stay dense; load the base without quantization_config to have "
+            "them sparse too",
+            stacklevel=4,
+        )
+
+
+def _by(found: list[Opaque]) -> str:
+    return " and ".join(Counter(item.why for item in found))
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that computes in a way of its own."""
+    kind = type(tensor)
+    if kind in (Tensor, nn.Parameter) or kind.__module__.startswith(_OWN_TENSORS):
+        return False
+    known = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
+    functions = {getattr(f, "__func__", f) for f in known}
+    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or own not in functions
+
+
+def _sharder(tensor: Tensor) -> str:
+    kind = type(tensor)
+    if kind.__name__ == "DTensor":
+        return "fully_shard (FSDP2) or tensor parallelism, into DTensors"
+    if kind.__name__ == "FlatParameter" or hasattr(tensor, "_is_flat_param"):
+        return "FullyShardedDataParallel"
+    return "DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else ""
+
+
+def _quantiser(module: nn.Module, tensor: Tensor) -> str:
+    """The package that quantised a weight, with the class that tells it."""
+    for kind in (type(tensor), type(module)):
+        package = kind.__module__.split(".")[0]
+        if package not in _HOSTS:
+            return f"{package} ({kind.__name__})"
+    if hasattr(module, "quantization_scheme"):
+        return "compressed-tensors"
+    for kind in (type(tensor), type(module)):
+        if kind not in (Tensor, nn.Parameter, nn.Linear):
+            return kind.__name__
+    return f"a weight of {tensor.dtype}"
