@@ -228,7 +228,21 @@ def _check_readers(region: Region, values: Values) -> None:
                 continue
             if _inside(values.get(user), inside):
                 continue
-            raise NoRegion(f"its channels are also read by {_describe(user)}")
+            reader = _reader(node, user, values, inside)
+            raise NoRegion(f"its channels are also read by {_describe(reader)}")
+
+
+def _reader(node: fx.Node, user: fx.Node, values: Values, inside: set[Source]) -> fx.Node:
+    """The call that reads a region's channels, where what is made of them is read by ``user``."""
+
+    def holds(node: fx.Node) -> bool:
+        value = values[node]
+        return not isinstance(value, Channels) or any(p.source in inside for p in value.ports)
+
+    while not holds(node):
+        before = [n for n in node.all_input_nodes if _inside(values.get(n), inside)]
+        node, user = next(filter(holds, before), before[0]), node
+    return user
 
 
 def _inside(value: Value | None, inside: set[Source]) -> bool:

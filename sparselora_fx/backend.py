@@ -23,12 +23,14 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
     untouched."""
 
     repeated = block_names(state.frozen).values()
+    own = {id(weight.weight) for weight in state.frozen}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         state.graphs += 1
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
-        report = run(gm, inputs, options, DENSE_PHASE if observed else PIPELINE)
+        frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
+        report = run(gm, inputs, options, DENSE_PHASE if observed else PIPELINE, frozen)
         rewritten = report is not None and not observed
         compile_graph = partial(_torch.backend_compile, name, rewritten=rewritten)
         if rewritten:

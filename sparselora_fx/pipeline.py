@@ -87,12 +87,18 @@ class _Lifted:
 
 
 def run(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, passes: Sequence[Pass]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    passes: Sequence[Pass],
+    frozen: frozenset[int] = frozenset(),
 ) -> GraphReport | None:
-    """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
-    is marked in it."""
+    """Rewrite a Dynamo graph in place. ``frozen`` are the inputs that hold frozen weights, by
+    number. Returns what was done, or None (graph untouched) if no site is marked in it."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    _rewrite_all(gm, options, passes, rewrites, padding_unread(gm, inputs, options.shift))
+    unread = padding_unread(gm, inputs, options.shift)
+    held = gm.graph.find_nodes(op="placeholder")
+    _rewrite_all(gm, options, passes, rewrites, unread, frozenset(held[i] for i in frozen))
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})
@@ -110,13 +116,16 @@ def _rewrite_all(
     passes: Sequence[Pass],
     rewrites: dict[fx.GraphModule, Rewrite],
     padding: frozenset[fx.Node],
+    frozen: frozenset[fx.Node],
 ) -> None:
-    for _, body, _ in bodies(gm):
+    for _, body, operands in bodies(gm):
         if body not in rewrites:
-            _rewrite_all(body, options, passes, rewrites, padding)
+            held = zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)
+            inside = frozenset(node for node, given in held if given in frozen)
+            _rewrite_all(body, options, passes, rewrites, padding, inside)
     if not any(op_name(node) in MARKERS for node in gm.graph.nodes):
         return
-    rewrite = rewrites[gm] = Rewrite(gm, options, padding)
+    rewrite = rewrites[gm] = Rewrite(gm, options, padding, frozen)
     for step in passes:
         start = time.perf_counter()
         changes = step(rewrite)
