@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +11,12 @@ from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor, writes
 from sparselora_fx.regions import DENSE, Rewrite
-from sparselora_fx.spellings import as_product
+from sparselora_fx.in_place import as_new, as_sum, last_slice
+from sparselora_fx.rearranging import as_whole, without_transpose
+from sparselora_fx.spellings import as_added, as_constant, as_leaky, as_linear, as_product
 
 _INPUT_IS_NOT_FIRST = ("where", "searchsorted")  # of functions with an argument "input"
+Spelling = Callable[[fx.Node], fx.Node | None]
 _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
 
 
@@ -35,17 +40,35 @@ def canonicalize(rewrite: Rewrite) -> int:
             node.replace_all_uses_with(node.args[0])
             rewrite.graph.erase_node(node)
             erased += 1
-    for node in list(rewrite.graph.nodes) if _is_sparse(rewrite.graph) else ():
-        erased += bool(as_product(node))
+    weights = _sparse_weights(rewrite.graph)
+    for spell in _spellings(weights) if weights else ():
+        for node in list(rewrite.graph.nodes):
+            erased += not node._erased and spell(node) is not None
     for node in list(rewrite.graph.nodes):
         if op_name(node) in ("new_empty", "empty", "empty_like"):
             erased += _filled_to_cat(rewrite.graph, node)
     return erased
 
 
-def _is_sparse(graph: fx.Graph) -> bool:
-    """Whether a linear of the graph may be sliced: with sparsity 0, no value may change."""
-    return any(op_name(node) == "site" and node.args[5] != DENSE for node in graph.nodes)
+def _sparse_weights(graph: fx.Graph) -> set[fx.Node]:
+    """The weights of linears that may be sliced: without one no value may change."""
+    marks = (node for node in graph.nodes if op_name(node) == "site")
+    return {node.args[1] for node in marks if node.args[5] != DENSE}
+
+
+def _spellings(weights: set[fx.Node]) -> tuple[Spelling, ...]:
+    """The rules that may change a value in its rounding, in their order."""
+    return (
+        as_new,  # first: what writes in place is no function
+        as_sum,
+        as_product,
+        as_leaky,
+        as_constant,
+        as_added,
+        partial(as_linear, weights=weights),
+        without_transpose,
+        as_whole,
+    )
 
 
 def _pass_by_position(node: fx.Node) -> bool:

@@ -147,7 +147,7 @@ def _find_adapter(site: Site, frozen: frozenset[fx.Node]) -> None:
                 site.adapter_nodes |= branch
                 read = {n for inner in branch for n in inner.all_input_nodes}
                 site.adapter_weights |= {n for n in read if is_trainable(n)}
-        elif name not in _CASTS and name not in ("view", "reshape", "flatten"):
+        elif name not in _CASTS and name not in ("view", "reshape", "flatten", "unflatten"):
             break
         node = user
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor
 
-_VIEWS = {
+WEIGHT_VIEWS = {
     "t",
     "transpose",
     "permute",
@@ -17,6 +17,7 @@ _VIEWS = {
     "double",
     "type_as",
 }
+TRANSPOSED = ("T", "mT")  # attributes
 
 
 def linear_uses(
@@ -26,10 +27,10 @@ def linear_uses(
     is transposed)``."""
     uses = []
     for user in weight.users:
-        if op_name(user) in _VIEWS and user.args and user.args[0] is weight:
+        if op_name(user) in WEIGHT_VIEWS and user.args and user.args[0] is weight:
             flips = op_name(user) in ("t", "transpose", "permute")
             uses += linear_uses(user, transposed=transposed != flips)
-        elif op_name(user) == "getattr" and user.args[1] in ("T", "mT", "data"):
+        elif op_name(user) == "getattr" and user.args[1] in (*TRANSPOSED, "data"):
             uses += linear_uses(user, transposed=transposed != (user.args[1] != "data"))
         else:
             uses.append((user, weight, transposed))
