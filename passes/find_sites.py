@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.fx import op_name, tensor
 from sparselora_fx.linears import linear_parts, linear_uses
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import (

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparselora_fx.fx import argument, given_place, is_pointwise, op_name, tensor
 from sparselora_fx.aliases import shares_memory
+from sparselora_fx.fx import argument, given_place, is_pointwise, op_name, tensor
 from sparselora_fx.spellings import called
 
 _OPERATORS = {
@@ -38,7 +38,7 @@ def as_new(node: fx.Node) -> fx.Node | None:
         return None
     before, after = tensor(base), tensor(new)
     same = after is not None and (after.shape, after.dtype) == (before.shape, before.dtype)  # type: ignore[union-attr]
-    if not same or not (is_pointwise(new) or op_name(new) == "dropout"):
+    if not same or not (is_pointwise(new) or op_name(new) in ("dropout", "rrelu")):
         node.graph.erase_node(new)
         return None
     _replace(base, node, new)
@@ -92,7 +92,8 @@ def last_slice(key: Any, whole: torch.Tensor) -> tuple[int, int, int] | None:
     numbers = (whole.shape[-1], last.start, last.stop, last.step)
     if not all(isinstance(n, int | None) for n in numbers):
         return None
-    return last.indices(int(whole.shape[-1]))
+    start, stop, step = last.indices(int(whole.shape[-1]))
+    return start, stop, step
 
 
 def _is_own(base: fx.Node, node: fx.Node, ignored: tuple[fx.Node, ...]) -> bool:

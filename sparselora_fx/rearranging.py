@@ -92,7 +92,8 @@ def _joined(pieces: list[Any], axis: int) -> fx.Node | None:
     if op_name(first) == "getitem" and op_name(first.args[0]) in _SPLITS:
         return _split_whole(pieces, axis)
     alike = all(
-        (p.op, p.target, p.args[1:], p.kwargs) == (first.op, first.target, first.args[1:], first.kwargs)
+        (p.op, p.target, p.args[1:], p.kwargs)
+        == (first.op, first.target, first.args[1:], first.kwargs)
         for p in pieces
     )
     single = all(len(p.all_input_nodes) == 1 and len(p.users) == 1 for p in pieces)
@@ -102,7 +103,7 @@ def _joined(pieces: list[Any], axis: int) -> fx.Node | None:
     if source is None:
         return None
     function = str(first.target) if first.op == "call_method" else first.target
-    return called(function, source, *first.args[1:], **first.kwargs)  # type: ignore[arg-type]
+    return called(function, source, *first.args[1:], **first.kwargs)
 
 
 def _split_whole(pieces: list[fx.Node], axis: int) -> fx.Node | None:
@@ -114,4 +115,4 @@ def _split_whole(pieces: list[fx.Node], axis: int) -> fx.Node | None:
         (operator.getitem, (split, i)) for i in range(len(pieces))
     ]
     same = axis_argument(split, 2, "dim", source.dim()) == axis
-    return split.args[0] if in_order and same else None  # type: ignore[no-any-return]
+    return split.args[0] if in_order and same else None

@@ -7,11 +7,12 @@ the rounding of a product that is scaled before or after.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from sparselora_fx.fx import (
     argument,
@@ -22,7 +23,6 @@ from sparselora_fx.fx import (
     tensor,
     value,
 )
-from sparselora_fx.linears import TRANSPOSED, WEIGHT_VIEWS
 
 _IN_PLACE = {"iadd", "add_", "isub", "sub_"}
 _ADDITIONS = _IN_PLACE | {"add", "sub", "__sub__"}
@@ -58,7 +58,7 @@ def as_addition(base: fx.Node) -> fx.Node | None:
         return None
     with node.graph.inserting_before(node):
         part = other if factor == 1 else called(torch.mul, other, factor)
-        new = _instead(node, torch.add, base, part)
+        new = instead(node, torch.add, base, part)
     base.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     return new
 
@@ -83,7 +83,7 @@ def _unfused(node: fx.Node, base: fx.Node) -> fx.Node | None:
     with node.graph.inserting_before(node):
         product = called(_PRODUCTS[op_name(node)], left, right)
         part = product if factor == 1 else called(torch.mul, product, factor)
-        return _instead(node, torch.add, base, part)
+        return instead(node, torch.add, base, part)
 
 
 def _same_kind(base: fx.Node, other: fx.Node) -> bool:
@@ -105,7 +105,7 @@ def as_product(node: fx.Node) -> fx.Node | None:
     with node.graph.inserting_before(node):
         halves = called(torch.chunk, x, 2, -1)
         half, gate = (called(operator.getitem, halves, i) for i in (0, 1))
-        return _instead(node, torch.mul, half, called(torch.sigmoid, gate))
+        return instead(node, torch.mul, half, called(torch.sigmoid, gate))
 
 
 def as_leaky(node: fx.Node) -> fx.Node | None:
@@ -116,9 +116,15 @@ def as_leaky(node: fx.Node) -> fx.Node | None:
     given = argument(node, 3, "training", False), argument(node, 4, "inplace", False)
     if op_name(node) != "rrelu" or given != (False, False):
         return None
-    slope = (argument(node, 1, "lower", 1 / 8) + argument(node, 2, "upper", 1 / 3)) / 2
     with node.graph.inserting_before(node):
-        return _instead(node, torch.nn.functional.leaky_relu, argument(node, 0, "input"), slope)
+        x, slope = argument(node, 0, "input"), rrelu_slope(node)
+        return instead(node, torch.nn.functional.leaky_relu, x, slope)
+
+
+def rrelu_slope(node: fx.Node) -> float:
+    """The mean slope of a randomised leaky ReLU below zero."""
+    low, high = argument(node, 1, "lower", 1 / 8), argument(node, 2, "upper", 1 / 3)
+    return float(low + high) / 2
 
 
 def as_constant(node: fx.Node) -> fx.Node | None:
@@ -132,7 +138,7 @@ def as_constant(node: fx.Node) -> fx.Node | None:
         return None
     if not isinstance(number, int | float) or not all(_broadcasts(u, node) for u in node.users):
         return None
-    options = {"dtype": example.dtype, "device": example.device}
+    options: dict[str, Any] = {"dtype": example.dtype, "device": example.device}
     with node.graph.inserting_before(node):
         new = node.graph.call_function(torch.full, ((1,), number), options)
     new.meta["example_value"] = example.new_full((1,), number)
@@ -168,7 +174,7 @@ def as_added(node: fx.Node) -> fx.Node | None:
         z = total.args[1]
         with node.graph.inserting_before(node):
             hidden = called(torch.logical_not, mask) if total is first else mask
-            new = _instead(node, torch.add, base, called("masked_fill", z, hidden, 0.0))
+            new = instead(node, torch.add, base, called("masked_fill", z, hidden, 0.0))
         drop(total)
         return new
     return None
@@ -179,88 +185,29 @@ def _is_like(other: Any, node: fx.Node) -> bool:
     return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def as_linear(node: fx.Node, weights: Set[fx.Node]) -> fx.Node | None:
-    """A product with one of some matrices, in the forms that are known.
-
-    tensordot(x, w, 1), bmm(x, w.expand(B, K, N))  ->  matmul(x, w)
-    tensordot(x, w, ([2], [1]))                    ->  linear(x, w)
-    matmul(w, z)                                   ->  linear(z.mT, w).mT
-    """
-    if op_name(node) == "tensordot":
-        return _from_tensordot(node, weights)
-    if op_name(node) not in ("matmul", "mm", "bmm", "__matmul__"):
-        return None
-    left, right = (argument(node, i, name) for i, name in enumerate(("input", "mat2")))
-    matrix, x = tensor(left), tensor(right)
-    if matrix is None or x is None:
-        return None
-    single = _unexpanded(right)
-    with node.graph.inserting_before(node):
-        if matrix.dim() == 2 and x.dim() > 1 and _origin(left) in weights:
-            new = called(torch.nn.functional.linear, called("transpose", right, -1, -2), left)
-            return _instead(node, torch.transpose, new, -1, -2)
-        if x.dim() == matrix.dim() == 3 and single is not None and _origin(single) in weights:
-            new = _instead(node, torch.matmul, left, single)
-            drop(right)
-            return new
-    return None
-
-
-def _from_tensordot(node: fx.Node, weights: Set[fx.Node]) -> fx.Node | None:
-    x, w, dims = (argument(node, i, name) for i, name in enumerate(("a", "b", "dims")))
-    held, matrix = tensor(x), tensor(w)
-    if held is None or matrix is None or matrix.dim() != 2 or _origin(w) not in weights:
-        return None
-    pairs = ([-1], [0]) if dims == 1 else dims
-    if not isinstance(pairs, tuple | list) or [len(list(p)) for p in pairs] != [1, 1]:
-        return None
-    read, summed = int(pairs[0][0]) % held.dim(), int(pairs[1][0]) % 2
-    if read != held.dim() - 1:
-        return None
-    with node.graph.inserting_before(node):
-        return _instead(node, torch.nn.functional.linear if summed else torch.matmul, x, w)
-
-
-def _origin(node: Any) -> Any:
-    """What a weight was before it was transposed or cast."""
-    while isinstance(node, fx.Node) and (
-        op_name(node) in WEIGHT_VIEWS or (op_name(node) == "getattr" and node.args[1] in TRANSPOSED)
-    ):
-        node = node.args[0]
-    return node
-
-
-def _unexpanded(node: Any) -> fx.Node | None:
-    """``w`` of ``w[None].expand(B, K, N)``, which holds the same matrix B times."""
-    if not isinstance(node, fx.Node) or op_name(node) not in ("expand", "expand_as", "broadcast_to"):
-        return None
-    inner: Any = node.args[0]
-    if op_name(inner) == "unsqueeze" and argument(inner, 1, "dim") in (0, -3):
-        inner = inner.args[0]
-    elif op_name(inner) == "getitem" and inner.args[1] in (None, (None,)):
-        inner = inner.args[0]
-    example = tensor(inner)
-    return inner if example is not None and example.dim() == 2 else None
-
-
 def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
     """A call of a function, or of a method by its name, at the graph's insertion point, with its
     example value."""
-    graph = next(arg for arg in args if isinstance(arg, fx.Node)).graph
+    graph = next(arg for arg in tree_leaves(args) if isinstance(arg, fx.Node)).graph
     inputs, named = fx.map_arg((args, kwargs), value)
     if isinstance(function, str):
         node = graph.call_method(function, args, kwargs)
-        function, inputs = getattr(inputs[0], function), inputs[1:]
+        run, inputs = getattr(inputs[0], function), inputs[1:]
     else:
         node = graph.call_function(function, args, kwargs)
+        run = function
     with torch.enable_grad():
-        node.meta["example_value"] = function(*inputs, **named)
+        node.meta["example_value"] = run(*inputs, **named)
     return node
 
 
 def drop(node: Any) -> None:
     """Erase a call that nobody reads, and what it alone has read."""
-    if not isinstance(node, fx.Node) or node.users or node.op not in ("call_function", "call_method"):
+    if (
+        not isinstance(node, fx.Node)
+        or node.users
+        or node.op not in ("call_function", "call_method")
+    ):
         return
     if not changes_input(node):
         inputs = node.all_input_nodes
@@ -269,7 +216,7 @@ def drop(node: Any) -> None:
             drop(source)
 
 
-def _instead(old: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+def instead(old: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
     """A call in the place of another one."""
     new = old.graph.call_function(function, args)
     new.meta = dict(old.meta)

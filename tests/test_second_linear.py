@@ -33,9 +33,7 @@ def test_a_linear_that_the_plan_keeps_dense_is_no_branch(branch: str) -> None:
     model, x = build(Consumers)
     expected = step(model, x)
     plan = oracle.plan_of({"up": 0.5, "first": 0.5})
-    slx.compile(
-        model, oracle.estimator_of(model), plan=plan, backend="eager", lora_branch=branch
-    )
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", lora_branch=branch)
     with slx.record(model) as record:
         got = step(model, x)
     table = slx.explain(model)

@@ -22,9 +22,9 @@ STORED_KN: dict[str, Product] = {
     "linear(x, w.T)": lambda x, w: F.linear(x, w.T),
     "einsum": lambda x, w: torch.einsum("bli,io->blo", x, w),
     "matmul, cast": lambda x, w: torch.matmul(x, w.to(x.dtype)),
-    "addmm": lambda x, w: torch.addmm(
-        x.new_zeros(w.shape[1]), x.reshape(-1, x.shape[-1]), w
-    ).view(*x.shape[:-1], -1),
+    "addmm": lambda x, w: torch.addmm(x.new_zeros(w.shape[1]), x.reshape(-1, x.shape[-1]), w).view(
+        *x.shape[:-1], -1
+    ),
 }
 
 
