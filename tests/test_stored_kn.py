@@ -96,3 +96,23 @@ def test_the_choice_is_that_of_the_same_function_stored_nk(
     usual = chosen(lambda: Gated(F.linear, hidden, kn=False), score)
     other = chosen(lambda: Gated(STORED_KN[product], hidden, kn=True), score, mask_kn)
     assert all(torch.equal(usual[name], other[name]) for name in usual), (usual, other)
+
+
+@pytest.mark.parametrize("hidden", [WIDTH, 40])
+@pytest.mark.parametrize("product", list(STORED_KN))
+def test_calibration_finds_what_it_finds_of_the_same_function_stored_nk(
+    product: str, hidden: int
+) -> None:
+    data = [{"x": torch.randn(4, 9, WIDTH, dtype=torch.float64) * torch.rand(WIDTH)}]
+    built = {}
+    for name, function in (("usual", F.linear), ("other", STORED_KN[product])):
+        torch.manual_seed(0)
+        model = Gated(function, hidden, kn=name == "other").double().train()
+        built[name] = slx.SVDEstimator.build(model, rank=4, calibration=data, progress=False)
+        built[name].check(model)
+    for layer in ("a", "b", "out"):
+        usual, other = (built[name].factors[layer] for name in built)
+        if layer != "out":  # whose channels are not chosen: a plain SVD, by a random sketch
+            assert torch.allclose(usual.a @ usual.b, (other.a @ other.b).t(), atol=1e-9), layer
+        known = zip(*(built[name].statistics[layer] for name in built), strict=True)
+        assert all(torch.allclose(*pair, atol=1e-9) for pair in known), layer
