@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from sparselora_fx.fx import argument, op_name, tensor, writes
+from sparselora_fx.in_place import as_new, as_sum, last_slice
 from sparselora_fx.layout import same_shape
+from sparselora_fx.products import as_linear
+from sparselora_fx.rearranging import as_whole, without_transpose
 from sparselora_fx.regions import DENSE, Rewrite
-from sparselora_fx.spellings import as_product
+from sparselora_fx.spellings import (
+    as_added,
+    as_constant,
+    as_leaky,
+    as_product,
+    called,
+)
 
 _INPUT_IS_NOT_FIRST = ("where", "searchsorted")  # of functions with an argument "input"
+Spelling = Callable[[fx.Node], fx.Node | None]
 _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous"}
 
 
@@ -36,17 +48,35 @@ def canonicalize(rewrite: Rewrite) -> int:
             node.replace_all_uses_with(node.args[0])
             rewrite.graph.erase_node(node)
             erased += 1
-    for node in list(rewrite.graph.nodes) if _is_sparse(rewrite.graph) else ():
-        erased += bool(as_product(node))
-    for node in list(rewrite.graph.nodes):
+    weights = _sparse_weights(rewrite.graph)
+    for spell in _spellings(weights) if weights else ():
+        for node in list(rewrite.graph.nodes):
+            erased += not node._erased and spell(node) is not None
+    for node in list(rewrite.graph.nodes) if weights else ():
         if op_name(node) in ("new_empty", "empty", "empty_like"):
             erased += _filled_to_cat(rewrite.graph, node)
     return erased
 
 
-def _is_sparse(graph: fx.Graph) -> bool:
-    """Whether a linear of the graph may be sliced: with sparsity 0, no value may change."""
-    return any(op_name(node) == "site" and node.args[5] != DENSE for node in graph.nodes)
+def _sparse_weights(graph: fx.Graph) -> set[fx.Node]:
+    """The weights of linears that may be sliced: without one no value may change."""
+    marks = (node for node in graph.nodes if op_name(node) == "site")
+    return {node.args[1] for node in marks if node.args[5] != DENSE}
+
+
+def _spellings(weights: set[fx.Node]) -> tuple[Spelling, ...]:
+    """The rules that may change a value in its rounding, in their order."""
+    return (
+        as_new,  # first: what writes in place is no function
+        as_sum,
+        as_product,
+        as_leaky,
+        as_constant,
+        as_added,
+        partial(as_linear, weights=weights),
+        without_transpose,
+        as_whole,
+    )
 
 
 def _pass_by_position(node: fx.Node) -> bool:
@@ -68,33 +98,60 @@ def _filled_to_cat(graph: fx.Graph, buffer: fx.Node) -> bool:
     if whole is None or whole.dim() == 0:
         return False
     users = [node for node in graph.nodes if buffer in node.all_input_nodes]
-    pieces: list[tuple[int, int, fx.Node]] = []
+    pieces: list[_Piece] = []
     own: list[fx.Node] = []
     for user in users:
         found = _write(user, whole)
         if found is None:
             break
-        start, stop, source, nodes = found
-        pieces.append((start, stop, source))
-        own += nodes
-    pieces.sort(key=lambda piece: piece[0])
-    ends = [0, *(stop for _, stop, _ in pieces)]
-    starts = [*(start for start, _, _ in pieces), whole.shape[-1]]
+        pieces.append(found[0])
+        own += found[1]
+    pieces.sort()
     readers = [user for user in users if user not in own]
-    if ends != starts or not pieces or not readers or not _in_order(graph, own, readers):
+    interleaved = _is_interleaved(pieces, whole)
+    if not (interleaved or _is_row(pieces, whole)):
         return False
-    with graph.inserting_after(max(own, key=list(graph.nodes).index)):
-        cat = graph.call_function(torch.cat, (tuple(p[2] for p in pieces),), {"dim": -1})
-    cat.meta = dict(buffer.meta)
-    buffer.replace_all_uses_with(cat, delete_user_cb=lambda user: user in readers)
+    if not readers or not _in_order(graph, own, readers):
+        return False
+    sources = tuple(piece.source for piece in pieces)
+    with graph.inserting_before(max(own, key=list(graph.nodes).index).next):
+        if interleaved:
+            joined = called(torch.flatten, called(torch.stack, sources, -1), -2)
+        else:
+            joined = graph.call_function(torch.cat, (sources,), {"dim": -1})
+    joined.meta = dict(buffer.meta)
+    buffer.replace_all_uses_with(joined, delete_user_cb=lambda user: user in readers)
     for node in reversed(own):
         graph.erase_node(node)
     graph.erase_node(buffer)
     return True
 
 
-def _write(user: fx.Node, whole: torch.Tensor) -> tuple[int, int, fx.Node, list[fx.Node]] | None:
-    """``(start, stop, source, nodes)`` of ``buffer[..., start:stop] = source``."""
+class _Piece(NamedTuple):
+    """``buffer[..., start:stop:step] = source``."""
+
+    start: int
+    stop: int
+    step: int
+    source: fx.Node
+
+
+def _is_row(pieces: list[_Piece], whole: torch.Tensor) -> bool:
+    """Whether the pieces stand side by side and fill the buffer."""
+    ends = [0, *(piece.stop for piece in pieces)]
+    starts = [*(piece.start for piece in pieces), whole.shape[-1]]
+    return ends == starts and len(pieces) > 0 and {piece.step for piece in pieces} == {1}
+
+
+def _is_interleaved(pieces: list[_Piece], whole: torch.Tensor) -> bool:
+    """Whether of n pieces each fills every n-th element."""
+    count, width = len(pieces), whole.shape[-1]
+    in_turn = [(p.start, p.step) for p in pieces] == [(i, count) for i in range(count)]
+    return count > 1 and in_turn and width % count == 0 and all(p.stop == width for p in pieces)
+
+
+def _write(user: fx.Node, whole: torch.Tensor) -> tuple[_Piece, list[fx.Node]] | None:
+    """A piece of a buffer that a call fills, and the nodes of that call."""
     nodes: list[fx.Node] = [user]
     source: Any = None
     if op_name(user) == "setitem":
@@ -104,18 +161,13 @@ def _write(user: fx.Node, whole: torch.Tensor) -> tuple[int, int, fx.Node, list[
         nodes.append(copy)
         if op_name(copy) == "copy_" and copy.args[0] is user and len(copy.args) == 2:
             source = copy.args[1]
-    key: Any = user.args[1] if len(user.args) > 1 else None
     values = tensor(source) if isinstance(source, fx.Node) else None
-    if values is None or nodes[-1].users or not isinstance(key, tuple) or len(key) != 2:
+    bounds = last_slice(user.args[1], whole) if len(user.args) > 1 else None
+    if values is None or nodes[-1].users or bounds is None:
         return None
-    width, last = whole.shape[-1], key[1]
-    if key[0] is not Ellipsis or not isinstance(last, slice) or last.step not in (None, 1):
-        return None
-    if not all(isinstance(n, int | None) for n in (width, last.start, last.stop)):
-        return None
-    start, stop, _ = last.indices(width)
-    fits = same_shape(values.shape, (*whole.shape[:-1], stop - start))
-    return (start, stop, source, nodes) if fits and values.dtype == whole.dtype else None
+    size = len(range(*bounds))
+    same = values.dtype == whole.dtype and same_shape(values.shape, (*whole.shape[:-1], size))
+    return (_Piece(*bounds, source), nodes) if same else None
 
 
 def _in_order(graph: fx.Graph, own: list[fx.Node], readers: list[fx.Node]) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from torch import fx
 
 from sparselora_fx.channels import propagate
-from sparselora_fx.fx import op_name, reads_shape_only, tensor
+from sparselora_fx.fx import tensor
 from sparselora_fx.layout import Atom, ChannelMap, channel_map
+from sparselora_fx.readers import lost_in, outside_reader, roots_of
 from sparselora_fx.regions import (
     IN_ORDER,
     Attention,
@@ -20,13 +20,16 @@ from sparselora_fx.regions import (
     RowPick,
     Site,
     Skip,
-    Source,
     kept_channels,
 )
 from sparselora_fx.scoring import can_score
 from sparselora_fx.splitting import sees_grid
 from sparselora_fx.token_rows import token_rows
-from sparselora_fx.values import Channels, Port, Value, Values, attention_of, sources_of
+from sparselora_fx.values import Channels, Port, Values, attention_of
+
+NO_CHANNELS = (
+    "its input is not a function of marked linears' channels alone, and its output feeds no region"
+)
 
 
 class NoRegion(Exception):
@@ -49,6 +52,7 @@ def find_regions(rewrite: Rewrite) -> int:
     reasons: dict[Site, str] = {}
     found: list[Region] = []
     scorable: dict[fx.Node, bool] = {}
+    feeds: dict[Site, str] = {}
     for consumer in rewrite.sites:
         sites = [consumer]
         try:
@@ -58,19 +62,24 @@ def find_regions(rewrite: Rewrite) -> int:
             found.append(region)
         except NoRegion as reason:
             reasons |= dict.fromkeys(sites, str(reason))
-    _drop_overlaps(found, reasons)
+            feeds |= dict.fromkeys(roots_of(consumer, values), f"what it feeds is dense: {reason}")
+    _put_attention_first(found, reasons)
+    taken: set[Site] = set()
     for region in found:
         try:
             _check_factors(region)
             _check_tokens(region, rewrite)
             _choose_kept(region, rewrite)
+            if taken & set(region.sites):  # of linears in a row, say
+                raise NoRegion("one of its region's linears also belongs to another region")
             rewrite.regions.append(region)
+            taken |= set(region.sites)
         except NoRegion as reason:
             reasons |= dict.fromkeys(region.sites, str(reason))
-    taken = {site for region in rewrite.regions for site in region.sites}
     for site in rewrite.sites:
         if site not in taken:
             text = reasons.get(site, "its output feeds no region")
+            text = feeds.get(site, text) if text == NO_CHANNELS else text
             rewrite.skips.append(Skip(site.weight, text))
     return len(rewrite.regions)
 
@@ -78,17 +87,18 @@ def find_regions(rewrite: Rewrite) -> int:
 def _region(consumer: Site, values: Values, scorable: dict[fx.Node, bool]) -> Region:
     value = values.get(consumer.x)
     if not isinstance(value, Channels) or not value.roots:
-        raise NoRegion(
-            "its input is not a function of marked linears' channels alone, "
-            "and its output feeds no region"
-        )
+        raise NoRegion(NO_CHANNELS)
     attention = attention_of(value)
     if attention is not None:
         return _attention_region(consumer, value, attention)
     if any(isinstance(source, Attention) for source in value.roots):
         raise NoRegion("its input comes from an attention whose head layout is not understood")
     if not value.ports:
-        raise NoRegion("its input is no function, channel by channel, of what linears return")
+        made = lost_in(consumer.x, values)
+        raise NoRegion(
+            "its input is no function, channel by channel, of what linears return, "
+            f"or {made} is not understood"
+        )
     return _ffn_region(consumer, value, values, scorable)
 
 
@@ -196,52 +206,25 @@ def _rows(heads: Heads, attention: Attention) -> RowPick:
     return RowPick(heads.site, maps)
 
 
-def _drop_overlaps(regions: list[Region], reasons: dict[Site, str]) -> None:
-    """A linear cannot serve two choices: attention goes before linears in a row (a low-rank query),
-    and of equals both stay dense."""
+def _put_attention_first(regions: list[Region], reasons: dict[Site, str]) -> None:
+    """A linear cannot serve two choices: attention goes before linears in a row (a low-rank
+    query)."""
     taken = {s for region in regions if region.kind == "attention" for s in region.sites}
     for region in list(regions):
         if region.kind == "ffn" and taken & set(region.sites):
             regions.remove(region)
             text = "what it feeds is sliced by an attention region"
             reasons |= {site: text for site in region.sites if site not in taken}
-    count = Counter(site for region in regions for site in region.sites)
-    for region in list(regions):
-        if any(count[site] > 1 for site in region.sites):
-            regions.remove(region)
-            text = "one of its region's linears also belongs to another region"
-            reasons |= dict.fromkeys(region.sites, text)
 
 
 def _check_readers(region: Region, values: Values) -> None:
     """Refuse a region whose channels anybody but its consumer reads."""
-    producers = {site for site in region.sites if site is not region.consumer.site}
-    inside: set[Source] = {*producers}
-    if region.attention is not None:
-        inside.add(region.attention)
-    consumer = region.consumer.site
-    allowed = consumer.adapter_nodes | {consumer.node}
-    for node, value in values.items():
-        if not inside & sources_of(value) or node in allowed:
-            continue
-        if node is consumer.node:
-            continue
-        for user in node.users:
-            if user in allowed or reads_shape_only(user, node):
-                continue
-            if _inside(values.get(user), inside):
-                continue
-            kept = region.attention is not None and user.op == "output"
-            cache = " (a KV cache? use_cache=False in training calls)" if kept else ""
-            raise NoRegion(f"its channels are also read by {_describe(user)}{cache}")
-
-
-def _inside(value: Value | None, inside: set[Source]) -> bool:
-    return bool(inside & sources_of(value))
-
-
-def _describe(node: fx.Node) -> str:
-    return "the graph's output" if node.op == "output" else f"{op_name(node)} ({node.name})"
+    reader = outside_reader(region, values)
+    if reader is not None:
+        # What a graph returns of an attention's keys and values is a cache, if anything.
+        kept = region.attention is not None and reader == "the graph's output"
+        cache = " (a KV cache? use_cache=False in training calls)" if kept else ""
+        raise NoRegion(f"its channels are also read by {reader}{cache}")
 
 
 def _check_factors(region: Region) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparselora_fx.fx import argument, op_name, tensor
+from sparselora_fx.fx import op_name, tensor
 from sparselora_fx.layout import same_shape
+from sparselora_fx.linears import linear_parts, linear_uses
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import (
     DENSE,
@@ -19,19 +20,9 @@ from sparselora_fx.regions import (
     Skip,
     is_trainable,
 )
+from sparselora_fx.scores import ACROSS
 from sparselora_fx.spellings import as_addition
 
-_WEIGHT_VIEWS = {
-    "t",
-    "transpose",
-    "permute",
-    "to",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "type_as",
-}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"}
 _MAX_BRANCH = 64  # nodes; a LoRA branch is a handful
 
@@ -72,13 +63,14 @@ def find_sites(rewrite: Rewrite) -> int:
         else:
             rewrite.sites.append(found)
     for site in rewrite.sites:
+        _turn_factors(site)
         _cast_factors(site)
-        _find_adapter(site)
+        _find_adapter(site, rewrite.frozen - {site.weight})
     return len(rewrite.sites)
 
 
 def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ignore[type-arg]
-    uses = _linear_uses(weight, transposed=False)
+    uses = linear_uses(weight)
     if is_trainable(weight):
         return Skip(weight, "the weight trains")
     if args[5] == WITHOUT_GRADIENTS:
@@ -92,7 +84,7 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     if not uses:
         return Skip(weight, "the weight is not used by a linear that is recognised")
     node, view, transposed = uses[0]
-    parts = _linear_parts(node, view)
+    parts = linear_parts(node, view)
     shape, out = tensor(weight), tensor(node)
     if parts is None or shape is None or out is None or shape.dim() != 2:
         return Skip(
@@ -114,88 +106,36 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     return Site(node, x, weight, transposed, bias, factors, tuple(args[4]), spec, n, k, known=known)
 
 
+def _turn_factors(site: Site) -> None:
+    """Where the graph uses a weight the other way round than its factors take it to be stored,
+    theirs are those of the transpose: ``W ~= a b``, so ``W^T ~= b^T a^T``."""
+    if site.transposed == site.spec.kn:
+        return
+    a, b = site.factors
+    site.factors = (_at_start(b, "t"), _at_start(a, "t"))
+    if ACROSS in site.known:
+        site.known["norms"] = site.known[ACROSS]
+
+
 def _cast_factors(site: Site) -> None:
     """Where the model casts a weight before it multiplies, its factors are cast alike."""
-    dtype, graph = site.cast, site.node.graph
-    if dtype is None:
-        return
+    if site.cast is not None:
+        a, b = site.factors
+        site.factors = (_at_start(a, "to", site.cast), _at_start(b, "to", site.cast))
+
+
+def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
+    """A method of a factor, called before all else."""
+    graph = factor.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        a, b = (graph.call_method("to", (factor, dtype)) for factor in site.factors)
-    for new, factor in zip((a, b), site.factors, strict=True):
-        new.meta["example_value"] = factor.meta["example_value"].to(dtype)
-    site.factors = (a, b)
+        new = graph.call_method(method, (factor, *args))
+    new.meta["example_value"] = getattr(factor.meta["example_value"], method)(*args)
+    return new
 
 
-def _linear_uses(weight: fx.Node, *, transposed: bool) -> list[tuple[fx.Node, fx.Node, bool]]:
-    """Nodes that use a weight otherwise than to view or cast it: ``(node, the view it uses, view
-    is transposed)``."""
-    uses = []
-    for user in weight.users:
-        if op_name(user) in _WEIGHT_VIEWS and user.args and user.args[0] is weight:
-            flips = op_name(user) in ("t", "transpose", "permute")
-            uses += _linear_uses(user, transposed=transposed != flips)
-        elif op_name(user) == "getattr" and user.args[1] in ("T", "mT", "data"):
-            uses += _linear_uses(user, transposed=transposed != (user.args[1] != "data"))
-        else:
-            uses.append((user, weight, transposed))
-    return uses
-
-
-def _linear_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node | None, bool] | None:
-    """``(x, bias, weight is given as [K, N])`` of any spelling of a linear, or None."""
-    name = op_name(node)
-    bias: fx.Node | None = None
-    if name == "linear":
-        x, w, bias = (
-            argument(node, 0, "input"),
-            argument(node, 1, "weight"),
-            argument(node, 2, "bias"),
-        )
-        stored_as_kn = False
-    elif name == "addmm" and argument(node, 3, "beta", 1) == argument(node, 4, "alpha", 1) == 1:
-        bias, x, w = (
-            argument(node, 0, "input"),
-            argument(node, 1, "mat1"),
-            argument(node, 2, "mat2"),
-        )
-        stored_as_kn = True
-    elif name in ("matmul", "mm", "__matmul__"):
-        x, w = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
-        stored_as_kn = True
-    elif name == "einsum":
-        return _einsum_parts(node, weight)
-    else:
-        return None
-    if w is not weight or not isinstance(x, fx.Node):
-        return None
-    bias_value = tensor(bias)
-    if bias is not None and (bias_value is None or bias_value.dim() != 1):
-        return None
-    return x, bias, stored_as_kn
-
-
-def _einsum_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, None, bool] | None:
-    equation, operands = node.args[0], node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or weight not in operands:
-        return None
-    terms = equation.replace(" ", "").replace("...", ".")
-    left, _, result = terms.partition("->")
-    x, _, w = left.partition(",")
-    if operands[0] is weight:
-        x, w, operands = w, x, operands[::-1]
-    if len(w) != 2 or not x or not result or x[:-1] != result[:-1] or len(set(x)) != len(x):
-        return None
-    if w == result[-1] + x[-1] and isinstance(operands[0], fx.Node):
-        return operands[0], None, False
-    if w == x[-1] + result[-1] and isinstance(operands[0], fx.Node):
-        return operands[0], None, True
-    return None
-
-
-def _find_adapter(site: Site) -> None:
-    """Follow a site's output through views and casts to the additions of bias and LoRA branches."""
+def _find_adapter(site: Site, frozen: frozenset[fx.Node]) -> None:
+    """Follow a site's output through views and casts to the additions of bias and LoRA branches.
+    Nothing that reads another frozen weight is one."""
     node = site.node
     while as_addition(node) or len(node.users) == 1:
         user = next(iter(node.users))
@@ -206,19 +146,23 @@ def _find_adapter(site: Site) -> None:
                 site.bias_adds.add(user)
             else:
                 branch = adapter_branch(other, site.x) if isinstance(other, fx.Node) else None
-                if branch is None:
+                if branch is None or _reads(branch, frozen):
                     break
                 site.adapter_adds[user] = other
                 site.adapter_nodes |= branch
                 read = {n for inner in branch for n in inner.all_input_nodes}
                 site.adapter_weights |= {n for n in read if is_trainable(n)}
-        elif name not in _CASTS and name not in ("view", "reshape", "flatten"):
+        elif name not in _CASTS and name not in ("view", "reshape", "flatten", "unflatten"):
             break
         node = user
 
 
 def _ends_with(value: Tensor, channels: int) -> bool:
     return same_shape(value.shape[-1:], (channels,))
+
+
+def _reads(branch: set[fx.Node], weights: frozenset[fx.Node]) -> bool:
+    return any(source in weights for node in branch for source in node.all_input_nodes)
 
 
 def _is_bias(node: Any, site: Site) -> bool:

@@ -58,7 +58,12 @@ def _is_view(made: fx.Node, source: fx.Node) -> bool:
         return bool(made.args) and made.args[0] is source
     if changes_input(made) and any(source is target for target in _written(made)):
         return True
-    return not _storages(made).isdisjoint(_storages(source))
+    return shares_memory(made, source)
+
+
+def shares_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Whether the values of two nodes are in the same memory, as far as tracing has told."""
+    return not _storages(a).isdisjoint(_storages(b))
 
 
 def _storages(node: fx.Node) -> set[int]:

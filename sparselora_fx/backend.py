@@ -26,6 +26,7 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
     untouched."""
 
     repeated = block_names(state.frozen).values()
+    own = {id(weight.weight) for weight in state.frozen}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         convention = state.convention
@@ -36,8 +37,9 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = bool(state.phase.picked)
         now = replace(options, shift=bool(convention.shift))
+        frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         passes = DENSE_PHASE if observed else PIPELINE
-        report = run(gm, inputs, now, passes, state.phase.arguments)
+        report = run(gm, inputs, now, passes, state.phase.arguments, frozen)
         rewritten = report is not None and not observed
         compile_graph = partial(_torch.backend_compile, name, rewritten=rewritten)
         if rewritten:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .errors import EstimatorError
 from .frozen import FrozenWeight
 from .moments import Moment, Statistics, aware_factors, column_norms
+from .orientation import as_listed, oriented
 from .svd import Factors
 from .weights import likely_consumers
 
@@ -68,6 +69,8 @@ def calibrate(
     first = next(iter(stored), None)
     if first is None:
         raise EstimatorError("calibration has no batches; give at least one dict of model inputs")
+    listed = {w.canonical: w for w in weights}
+    weights = oriented(weights, lambda: _run(model, [], first, lambda w, x: None))
     full = {id(w) for w in weights} - {id(w) for w in likely_consumers(weights)}
     groups = _groups(model, weights, first)
     found: list[Found] = []
@@ -87,13 +90,22 @@ def calibrate(
             moment = moments.pop(id(group[0]))
             if not moment.count:
                 continue
-            found += [(w, *finish(w, moment, ranks[w.canonical], settings)) for w in group]
+            found += [
+                _listed(listed[w.canonical], w, *finish(w, moment, ranks[w.canonical], settings))
+                for w in group
+            ]
     if not found:
         raise EstimatorError(
             "calibration reached no frozen weight: every token is padding (attention_mask 0), or "
             "the model does not call these weights; check the batches"
         )
     return found
+
+
+def _listed(
+    listed: FrozenWeight, used: FrozenWeight, factors: Factors | None, statistics: Statistics
+) -> Found:
+    return listed, None if factors is None else as_listed(factors, listed, used), statistics
 
 
 def finish(

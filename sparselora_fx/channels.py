@@ -7,7 +7,8 @@ value is one that no rule knows: whoever reads channels there sees all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,8 @@ from sparselora_fx.fx import (
     tensor,
     writes,
 )
-from sparselora_fx.layout import Atom, Layout, as_size, concatenate, same_shape, stack
+from sparselora_fx.layout import Atom, Layout, as_size, same_shape
+from sparselora_fx.layout_joins import concatenate, stack
 from sparselora_fx.movement import move
 from sparselora_fx.regions import Site, Source
 from sparselora_fx.values import (
@@ -40,6 +42,8 @@ from sparselora_fx.values import (
     completes_site,
     sources_of,
 )
+
+_COMBINATIONS = 64  # of the ports of joined pieces that are tried
 
 # A mask or a bias that is written into scores leaves them scores: no rewrite changes their shape.
 _IN_PLACE = {
@@ -86,7 +90,7 @@ def _transfer(node: fx.Node, values: Values) -> Value | None:
         moved = move(node, name, held)
         if moved is not None:
             return moved
-        if name in NORMS or name in ("normalize", "dropout"):
+        if name in NORMS or name in ("normalize", "dropout", "rrelu"):
             return replace(held, moved=held.moved and name == "dropout")
         if name in REDUCTIONS and _keeps_dim(node):
             return Channels((), held.roots)
@@ -163,25 +167,38 @@ def _join(node: fx.Node, values: Values) -> Channels | None:
     if out is None or len(known) != len([v for v in held if v is not None]):
         return None
     roots: frozenset[Source] = frozenset().union(*(value.roots for value in known))
-    first_ports = [value.ports[0] for value in known if value.ports]
-    layouts = [port.layout for port in first_ports]
-    joined: Layout | None = None
-    same = len({id(port.source) for port in first_ports}) == 1
-    if same and len(first_ports) == len(pieces) and all(layouts):
-        axis = axis_argument(node, 1, "dim", out.dim())
-        full = [layout for layout in layouts if layout is not None]
-        joined = stack(full, axis) if op_name(node) == "stack" else concatenate(full, axis)
     sources = dict.fromkeys(port.source for value in known for port in value.ports)
-    if len(known) == 1 and all(layouts) and op_name(node) != "stack":
+    if len(known) == 1 and op_name(node) != "stack":
         longer = _longer(node, known[0], out)
         if longer is not None:
             return longer
-    if joined is not None:
-        rest = [Port(source, None) for source in sources if source is not first_ports[0].source]
+    axis = axis_argument(node, 1, "dim", out.dim())
+    joined = _continued(known, stack if op_name(node) == "stack" else concatenate, axis)
+    if joined is not None and len(known) == len(pieces):
+        rest = [Port(source, None) for source in sources if source is not joined.source]
         moved = all(value.moved for value in known)
-        return Channels((Port(first_ports[0].source, joined), *rest), roots, moved=moved)
+        return Channels((joined, *rest), roots, moved=moved)
     ports = tuple(Port(source, None) for source in sources)
     return Channels(ports, roots, segments=_segments(node, pieces, values))
+
+
+def _continued(
+    pieces: Sequence[Channels], join: Callable[[list[Layout], int], Layout | None], axis: int
+) -> Port | None:
+    """One port of each piece, of one source, that together make a layout. Of rotated pairs each
+    piece holds both channels (``(a c - b s, a s + b c)``): there the layout runs over both."""
+    found: Port | None = None
+    for ports in itertools.islice(itertools.product(*(p.ports for p in pieces)), _COMBINATIONS):
+        layouts = [port.layout for port in ports if port.layout is not None]
+        if len(layouts) != len(ports) or len({id(port.source) for port in ports}) != 1:
+            continue
+        joined = join(layouts, axis)
+        if joined is None:
+            continue
+        if any(layout.offset != layouts[0].offset for layout in layouts):
+            return Port(ports[0].source, joined)
+        found = found or Port(ports[0].source, joined)
+    return found
 
 
 def _longer(node: fx.Node, held: Channels, out: torch.Tensor) -> Channels | None:

@@ -17,7 +17,7 @@ from .estimator_file import Contents, read, write
 from .frozen import FrozenWeight, fingerprint_of, frozen_weights, shown
 from .moments import DAMPING, Statistics, column_norms
 from .opaque import refuse_opaque
-from .scores import DEFAULT, DEFAULT_CALIBRATED, Score, parse_score
+from .scores import ACROSS, DEFAULT, DEFAULT_CALIBRATED, Score, parse_score
 from .spft import read_spft
 from .svd import Factors, compute_device, plain_factors, ranks_of
 
@@ -149,7 +149,8 @@ class SVDEstimator:
         """What a score needs of each weight besides its factors, by canonical name.
 
         ``offset`` in the dtype of the weight; ``output``, ``prior`` and ``norms`` in float32 or
-        float64. See `moments.Statistics`.
+        float64. See `moments.Statistics`. Where only a graph tells how a weight is stored,
+        ``norms_across`` are its norms if it is stored ``[K, N]``.
         """
         table: dict[str, dict[str, Tensor]] = {}
         for w in weights:
@@ -162,6 +163,8 @@ class SVDEstimator:
                 found["prior"] = known.share if score.normalised else known.input
             if score.weighted or score.normalised:
                 found["norms"] = column_norms(w.logical()) if known is None else known.norms
+                if known is None and not w.oriented:
+                    found[ACROSS] = column_norms(w.logical().t())
             table[w.canonical] = found
         return table
 

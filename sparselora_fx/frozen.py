@@ -52,6 +52,12 @@ class FrozenWeight:
         assert found is not None, f"{self.name} was removed after it was listed"
         return found
 
+    @property
+    def oriented(self) -> bool:
+        """Whether the kind of module tells how the parameter is stored. Of a layer written by hand
+        only its use tells: until then ``transposed`` is a guess."""
+        return self.transposed or (isinstance(self.module, nn.Linear) and self.param == "weight")
+
     def logical(self) -> torch.Tensor:
         """A ``[out_features, in_features]`` view of the parameter (no copy)."""
         return self.weight.t() if self.transposed else self.weight

@@ -22,6 +22,9 @@ _TRANSPARENT = {
     "aten::lift_fresh", "aten::unsqueeze", "aten::scalar_tensor", "aten::full",
 }  # fmt: skip
 
+# Pointwise, although PyTorch does not tag them so.
+_UNTAGGED = {"aten::hardswish", "aten::log_sigmoid_forward", "aten::_prelu_kernel"}
+
 
 _SHAPE_QUERIES = {
     "size", "dim", "numel", "stride", "is_floating_point", "sym_size", "new_empty", "new_zeros",
@@ -111,9 +114,16 @@ def changes_input(node: fx.Node) -> bool:
 
 def _is_told_to(node: fx.Node, flag: str) -> bool:
     """Whether a call's argument of this name is true, passed by name or by position."""
+    return given_place(node, flag) is not None
+
+
+def given_place(node: fx.Node, flag: str) -> int | str | None:
+    """Where a call's true argument of this name was passed: its position or its name; None: it was
+    not, or is false."""
     place = _place_of(node.target, flag) if node.op == "call_function" else None
-    given = node.kwargs.get(flag) if place is None else argument(node, place, flag)
-    return given is not None and given is not False
+    if place is not None and place < len(node.args):
+        return place if node.args[place] not in (None, False) else None
+    return flag if node.kwargs.get(flag) not in (None, False) else None
 
 
 @functools.cache
@@ -231,15 +241,19 @@ def _dispatched(node: fx.Node) -> list[torch._ops.OpOverload]:
 def _tiny(leaf: Any) -> Any:
     example = value(leaf)
     if isinstance(example, torch.Tensor):
-        shape = [1 if isinstance(s, int) and s == 1 else 3 for s in example.shape]
-        return torch.empty(shape, dtype=example.dtype, device="meta")
+        # Counted from the last dimension no two sizes are alike: what does not broadcast as usual
+        # (the weights of a prelu, which belong to dimension 1) has no result.
+        sizes = enumerate(reversed(example.shape), start=3)
+        shape = [1 if isinstance(s, int) and s == 1 else size for size, s in sizes]
+        return torch.empty(shape[::-1], dtype=example.dtype, device="meta")
     return 3 if isinstance(example, torch.SymInt) else example
 
 
 def _is_elementwise(op: torch._ops.OpOverload) -> bool:
     if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
         return False
-    return torch.Tag.pointwise in op.tags or op._schema.name in _TRANSPARENT
+    name = op._schema.name
+    return torch.Tag.pointwise in op.tags or name in _UNTAGGED or name in _TRANSPARENT
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, list[Any]]]:

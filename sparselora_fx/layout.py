@@ -10,7 +10,6 @@ is the layout idea of CuTe, restricted to what tracing channels needs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -119,6 +118,29 @@ class Layout:
         dim = (*self.dims[axis], Atom(repeats, 0))
         return replace(self, dims=(*self.dims[:axis], dim, *self.dims[axis + 1 :]))
 
+    def repeat_outer(self, times: Sequence[int | torch.SymInt]) -> Layout | None:
+        """The layout after ``repeat(*times)``."""
+        if len(times) < len(self.dims):
+            return None
+        padded = ((),) * (len(times) - len(self.dims)) + self.dims
+        dims = tuple(
+            dim if _equal(as_size(n), 1) else (Atom(as_size(n), 0), *dim)
+            for dim, n in zip(padded, times, strict=True)
+        )
+        return replace(self, dims=dims)
+
+    def take(self, axis: int, start: int, atoms: Sequence[Atom]) -> Layout | None:
+        """The layout of ``index_select(axis, index)``, where the index is ``start`` plus each
+        atom's ``stride * index``."""
+        dim = self.dims[axis]
+        if len(dim) != 1 or dim[0].stride is None:
+            return None
+        step = dim[0].stride
+        taken = tuple(Atom(a.size, _stride(a) * step) for a in atoms if not _equal(a.size, 1))
+        return Layout(
+            self.offset + start * step, (*self.dims[:axis], taken, *self.dims[axis + 1 :])
+        )
+
     def channel_atoms(self, axis: int) -> list[Atom]:
         """The atoms of one dimension that move through rows or repeat them; adjacent ones
         merged."""
@@ -127,39 +149,6 @@ class Layout:
     def is_token(self, axis: int) -> bool:
         """Whether a dimension holds tokens only (or has size 1)."""
         return all(atom.stride is None or _equal(atom.size, 1) for atom in self.dims[axis])
-
-
-def concatenate(layouts: Sequence[Layout], axis: int) -> Layout | None:
-    """The layout of ``cat(tensors, axis)`` when the pieces continue each other's rows, else
-    None."""
-    first = layouts[0]
-    if len(first.dims[axis]) != 1 or first.dims[axis][0].stride is None:
-        return None
-    (size, stride) = first.dims[axis][0]
-    assert stride is not None
-    total = size
-    for layout in layouts[1:]:
-        same = [d for i, d in enumerate(layout.dims) if i != axis] == [
-            d for i, d in enumerate(first.dims) if i != axis
-        ]
-        piece = layout.dims[axis]
-        if not same or len(piece) != 1 or piece[0].stride != stride:
-            return None
-        if layout.offset != first.offset + stride * int(total):
-            return None
-        total = total + piece[0].size
-    dims = (*first.dims[:axis], (Atom(total, stride),), *first.dims[axis + 1 :])
-    return replace(first, dims=dims)
-
-
-def stack(layouts: Sequence[Layout], axis: int) -> Layout | None:
-    """The layout of ``stack(tensors, axis)`` when the pieces are equally spaced in rows, else
-    None."""
-    first = layouts[0]
-    steps = {b.offset - a.offset for a, b in itertools.pairwise(layouts)}
-    if len(steps) != 1 or any(layout.dims != first.dims for layout in layouts):
-        return None
-    return first.insert(axis, (Atom(len(layouts), steps.pop()),))
 
 
 def channel_map(layout: Layout, axis: int = -1) -> tuple[int, ChannelMap] | None:

@@ -9,8 +9,11 @@ from typing import Any
 from torch import fx
 
 from sparselora_fx.fx import argument, axis_argument, tensor
+from sparselora_fx.indices import run_of
 from sparselora_fx.layout import Atom, Layout
 from sparselora_fx.values import CASTS, PERMUTES, RESHAPES, SPLITS, Channels, Port, Segments, Value
+
+_LIST = (list, fx.Node)  # an index of numbers, or of a tensor
 
 
 def move(node: fx.Node, name: str, held: Channels) -> Value | None:
@@ -33,6 +36,13 @@ def move(node: fx.Node, name: str, held: Channels) -> Value | None:
         if axis is None or out is None:
             return None
         return _map(held, lambda layout: layout.repeat_inner(axis % out.dim(), repeats))
+    if name in ("repeat", "tile"):
+        times: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "repeats")
+        times = (times,) if isinstance(times, int) else tuple(times or ())
+        return _map(held, lambda layout: layout.repeat_outer(times))
+    if name == "index_select" and out is not None:
+        axis = axis_argument(node, 1, "dim", out.dim())
+        return _map(held, lambda layout: _taken(layout, axis, argument(node, 2, "index")))
     if name == "getitem" and out is not None:
         return _map(held, lambda layout: _index(layout, node.args[1], out.shape))
     if name == "select" and out is not None:
@@ -107,7 +117,9 @@ def order_of(node: fx.Node, name: str, rank: int) -> list[int] | None:
 def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
     """``x[key]`` for slices with integer steps, integers, None and Ellipsis."""
     keys = [_one_index(k) for k in (key if isinstance(key, tuple) else (key,))]
-    if any(not (k is None or k is Ellipsis or isinstance(k, int | slice)) for k in keys):
+    if any(not (k is None or k is Ellipsis or isinstance(k, (int, slice, *_LIST))) for k in keys):
+        return None
+    if sum(isinstance(k, _LIST) for k in keys) > 1:
         return None
     consumed = sum(1 for k in keys if k is not None and k is not Ellipsis)
     rest = [slice(None)] * (len(layout.dims) - consumed)
@@ -122,6 +134,11 @@ def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
             if picked is None:
                 return None
             current, axis = picked, axis - 1
+        elif isinstance(k, _LIST):
+            taken = _taken(current, axis, k)
+            if taken is None or any(isinstance(other, int) for other in keys):
+                return None
+            current = taken
         elif k != slice(None):
             start, step = k.start or 0, k.step or 1
             size = _static_size(current, axis)
@@ -144,6 +161,12 @@ def _one_index(key: Any) -> Any:
     if isinstance(key, list) and len(key) == 1 and isinstance(key[0], int):
         return slice(key[0], key[0] + 1 or None)
     return key
+
+
+def _taken(layout: Layout, axis: int, index: Any) -> Layout | None:
+    """``index_select(axis, index)`` for an index of numbers."""
+    found = run_of(index)
+    return None if found is None else layout.take(axis, *found)
 
 
 def _pick(layout: Layout, axis: int, index: Any) -> Layout | None:

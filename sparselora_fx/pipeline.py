@@ -93,18 +93,21 @@ def run(
     options: Options,
     passes: Sequence[Pass],
     arguments: Mapping[str, Tensor],
+    frozen: frozenset[int] = frozenset(),
 ) -> GraphReport | None:
     """Rewrite a Dynamo graph in place. Returns what was done, or None (graph untouched) if no site
-    is marked in it. ``arguments``: the tensors of the model's call, by name."""
+    is marked in it. ``arguments``: the tensors of the model's call, by name; ``frozen``: the inputs
+    that hold frozen weights, by number."""
     rewrites: dict[fx.GraphModule, Rewrite] = {}
     padding = padding_unread(gm, inputs, arguments, options.shift)
     batch, passed = token_inputs(gm, inputs, arguments)
     orders = token_orders(gm, batch)
 
-    def started(graph: fx.GraphModule) -> Rewrite:
-        return Rewrite(graph, options, padding, orders, batch, passed)
+    def started(graph: fx.GraphModule, held: frozenset[fx.Node]) -> Rewrite:
+        return Rewrite(graph, options, padding, orders, batch, passed, held)
 
-    _rewrite_all(gm, passes, rewrites, started)
+    own = gm.graph.find_nodes(op="placeholder")
+    _rewrite_all(gm, passes, rewrites, started, frozenset(own[i] for i in frozen))
     if not rewrites:
         return None
     lifted = _lift(gm, rewrites, {})
@@ -120,14 +123,17 @@ def _rewrite_all(
     gm: fx.GraphModule,
     passes: Sequence[Pass],
     rewrites: dict[fx.GraphModule, Rewrite],
-    started: Callable[[fx.GraphModule], Rewrite],
+    started: Callable[[fx.GraphModule, frozenset[fx.Node]], Rewrite],
+    frozen: frozenset[fx.Node],
 ) -> None:
-    for _, body, _ in bodies(gm):
+    for _, body, operands in bodies(gm):
         if body not in rewrites:
-            _rewrite_all(body, passes, rewrites, started)
+            held = zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)
+            inside = frozenset(node for node, given in held if given in frozen)
+            _rewrite_all(body, passes, rewrites, started, inside)
     if not any(op_name(node) in MARKERS for node in gm.graph.nodes):
         return
-    rewrite = rewrites[gm] = started(gm)
+    rewrite = rewrites[gm] = started(gm, frozen)
     for step in passes:
         start = time.perf_counter()
         changes = step(rewrite)

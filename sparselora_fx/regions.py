@@ -41,16 +41,18 @@ class SiteSpec:
     ffn: float
     attention: float
     known: tuple[str, ...] = ()  # names of the vectors that the marker carries besides factors
+    kn: bool = False  # its factors take the weight to be stored [K, N], as in a Conv1D
 
     def encode(self) -> str:
         """A string that `decode` reads back exactly."""
-        return ",".join([repr(self.ffn), repr(self.attention), *self.known])
+        stored = "kn" if self.kn else "nk"
+        return ",".join([repr(self.ffn), repr(self.attention), stored, *self.known])
 
     @staticmethod
     def decode(text: str) -> SiteSpec:
         """Inverse of `encode`."""
-        ffn, attention, *known = text.split(",")
-        return SiteSpec(float(ffn), float(attention), tuple(known))
+        ffn, attention, stored, *known = text.split(",")
+        return SiteSpec(float(ffn), float(attention), tuple(known), stored == "kn")
 
 
 # The words of a weight that stays dense. Its marker, if there is one, is about padding.
@@ -262,6 +264,7 @@ class Rewrite:
     orders: Mapping[fx.Node, str] = field(default_factory=dict)  # of markers, by `token_orders`
     batch: frozenset[fx.Node] = frozenset()  # the inputs that hold the batch's tokens
     passed: frozenset[fx.Node] = frozenset()  # all inputs that the model's caller gave
+    frozen: frozenset[fx.Node] = frozenset()  # inputs that hold frozen weights, marked or not
     sites: list[Site] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     dense: list[Site] = field(default_factory=list)  # marked for their padding alone

@@ -32,6 +32,7 @@ WORDS = {
 _CONTEXT = ("pooled", "tokens", "strided")
 _ROPE = ("rope_half", "rope_interleaved")
 _SAMPLES = 64
+ACROSS = "norms_across"  # norms of a weight the other way round, see `SVDEstimator.vectors`
 DEFAULT = "strided+weighted"  # for factors alone; docs/estimator.md says why
 DEFAULT_CALIBRATED = "strided+prior+weighted"  # the same page
 _TAGS = (torch.Tag.pt2_compliant_tag,)

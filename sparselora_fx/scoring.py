@@ -18,10 +18,11 @@ from sparselora_fx.fx import is_pointwise, op_name, tensor
 from sparselora_fx.layout import channel_map
 from sparselora_fx.ops import OPS
 from sparselora_fx.regions import Site
+from sparselora_fx.spellings import rrelu_slope
 from sparselora_fx.values import CASTS, NORMS, RESHAPES, Channels, Values, completes_site
 
 _SEEN_THROUGH = CASTS | RESHAPES | {"dropout"}
-_REPLAYED = NORMS | {"mean", "sum", "var", "std", "normalize"}
+_REPLAYED = NORMS | {"mean", "sum", "var", "std", "normalize", "rrelu"}
 
 
 def can_score(node: fx.Node, values: Values, known: dict[fx.Node, bool]) -> bool:
@@ -105,6 +106,10 @@ class Replay:
         if op_name(node) in _SEEN_THROUGH or completes_site(node, value):
             return self.build(next(n for n in node.all_input_nodes if n in self.values))
         operands = {source: self._operand(source) for source in node.all_input_nodes}
+        if op_name(node) == "rrelu":  # as in evaluation: a score draws no random numbers
+            (x,) = operands.values()
+            leaky = torch.nn.functional.leaky_relu
+            return self.graph.call_function(leaky, (x, rrelu_slope(node)))
         return self.graph.node_copy(node, lambda source: operands[source])
 
     def _port(self, value: Channels) -> fx.Node:

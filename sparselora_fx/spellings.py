@@ -12,8 +12,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from sparselora_fx.fx import argument, axis_argument, op_name, tensor, value
+from sparselora_fx.fx import (
+    argument,
+    axis_argument,
+    changes_input,
+    is_pointwise,
+    op_name,
+    tensor,
+    value,
+)
 
 _IN_PLACE = {"iadd", "add_", "isub", "sub_"}
 _ADDITIONS = _IN_PLACE | {"add", "sub", "__sub__"}
@@ -48,8 +57,8 @@ def as_addition(base: fx.Node) -> fx.Node | None:
     if name not in _IN_PLACE and factor == 1:
         return None
     with node.graph.inserting_before(node):
-        part = other if factor == 1 else _call(torch.mul, other, factor)
-        new = _instead(node, torch.add, base, part)
+        part = other if factor == 1 else called(torch.mul, other, factor)
+        new = instead(node, torch.add, base, part)
     base.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     return new
 
@@ -72,9 +81,9 @@ def _unfused(node: fx.Node, base: fx.Node) -> fx.Node | None:
     names = ("mat1", "mat2") if op_name(node) == "addmm" else ("batch1", "batch2")
     left, right = (argument(node, i + 1, key) for i, key in enumerate(names))
     with node.graph.inserting_before(node):
-        product = _call(_PRODUCTS[op_name(node)], left, right)
-        part = product if factor == 1 else _call(torch.mul, product, factor)
-        return _instead(node, torch.add, base, part)
+        product = called(_PRODUCTS[op_name(node)], left, right)
+        part = product if factor == 1 else called(torch.mul, product, factor)
+        return instead(node, torch.add, base, part)
 
 
 def _same_kind(base: fx.Node, other: fx.Node) -> bool:
@@ -94,21 +103,120 @@ def as_product(node: fx.Node) -> fx.Node | None:
     if axis_argument(node, 1, "dim", example.dim(), -1) != example.dim() - 1:
         return None
     with node.graph.inserting_before(node):
-        halves = _call(torch.chunk, x, 2, -1)
-        half, gate = (_call(operator.getitem, halves, i) for i in (0, 1))
-        return _instead(node, torch.mul, half, _call(torch.sigmoid, gate))
+        halves = called(torch.chunk, x, 2, -1)
+        half, gate = (called(operator.getitem, halves, i) for i in (0, 1))
+        return instead(node, torch.mul, half, called(torch.sigmoid, gate))
 
 
-def _call(function: Callable[..., Any], *args: Any) -> fx.Node:
-    """A call at the graph's insertion point, with its example value."""
-    graph = next(arg for arg in args if isinstance(arg, fx.Node)).graph
-    node = graph.call_function(function, args)
+def as_leaky(node: fx.Node) -> fx.Node | None:
+    """A randomised leaky ReLU where it draws nothing.
+
+    rrelu(x, lower, upper, training=False)  ->  leaky_relu(x, (lower + upper) / 2)
+    """
+    given = argument(node, 3, "training", False), argument(node, 4, "inplace", False)
+    if op_name(node) != "rrelu" or given != (False, False):
+        return None
+    with node.graph.inserting_before(node):
+        x, slope = argument(node, 0, "input"), rrelu_slope(node)
+        return instead(node, torch.nn.functional.leaky_relu, x, slope)
+
+
+def rrelu_slope(node: fx.Node) -> float:
+    """The mean slope of a randomised leaky ReLU below zero."""
+    low, high = argument(node, 1, "lower", 1 / 8), argument(node, 2, "upper", 1 / 3)
+    return float(low + high) / 2
+
+
+def as_constant(node: fx.Node) -> fx.Node | None:
+    """A tensor of one number, in the shape of another one, where a single element does as well.
+
+    h * full_like(h, c), where(m, h, zeros_like(h))  ->  h * full((1,), c), ...
+    """
+    example, numbers = tensor(node), {"zeros_like": 0, "ones_like": 1}
+    number = numbers.get(op_name(node), argument(node, 1, "fill_value"))
+    if op_name(node) not in (*numbers, "full_like") or example is None:
+        return None
+    if not isinstance(number, int | float) or not all(_broadcasts(u, node) for u in node.users):
+        return None
+    options: dict[str, Any] = {"dtype": example.dtype, "device": example.device}
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(torch.full, ((1,), number), options)
+    new.meta["example_value"] = example.new_full((1,), number)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return new
+
+
+def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
+    """Whether a pointwise call has its result's shape by its other operands alone."""
+    made = tensor(user)
+    others = [tensor(n) for n in user.all_input_nodes if n is not operand]
+    alike = any(other is not None and made is not None and other.shape == made.shape
+                for other in others)  # fmt: skip
+    return alike and is_pointwise(user)
+
+
+def as_added(node: fx.Node) -> fx.Node | None:
+    """Something that is added to some tokens only, as added to all.
+
+    where(m, y + z, y), where(m, y, y + z)  ->  y + masked_fill(z, ~m, 0), y + masked_fill(z, m, 0)
+    """
+    if op_name(node) != "where" or len(node.args) != 3:
+        return None
+    mask, first, second = node.args
+    for total, base in ((first, second), (second, first)):
+        if not (isinstance(total, fx.Node) and isinstance(base, fx.Node)):
+            continue
+        if op_name(total) not in ("add", "__add__") or total.kwargs or [*total.users] != [node]:
+            continue
+        if total.args[0] is not base or not _is_like(total.args[1], node):
+            continue
+        z = total.args[1]
+        with node.graph.inserting_before(node):
+            hidden = called(torch.logical_not, mask) if total is first else mask
+            new = instead(node, torch.add, base, called("masked_fill", z, hidden, 0.0))
+        drop(total)
+        return new
+    return None
+
+
+def _is_like(other: Any, node: fx.Node) -> bool:
+    a, b = tensor(other), tensor(node)
+    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call of a function, or of a method by its name, at the graph's insertion point, with its
+    example value."""
+    graph = next(arg for arg in tree_leaves(args) if isinstance(arg, fx.Node)).graph
+    inputs, named = fx.map_arg((args, kwargs), value)
+    if isinstance(function, str):
+        node = graph.call_method(function, args, kwargs)
+        run, inputs = getattr(inputs[0], function), inputs[1:]
+    else:
+        node = graph.call_function(function, args, kwargs)
+        run = function
     with torch.enable_grad():
-        node.meta["example_value"] = function(*map(value, args))
+        node.meta["example_value"] = run(*inputs, **named)
     return node
 
 
-def _instead(old: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+def drop(node: Any) -> None:
+    """Erase a call that nobody reads, and what it alone has read."""
+    if (
+        not isinstance(node, fx.Node)
+        or node.users
+        or node.op not in ("call_function", "call_method")
+    ):
+        return
+    if not changes_input(node):
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in inputs:
+            drop(source)
+
+
+def instead(old: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
     """A call in the place of another one."""
     new = old.graph.call_function(function, args)
     new.meta = dict(old.meta)

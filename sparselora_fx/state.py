@@ -181,8 +181,10 @@ class State:
         self.words_set = None
         for weight in self.frozen:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
-            words = self.known.get(weight.name, ()) if max(own) > 0 else ()
-            weight.module.__dict__[spec_name(weight)] = SiteSpec(*own, words).encode()
+            dense = max(own) == 0
+            words = () if dense else self.known.get(weight.name, ())
+            spec = SiteSpec(*own, words, kn=weight.transposed and not dense)
+            weight.module.__dict__[spec_name(weight)] = spec.encode()
 
     def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
         name = f"_sparselora_{word}_{weight.param}"

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, page by page, from top to bottom; or it quotes our code.
+"""Every code block of README and docs runs, page by page from top to bottom, or quotes our code.
 
 README's blocks run as they stand. A page of docs/ speaks of `model`, `estimator`, `batches` and
 `batch`, which are a tiny model's here.
