@@ -277,7 +277,7 @@ def test_guards_beyond_those_of_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {kind: set(names) for kind, names in found.items()}
     torch.compiler.reset()
     graphs(compiled(Model(3), dynamic=True), FEW[2:3])
-    assert sizes == {"agree"}  # token lists have the grid of the batch
+    assert sizes <= {"agree"}  # token lists have the grid of the batch
     for kind, expected in BEYOND_PLAIN.items():
         assert found[kind] - known[kind] == expected, kind
 
