@@ -58,8 +58,7 @@ def compile(
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: factors of the frozen weights (`SVDEstimator.build`); None: the dense steps that
-            the plan begins with make it, as with ``calibrate="dense_phase"``.
+        estimator: of the frozen weights (`SVDEstimator.build`); None: dense first steps make it.
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
         backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
