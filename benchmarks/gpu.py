@@ -1,6 +1,5 @@
-"""Time the sliced matmuls on an NVIDIA GPU: template, fallback (index_select + cuBLAS) and dense.
-
-Templates twice: with the tile that a benchmark finds best, and with the one that a rule picks.
+"""Time the sliced matmuls on an NVIDIA GPU: template (with the tile that benchmarks best, and with
+the one that a rule picks), fallback (index_select + cuBLAS) and dense.
 
     python -m benchmarks.gpu                 adds this card in under 90 seconds: what decides first,
                                              then as many other cells as the time allows
@@ -16,7 +15,7 @@ roofline is ``floor / time``, where ``floor`` is the larger of FLOPs / (best rat
 (best bandwidth seen); both ceilings are measured first, on the same GPU, with a square bf16 matmul
 and a copy.
 
-Without a GPU the tables are written with "not measured" in every cell.
+Without a GPU every cell says "not measured".
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ def _row(what: str, kind: str, model: str, tokens: int, sparsity: float) -> dict
 
 
 def milliseconds(fn: Callable[[], Any], repeats: int = 10) -> float:
-    """Median time of a call, measured by CUDA events, with the L2 cache flushed before each
-    call."""
+    """Median time of a call by CUDA events, with the L2 cache flushed before each call."""
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
     for _ in range(3):
         fn()
@@ -115,8 +113,7 @@ def milliseconds(fn: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Best matmul rate (TFLOP/s, bf16) and best copy bandwidth (GB/s, read + written) of this
-    GPU."""
+    """Best matmul rate (TFLOP/s, bf16) and copy bandwidth (GB/s, read + written) of this GPU."""
     side = 8192
     a = torch.randn(side, side, device=DEVICE, dtype=DTYPE)
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
@@ -180,8 +177,7 @@ def measure_choice(row: dict[str, Any], kinds: Sequence[str] = ("picked", "fallb
 
 
 def measure_kernel(row: dict[str, Any], ceiling: dict[str, float]) -> None:
-    """Fill in the times of one op that are missing, and the share of the roofline of its faster
-    form."""
+    """Fill in the times of one op that are missing, and its faster form's roofline share."""
     measure_choice(row, [kind for kind in KINDS if row[f"{kind}_ms"] == NOT_MEASURED])
     best = min(row["template_ms"], row["fallback_ms"])
     row["roofline_share"] = round(roofline(row, ceiling) / best, 3)

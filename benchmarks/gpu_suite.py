@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks import measuring
+from benchmarks.peers import OPTIONS
 from benchmarks.suite_case import MARK
 from benchmarks.suite_jobs import BASELINE, BASELINES, TESTS, Job, compile_until, jobs_of
 from benchmarks.suite_presets import SUITE
@@ -235,7 +236,14 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="in place of each preset's own number")
     parser.add_argument("--backend", help="of torch.compile; inductor")
     parser.add_argument("--tiny", action="store_true", help="toy sizes on a CPU, aot_eager")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    for name in arguments.options or ():
+        base, *options = name.split("+")
+        if base != "ours" or not set(options) <= set(OPTIONS):
+            parser.error(
+                f"--options: got {name!r}; allowed: ours, with any of +{' +'.join(OPTIONS)}"
+            )
+    return arguments
 
 
 def main(words: list[str] | None = None) -> int:

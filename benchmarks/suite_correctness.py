@@ -16,8 +16,8 @@ from torch import Tensor
 
 import sparselora_fx as slx
 from benchmarks import reference
-from benchmarks.peers import dense, random_estimator
-from benchmarks.presets import Preset
+from benchmarks.peers import dense, random_estimator, takes
+from benchmarks.presets import Level, Preset
 from benchmarks.stepping import Peer
 from benchmarks.suite_presets import preset_of
 
@@ -52,16 +52,30 @@ def difference(preset: Preset, backend: str) -> tuple[float, str]:
             torch.nn.init.normal_(parameter, std=0.02)
     estimator = random_estimator(model)
     batch = {**preset.batches(1)[0], "use_cache": False}
-    slx.compile(model, estimator, plan=preset.plan(), backend=backend, trim_logits=False)
+    options = {"verify_speed": False} if takes("verify_speed") else {}
+    slx.compile(model, estimator, plan=preset.plan(), backend=backend, **options)
     with slx.record(model) as record:
         got = _step(Peer("ours", model, autocast=preset.autocast), batch)
     slx.restore(model)
     if not record.sites:
         raise RuntimeError("no linear was sliced: the check shows nothing")
-    shared = reference.apply(model, estimator.factors, preset.levels(), fixed=record.selections)
+    levels = _sliced(preset, record)
+    shared = reference.apply(model, estimator.factors, levels, fixed=record.selections)
     expected = _step(Peer("reference", model, autocast=preset.autocast), batch)
     shared.restore()
     return max((relative(got[name], value), name) for name, value in expected.items())
+
+
+def _sliced(preset: Preset, record: slx.Recording) -> list[Level]:
+    """The sparsity of each layer, 0 where the compiler left a region dense."""
+    regions = tuple(record.selections)
+    return [
+        (
+            ffn if any(name.endswith(f"layers.{i}.mlp") for name in regions) else 0.0,
+            attention if any(name.endswith(f"layers.{i}.self_attn") for name in regions) else 0.0,
+        )
+        for i, (ffn, attention) in enumerate(preset.levels())
+    ]
 
 
 def _step(peer: Peer, batch: dict[str, Any]) -> dict[str, Tensor]:

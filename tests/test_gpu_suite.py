@@ -203,6 +203,15 @@ def test_the_command_line_names_peers_for_every_preset() -> None:
     assert "ours+trim" in peers_of("8b-math10k", parsed(["--out", "x"]))
 
 
+@pytest.mark.parametrize("name", ["peft", "ours+quick"])
+def test_options_that_are_not_known_are_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(["--out", "x", "--options", name])
+    assert "allowed: ours, with any of +trim" in capsys.readouterr().err
+
+
 def test_without_a_gpu_only_toys_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="not measured"):
