@@ -80,7 +80,12 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
             "backward that runs it again would not be sliced",
         )
     if calls > 1 or len(uses) > 1:
-        return Skip(weight, "the weight is used more than once in this graph")
+        return Skip(
+            weight,
+            "the weight is used more than once in this graph, and its uses would have to share one "
+            "choice of channels (a block that is applied several times gets one for each use where "
+            "it is checkpointed)",
+        )
     if not uses:
         return Skip(weight, "the weight is not used by a linear that is recognised")
     node, view, transposed = uses[0]

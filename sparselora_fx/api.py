@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.forward import CompiledForward
 from sparselora_fx.frozen import FrozenWeight, frozen_weights
-from sparselora_fx.keywords import unknown_keyword
+from sparselora_fx.keywords import refuse_unknown
 from sparselora_fx.opaque import refuse_opaque, warn_opaque
 from sparselora_fx.plan import Sparsity, SparsityPlan
 from sparselora_fx.recording import get_state
@@ -34,6 +34,7 @@ from sparselora_fx.regional import (
 )
 from sparselora_fx.regions import Options
 from sparselora_fx.schedule import share_at
+from sparselora_fx.scores import Score
 from sparselora_fx.state import ATTRIBUTE, State, marked_by
 from sparselora_fx.trimming import output_embedding
 from sparselora_fx.uncompiled import leave_uncompiled, restore_uncompiled
@@ -77,24 +78,36 @@ def compile(
         EstimatorError: the estimator belongs to another model, or lacks what the score needs.
         PlanError: unknown layers, or a plan that cannot be met. The model is left as it was.
     """
-    if unknown:
-        raise unknown_keyword(next(iter(unknown)))
+    refuse_unknown(unknown)
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, convention = found.score_of(checked.score), convention_of(model, shift)
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
-    warn_opaque(model, len(frozen))
     _restore_earlier(model, frozen)
     state = State(model, checked, sparsity, frozen, convention=convention, collector=collector)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
+    apart = partial(compile_blocks, state, blocks, runner, dynamic)
+    return _attach(state, forward, found, score, head, apart)
+
+
+def _attach(
+    state: State,
+    forward: CompiledForward,
+    estimator: SVDEstimator,
+    score: Score,
+    head: nn.Module | None,
+    compile_apart: Callable[[], None],
+) -> nn.Module:
+    """Put on the model all that belongs to a compilation, or nothing if that fails."""
+    model = state.model
     model.__dict__[ATTRIBUTE] = state
     try:
-        compile_blocks(state, blocks, runner, dynamic)
-        state.mark(found.factors, found.vectors(frozen, score))
+        compile_apart()
+        state.mark(estimator.factors, estimator.vectors(state.frozen, score))
         state.mark_logits(head)
         state.mark_caches()
         leave_uncompiled(model)
@@ -216,6 +229,7 @@ def _checked(
         estimator.check(model)
     sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
     _check_multiple(plan, frozen, sparsity)
+    warn_opaque(model, len(frozen))
     return plan, frozen, sparsity
 
 

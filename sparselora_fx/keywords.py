@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sparselora_fx.errors import KeywordError
 
 ALLOWED = (
@@ -24,7 +26,8 @@ _TORCH = {
 }
 
 
-def unknown_keyword(name: str) -> KeywordError:
-    """The error for a keyword that `compile` does not have."""
-    why = _TORCH.get(name, "is no keyword of it")
-    return KeywordError(f"compile({name}=...): {name} {why}; allowed are {', '.join(ALLOWED)}")
+def refuse_unknown(keywords: Iterable[str]) -> None:
+    """Raise `KeywordError` for the first of some keywords that `compile` does not have."""
+    for name in keywords:
+        why = _TORCH.get(name, "is no keyword of it")
+        raise KeywordError(f"compile({name}=...): {name} {why}; allowed are {', '.join(ALLOWED)}")
