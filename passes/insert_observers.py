@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.fx import tensor
+from sparselora_fx.linears import stored_kn
 from sparselora_fx.observing import SPAN
 from sparselora_fx.ops import OPS, agree
 from sparselora_fx.regions import Observed, Rewrite
@@ -41,7 +42,9 @@ def insert_observers(rewrite: Rewrite) -> int:
                     found[x] = _rows(graph, x, picked)
         mark.replace_all_uses_with(x)
         graph.erase_node(mark)
-    rewrite.observed += [Observed(tuple(readers[x]), *found[x]) for x in readers]
+    for x, weights in readers.items():
+        stored = tuple(stored_kn(weight) for weight in weights)
+        rewrite.observed.append(Observed(tuple(weights), stored, *found[x]))
     return len(readers)
 
 

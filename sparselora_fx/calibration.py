@@ -91,7 +91,7 @@ def calibrate(
             if not moment.count:
                 continue
             found += [
-                _listed(listed[w.canonical], w, *finish(w, moment, ranks[w.canonical], settings))
+                listed_as(listed[w.canonical], w, *finish(w, moment, ranks[w.canonical], settings))
                 for w in group
             ]
     if not found:
@@ -102,7 +102,7 @@ def calibrate(
     return found
 
 
-def _listed(
+def listed_as(
     listed: FrozenWeight, used: FrozenWeight, factors: Factors | None, statistics: Statistics
 ) -> Found:
     return listed, None if factors is None else as_listed(factors, listed, used), statistics

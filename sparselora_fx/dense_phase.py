@@ -7,13 +7,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibration import Found, Settings, finish
+from .calibration import Found, Settings, finish, listed_as
 from .errors import EstimatorError
 from .estimator import SVDEstimator, assemble
 from .frozen import FrozenWeight, fingerprint_of, shown
@@ -46,6 +46,7 @@ class Collector:
         calls: how many calls were observed.
         first: the number of the first of them, from which their rows follow.
         estimator: set by `build`; nothing is collected after it, unless `reopen` is called.
+        turned: canonical names of square weights that graphs use transposed to what is listed.
     """
 
     weights: dict[str, FrozenWeight]
@@ -58,6 +59,7 @@ class Collector:
     estimator: SVDEstimator | None = None
     counting: bool = False  # whether what the present call reads counts
     picked: Picked | None = None
+    turned: set[str] = field(default_factory=set)  # used the other way round than they are listed
 
     def __post_init__(self) -> None:
         listed = list(self.weights.values())
@@ -70,6 +72,20 @@ class Collector:
         self.picked = pick(tokens, device, self.first + self.calls)
         self.calls += self.counting
         return self.picked.tensors
+
+    def turn(self, stored_kn: Mapping[str, bool | None]) -> None:
+        """Note which weights, by name, a graph uses as stored ``[K, N]`` (None: it does not say).
+        Only of square ones in layers written by hand that is not known before."""
+        for name, kn in stored_kn.items():
+            w = self.weights.get(name)
+            if w is None or w.oriented or w.in_features != w.out_features:
+                continue
+            if kn is not None and kn != w.transposed:
+                self.turned.add(w.canonical)
+
+    def used(self, w: FrozenWeight) -> FrozenWeight:
+        """A weight the way round that it is used."""
+        return replace(w, transposed=not w.transposed) if w.canonical in self.turned else w
 
     def add(self, names: list[str], rows: Tensor, taken: Tensor | None) -> None:
         """Count the rows ``[n, K]`` that the named weights read.
@@ -87,7 +103,7 @@ class Collector:
         key = weights[0].canonical
         with torch.no_grad(), _exact(rows.device):
             if key not in self.moments:
-                norms = column_norms(weights[0].logical())
+                norms = column_norms(self.used(weights[0]).logical())
                 self.moments[key] = Moment(norms, full=key in self.full)
                 self.readers[key] = [w.canonical for w in weights]
             self.moments[key].add(rows)
@@ -109,7 +125,8 @@ class Collector:
             for key in bar:
                 for name in self.readers[key]:
                     w = self.by_canonical[name]
-                    found.append((w, *finish(w, self.moments[key], self.ranks[name], _SETTINGS)))
+                    done = finish(self.used(w), self.moments[key], self.ranks[name], _SETTINGS)
+                    found.append(listed_as(w, self.used(w), *done))
             self.estimator = assemble(
                 weights, found, self.ranks, place=compute_device(None),
                 progress=False, complete=False,

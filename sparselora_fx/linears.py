@@ -37,6 +37,13 @@ def linear_uses(
     return uses
 
 
+def stored_kn(weight: fx.Node) -> bool | None:
+    """Whether a weight is stored [K, N], by its use; None: it is no single linear's."""
+    uses = [use for use in linear_uses(weight) if use[0].users]
+    parts = linear_parts(*uses[0][:2]) if len(uses) == 1 else None
+    return None if parts is None else uses[0][2] != parts[2]
+
+
 def linear_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node | None, bool] | None:
     """``(x, bias, weight is given as [K, N])`` of any spelling of a linear, or None."""
     name = op_name(node)

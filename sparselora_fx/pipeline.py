@@ -55,6 +55,7 @@ class ObservedReport:
     outputs that hold its rows and (if only the graph knows them) their indices."""
 
     weights: tuple[int, ...]
+    kn: tuple[bool | None, ...]  # as `Observed.kn`
     rows: int
     taken: int | None
 
@@ -205,7 +206,7 @@ def _lift_call(
         outer.regions.append((region, {s: inputs[w] for s, w in weights.items()}, outside))
     for seen in inner.observed:
         reading = tuple(inputs[weight] for weight in seen.weights)
-        outer.observed.append(Observed(reading, got(), got() if seen.taken else None))
+        outer.observed.append(Observed(reading, seen.kn, got(), got() if seen.taken else None))
     outer.skips += [(inputs[weight], reason) for weight, reason in inner.skips]
 
 
@@ -231,6 +232,7 @@ def _report(
     observed = [
         ObservedReport(
             tuple(index[weight] for weight in seen.weights),
+            seen.kn,
             extra[seen.rows],
             None if seen.taken is None else extra[seen.taken],
         )

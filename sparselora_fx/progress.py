@@ -46,6 +46,7 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "calls": collector.calls,
         "first": collector.first,
         "readers": collector.readers,
+        "turned": sorted(collector.turned),
         "counts": {key: moment.count for key, moment in collector.moments.items()},
         "full": {key: moment.full for key, moment in collector.moments.items()},
         "fingerprint": {n: _print(collector, n) for n in sorted(reached)},
@@ -105,11 +106,11 @@ def _take_over(collector: Collector, header: dict[str, Any], tensors: dict[str, 
     ]
     if other:
         raise EstimatorError(f"does not belong to this model and plan: {shown(other)}")
+    collector.turned = set(header.get("turned", ()))
     moments = {}
     for key in header["readers"]:
-        moment = Moment(
-            column_norms(collector.by_canonical[key].logical()), full=header["full"][key]
-        )
+        weight = collector.used(collector.by_canonical[key])
+        moment = Moment(column_norms(weight.logical()), full=header["full"][key])
         moment.count = header["counts"][key]
         for part in _PARTS:
             held: Tensor = getattr(moment, part)

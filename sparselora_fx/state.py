@@ -220,7 +220,11 @@ class State:
         if self.collector is None or in_backward():
             return
         for seen in report.observed:
-            names = [name for i in seen.weights if (name := self.name_of(args[i])) is not None]
+            found = [
+                (self.name_of(args[i]), kn) for i, kn in zip(seen.weights, seen.kn, strict=True)
+            ]
+            names = [name for name, _ in found if name is not None]
+            self.collector.turn({name: kn for name, kn in found if name is not None})
             taken = None if seen.taken is None else extra[seen.taken]
             self.collector.add(names, extra[seen.rows], taken)
 

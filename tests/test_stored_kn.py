@@ -116,3 +116,22 @@ def test_calibration_finds_what_it_finds_of_the_same_function_stored_nk(
             assert torch.allclose(usual.a @ usual.b, (other.a @ other.b).t(), atol=1e-9), layer
         known = zip(*(built[name].statistics[layer] for name in built), strict=True)
         assert all(torch.allclose(*pair, atol=1e-9) for pair in known), layer
+
+
+def test_the_dense_phase_finds_what_it_finds_of_the_same_function_stored_nk() -> None:
+    kept = {}
+    for name, function in (("usual", F.linear), ("other", lambda x, w: x @ w)):
+        torch.manual_seed(0)
+        model = Gated(function, WIDTH, kn=name == "other").double().train()
+        plan = slx.SparsityPlan(0.75, tokens="all", start_step=2, channel_multiple=1)
+        slx.compile(model, plan=plan, backend="eager")
+        for number in range(3):
+            slx.step(model, number, 4)
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(8, 9, WIDTH, dtype=torch.float64, generator=generator)
+            with slx.record(model) as record:
+                step(model, x)
+        kept[name] = {site: channels for site, (_, channels) in record.sites.items()}
+        slx.restore(model)
+    assert len(kept["usual"]) == 3
+    assert all(torch.equal(kept["usual"][site], kept["other"][site]) for site in kept["usual"])
