@@ -62,7 +62,8 @@ def convention_of(model: nn.Module, said: bool | None) -> Convention:
     `CompileError` if what was said is no answer."""
     if said is not None and not isinstance(said, bool):
         raise CompileError(
-            f"shift must be True (token t predicts label t + 1), False (label t) or None, got {said!r}"
+            "shift must be True (token t predicts label t + 1), False (label t) or None, "
+            f"got {said!r}"
         )
     if said is not None:
         return Convention(said, said=True)
