@@ -198,7 +198,7 @@ def capture(
     inputs = {name: value.to("meta") for name, value in batch.items()}
     state = _marked(model, batch, plan, rank) if plan else None
     if state is not None and trim_logits:
-        state.mark_logits(model.get_output_embeddings())  # type: ignore[operator]
+        state.mark_model(model.get_output_embeddings())  # type: ignore[operator]
         state.phase.labels = _label_list(state, batch, inputs["labels"])
     try:
         torch.compiler.reset()

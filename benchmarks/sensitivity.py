@@ -38,7 +38,7 @@ POLICY = {"tokens": "context", "start_step": 0.05, "channel_multiple": 16}
 def share_kept(model: Any, estimator: Any, plan: Any, batch: dict[str, Any]) -> float:
     """The share of a sparse token's base FLOPs that remains, counted from what one call used."""
     slx.compile(model.train(), estimator, plan=plan, backend="eager", regional=True)
-    with slx.record(model) as record, torch.no_grad():
+    with slx.record(model) as record:
         slx.step(model, 1, 1)
         model(**batch)
     slx.restore(model)

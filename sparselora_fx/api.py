@@ -59,18 +59,16 @@ def compile(
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: of the frozen weights (`SVDEstimator.build`); None: dense first steps make it.
+        estimator: from `SVDEstimator.build`; None: made as with ``calibrate="dense_phase"``.
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
-        backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
+        backend: "inductor" (native code), "aot_eager" or "eager" (PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
-        trim_logits: in sparse steps compute what follows the last attention only for tokens whose
-            prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
-        shift: the loss compares label t + 1 with what the model makes of token t (True), or label t
-            (False); None: as the traced graph shows, both where it shows none (see policies.md).
+        trim_logits: sparse steps compute logits for labelled tokens only; they return None instead.
+        shift: token t predicts label t + 1 (True) or label t (False); None: as traced graphs show.
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, an unknown word, or a
@@ -85,7 +83,7 @@ def compile(
     blocks = repeated_blocks(frozen) if regional else []
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, checked, sparsity, frozen, convention=convention, collector=collector)
+    state = State(model, checked, sparsity, frozen, convention, collector)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
@@ -108,8 +106,7 @@ def _attach(
     try:
         compile_apart()
         state.mark(estimator.factors, estimator.vectors(state.frozen, score))
-        state.mark_logits(head)
-        state.mark_caches()
+        state.mark_model(head)
         leave_uncompiled(model)
         put(model, "forward", forward)
         watch_unloading(model, partial(_restore_if, state))

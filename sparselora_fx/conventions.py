@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from sparselora_fx.errors import CompileError
+
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
 # one.
 _UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
@@ -56,7 +58,13 @@ class Convention:
 
 def convention_of(model: nn.Module, said: bool | None) -> Convention:
     """What is known of a model's loss before any graph is traced. A loss function that the user has
-    set, and models that are not transformers' own, are believed only once a graph shows them."""
+    set, and models that are not transformers' own, are believed only once a graph shows them.
+    `CompileError` if what was said is no answer."""
+    if said is not None and not isinstance(said, bool):
+        raise CompileError(
+            "shift must be True (token t predicts label t + 1), False (label t) or None, "
+            f"got {said!r}"
+        )
     if said is not None:
         return Convention(said, said=True)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -40,8 +40,9 @@ class State:
     plan: SparsityPlan
     sparsity: dict[str, Sparsity]
     frozen: list[FrozenWeight]
+    convention: Convention = field(default_factory=lambda: Convention(True))
+    collector: Collector | None = None  # of a plan that calibrates in the dense phase
     phase: Phase = field(default_factory=Phase)
-    convention: Convention = field(default_factory=lambda: Convention(None))
     kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
     tally: TokenTally = field(default_factory=TokenTally)
     active: bool = True
@@ -58,7 +59,6 @@ class State:
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
     words_set: tuple[float, bool] | None = None
-    collector: Collector | None = None  # of a plan that calibrates in the dense phase
     told: set[str] = field(default_factory=set)  # what `warn_once` has said
     stepped: bool = False  # a sparse training call has run to its end
     handles: list[Any] = field(default_factory=list)
@@ -228,16 +228,13 @@ class State:
             taken = None if seen.taken is None else extra[seen.taken]
             self.collector.add(names, extra[seen.rows], taken)
 
-    def mark_caches(self) -> None:
-        """Put a hook on every model of transformers inside the model, which makes KV caches."""
+    def mark_model(self, head: nn.Module | None) -> None:
+        """Put a hook on the output embedding, if given, which says which of its rows carry a label,
+        and on every model of transformers that may make a KV cache."""
+        if head is not None:
+            self._hang(head, label_hook(self.phase.key), with_kwargs=False)
         for module in caching_modules(self.model):
-            hook = cache_hook(self.phase.key, module)
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def mark_logits(self, module: nn.Module | None) -> None:
-        """Put a hook on the output embedding, if given: it says which of its rows carry a label."""
-        if module is not None:
-            self._hang(module, label_hook(self.phase.key), with_kwargs=False)
+            self._hang(module, cache_hook(self.phase.key, module), with_kwargs=True)
 
     def _hang(self, module: nn.Module, hook: Any, *, with_kwargs: bool) -> None:
         hook.__dict__[OWNER] = self

@@ -142,3 +142,11 @@ def test_labels_of_whole_samples_show_nothing() -> None:
         dtype = torch.float32 if len(shape) == 2 else torch.int64
         node.meta["example_value"] = torch.empty(shape, dtype=dtype)
     assert shown_conventions(graph) == set()
+
+
+def test_a_shift_that_is_no_answer_is_refused_and_nothing_changes() -> None:
+    model = feed_forward(next_token)
+    before, weights = oracle.marks(model), oracle.copy_of_weights(model)
+    with pytest.raises(slx.CompileError, match="shift must be True"):
+        slx.compile(model, oracle.estimator_of(model), plan={"up": 0.5}, shift=1)  # type: ignore[arg-type]
+    oracle.assert_untouched(model, before, weights)

@@ -63,12 +63,12 @@ class Wrapped(nn.Module):
 
 def check(model: nn.Module, data: dict[str, Any], **options: Any) -> None:
     """Every site is sliced; dense, sparse and evaluation calls agree with the user's own call."""
-    user = float(model(**data).loss)
+    user = float(model(**data).loss.detach())
     plan = slx.SparsityPlan(0.5, start_step=1, channel_multiple=1)
     estimator = oracle.estimator_of(model)
     slx.compile(model, estimator, plan=plan, backend="aot_eager", **options)
     slx.step(model, 0, 10)
-    assert float(model(**data).loss) == pytest.approx(user, rel=1e-9)
+    assert float(model(**data).loss.detach()) == pytest.approx(user, rel=1e-9)
     slx.step(model, 1, 10)
     with slx.record(model) as record:
         got = oracle.step(model, data)
@@ -88,8 +88,9 @@ def samples_are_apart(model: nn.Module, data: dict[str, Any]) -> bool:
     return torch.equal(first, second)
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "cache"), [("llama", True), ("qwen3", True), ("mistral", True), ("llama", False)]
+)
 def test_packed_rows_mean_one_function(kind: str, cache: bool) -> None:
     model, data = model_of(kind, cache), packed()
     assert samples_are_apart(model, data) is not cache  # as transformers has it
