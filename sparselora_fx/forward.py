@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx.ahead import run_ahead
+from sparselora_fx.counting import KEY, CountedBatch
 from sparselora_fx.errors import CompileError
 from sparselora_fx.state import State
-from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
-from sparselora_fx.trimming import label_rows
+from sparselora_fx.token_lists import (
+    TokenCounts,
+    TokenLists,
+    count,
+    labelled_tokens,
+    list_lengths,
+    token_lists,
+)
+from sparselora_fx.tokens import Tokens, argument_names, call_arguments, split_tokens
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
 # one.
@@ -46,41 +54,47 @@ class CompiledForward:
         self.replaced = model.__dict__.get("forward")
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
+        self.names = argument_names(self.base_forward)
         config = getattr(base, "config", None)
         self.cacheable = _takes_use_cache(self.base_forward, config)
         # One token grid would have to serve two stacks of other lengths: every token is sparse
         # then.
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        self.shift = predicts_next(model)
+        state.every_token = bool(getattr(config, "is_encoder_decoder", False))
+        self.shift = state.phase.shift = predicts_next(model)
+        # Walked once: on a deep model that is a millisecond a step.
+        self.checkpoints = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
+        counted = kwargs.pop(KEY, None)
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
-        return self.step(*args, **kwargs)
+        return self.step(counted, *args, **kwargs)
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, counted: CountedBatch | None, *args: Any, **kwargs: Any) -> Any:
         """One compiled call, and before it those that compile ahead."""
         state = self.state
         if state.ahead and self.model.training and torch.is_grad_enabled():
-            run_ahead(state, lambda: self._run(args, dict(kwargs)))
+            run_ahead(state, lambda: self._run(counted, args, dict(kwargs)))
         before = state.graphs
-        out = self._run(args, kwargs)
+        out = self._run(counted, args, kwargs)
         # Other sizes than before: the levels to come need graphs for them too.
         state.ahead |= self.precompile and self.model.training and state.graphs > before
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """One compiled call."""
         state = self.state
-        arguments = call_arguments(self.base_forward, args, kwargs)
+        arguments = call_arguments(self.names, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
-        sliced = self._set_phase(arguments)
+        sliced = self._set_phase(arguments, counted)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         stepping = self.model.training or state.measured is not None
         if self.cacheable and stepping and unset and (sliced or self._is_in_parts()):
@@ -101,44 +115,76 @@ class CompiledForward:
         """Whether blocks are compiled, measured or checkpointed one by one, where a cache that they
         write to makes each another graph (or, checkpointed, is switched off with a warning)."""
         apart = bool(self.state.blocks) or self.state.measured is not None
-        return apart or any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-        )
+        return apart or any(module.gradient_checkpointing for module in self.checkpoints)
 
-    def _set_phase(self, arguments: Mapping[str, Any]) -> bool:
+    def _set_phase(self, arguments: Mapping[str, Any], counted: CountedBatch | None) -> bool:
         """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
         any linear may be sliced."""
         state, phase = self.state, self.state.phase
         share = state.share() if self.model.training else 0.0
         share = 1.0 if state.measured else share
         calibrating = state.collector is not None and self.model.training and not state.measured
-        tokens = None
-        if (share or calibrating) and not self.encoder_decoder:
+        tokens = labelled = None
+        if (share or calibrating) and not state.every_token:
             tokens = split_tokens(state.plan, arguments, shift=self.shift)
-        empty = tokens is not None and tokens.split and not bool(tokens.sparse.any())
+        if self.trim_logits and tokens is not None:
+            labelled = labelled_tokens(tokens, arguments, shift=self.shift)
+        counts = None
+        if tokens is not None and (tokens.split or calibrating or labelled is not None):
+            counts = self._count(tokens, labelled, arguments, counted)
+        empty = tokens is not None and tokens.split and counts is not None and not counts.sparse
         sparse = bool(share) and not empty
         if share and calibrating and state.forced is None:
             state.end_dense_phase()
         observed = calibrating and not sparse
-        phase.picked = self._observe(tokens, arguments) if observed else []
+        phase.picked = self._observe(tokens, counts, arguments) if observed else []
         if state.measured and sparse:
             state.set_sparsity(state.measured)
         else:
             state.set_share(share if sparse else 0.0, observed=observed)
-        if sparse and tokens is not None and tokens.split:
-            # Once and for all: a graph for batches without padding would be one more to compile.
-            state.padded |= tokens.has_padding()
-            tokens = replace(tokens, padded=state.padded)
-        # Blocks that are compiled one by one do not see who reads their rows.
-        whole = not state.blocks and state.measured is None
-        phase.padded = whole and tokens is not None and tokens.padded
-        phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        phase.shift, phase.labels = self.shift, []
-        if self.trim_logits and sparse and tokens is not None:
-            phase.labels = label_rows(arguments, tokens, phase.tokens, shift=self.shift)
+        lists = self._lists(tokens if sparse else None, labelled, counts)
+        phase.tokens = lists.tokens
+        phase.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
         return sparse and any(max(own) > 0 for own in state.sparsity.values())
 
-    def _observe(self, tokens: Tokens | None, arguments: Mapping[str, Any]) -> list[Tensor]:
+    def _count(
+        self,
+        tokens: Tokens,
+        labelled: Tensor | None,
+        arguments: Mapping[str, Any],
+        counted: CountedBatch | None,
+    ) -> TokenCounts:
+        """The batch's counts: those that came with it, else read from the device."""
+        if counted is None or not counted.fits(self.state.plan, arguments, self.shift):
+            return count(tokens, labelled)
+        counted.check(tokens, labelled)
+        return counted.counts
+
+    def _lists(
+        self, tokens: Tokens | None, labelled: Tensor | None, counts: TokenCounts | None
+    ) -> TokenLists:
+        """The token lists of a sparse call; none for ``tokens=None``."""
+        state = self.state
+        # Blocks that are compiled one by one do not see who reads their rows.
+        whole = not state.blocks and state.measured is None
+        state.phase.padded = False
+        if tokens is None:
+            return TokenLists([], [])
+        if counts is None:
+            return TokenLists([tokens.sparse], [])
+        grid = tokens.sparse.shape
+        if tokens.split:
+            # Once and for all: a graph for batches without padding would be one more to compile.
+            state.padded |= counts.sparse + counts.dense < grid.numel()
+            tokens = replace(tokens, padded=state.padded)
+        state.phase.padded = whole and tokens.padded
+        asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
+        lengths = list_lengths(counts, grid, **asked)
+        return token_lists(tokens, labelled, lengths, counts.unlike)
+
+    def _observe(
+        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
         """What is observed of a dense call. Calls that compile ahead, and those without gradients,
         run the same graphs and do not count."""
         state = self.state
@@ -148,7 +194,8 @@ class CompiledForward:
             state.collector.reopen(state.step[0])
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
         device = device or next(self.model.parameters()).device
-        return state.collector.begin(tokens, device, counting=counting)
+        total = None if counts is None else counts.sparse
+        return state.collector.begin(tokens, total, device, counting=counting)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise CompileError(

@@ -46,6 +46,7 @@ class State:
     frozen: list[FrozenWeight]
     phase: Phase = field(default_factory=Phase)
     active: bool = True
+    every_token: bool = False  # is sparse: one token grid would have to serve two stacks
     padded: bool = False  # a sparse step has had padding
     inside: bool = False  # a compiled call of the model is under way
     forced: float | None = None  # the share while `ahead` compiles for it

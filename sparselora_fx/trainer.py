@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparselora_fx.api import step
+from sparselora_fx.collating import count_in_loader
 from sparselora_fx.errors import CompileError
 from sparselora_fx.progress import calibration_file, load_calibration, save_calibration
 from sparselora_fx.recording import get_state
@@ -24,6 +26,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
     resuming from a checkpoint need nothing more. With a plan that calibrates in the dense phase,
     what was collected (later: the estimator) is saved in each checkpoint and loaded on resume.
+    The training data loader counts each batch's tokens while they are on the CPU
+    (`count_tokens`), so that no step waits for the GPU to do it.
     Raises `CompileError` at the start of training if no module of the model is compiled.
 
     Args:
@@ -33,13 +37,23 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.resume_from = resume_from
+        self._stop_counting: Callable[[], None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self._drive(state, kwargs["model"])
+        if self._stop_counting is None:
+            self._stop_counting = count_in_loader(model, kwargs.get("train_dataloader"))
         if state.global_step > 0 and get_state(model).collector is not None:
             self._resume(args, state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stop_counting is not None:
+            self._stop_counting()
+        self._stop_counting = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
