@@ -15,6 +15,7 @@ from sparselora_fx import (
     lowering,
 )
 from sparselora_fx.backend import make_backend
+from sparselora_fx.cuda_graphs import cuda_graphs_of
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
@@ -46,13 +47,13 @@ def compile(
     regional: bool = False,
     precompile: bool = False,
     trim_logits: bool = False,
+    cuda_graphs: bool | str = "auto",
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
 
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
-        estimator: factors of the frozen weights (`SVDEstimator.build`); None: the dense steps that
-            the plan begins with make it, as with ``calibrate="dense_phase"``.
+        estimator: factors of the frozen weights; None: ``calibrate="dense_phase"`` makes them.
         plan: also a number, a mapping or a YAML path; None: a conservative structural default.
         backend: "inductor" (native code), "aot_eager" or "eager" (run by PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
@@ -60,8 +61,8 @@ def compile(
         compile_eval: compile the (always dense) evaluation forward too.
         regional: compile each repeated block on its own; alike ones share graphs, the rest is eager
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
-        trim_logits: in sparse steps compute what follows the last attention only for tokens whose
-            prediction carries loss: the same loss and gradients, and ``outputs.logits`` is None.
+        trim_logits: in sparse steps compute logits, then None to the caller, for labelled rows only
+        cuda_graphs: replay steps of recurring sizes as CUDA graphs; True: and warn where not.
     What is compiled of it is restored first. Sparse calls get `use_cache=False` unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, or an unknown word.
@@ -72,16 +73,16 @@ def compile(
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, shift = found.score_of(checked.score), predicts_next(model)
     blocks = repeated_blocks(frozen) if regional else []
+    captured = cuda_graphs_of(model, cuda_graphs, backend=backend, regional=regional)
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, checked, sparsity, frozen, collector=collector)
+    state = State(model, checked, sparsity, frozen, collector=collector, cuda_graphs=captured)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter, shift)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
     forward = CompiledForward(model, state, run, compile_eval, precompile, trim_logits)
     compile_blocks(state, blocks, runner, dynamic)
-    state.mark(found.factors, found.vectors(frozen, score))
-    state.mark_logits(head)
+    state.mark(found.factors, found.vectors(frozen, score), head)
     model.__dict__ |= {ATTRIBUTE: state, "forward": forward}
     return model
 

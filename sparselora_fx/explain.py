@@ -39,6 +39,8 @@ def explain(model: nn.Module) -> str:
     ]
     done = sum(row[4].startswith("rewritten") for row in rows)
     lines.append(f"{done} of {count} frozen linears rewritten; {state.graphs} graphs compiled")
+    if state.cuda_graphs is not None and state.cuda_graphs.used:
+        lines.append(state.cuda_graphs.describe())
     if state.collector is not None:
         lines.append(state.collector.describe())
     return "\n".join(lines)

@@ -94,6 +94,7 @@ class CompiledForward:
         arguments = call_arguments(self.names, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
+        self._allow_replay(True)
         sliced = self._set_phase(arguments, counted)
         unset = arguments.get("use_cache") is None and arguments.get("past_key_values") is None
         stepping = self.model.training or state.measured is not None
@@ -110,6 +111,15 @@ class CompiledForward:
             return result
         finally:
             state.inside = False
+            self._allow_replay(False)
+
+    def _allow_replay(self, begins: bool) -> None:
+        """Tell CUDA graphs that a training call begins, or has ended; calls that compile ahead are
+        none."""
+        state = self.state
+        if state.cuda_graphs is not None:
+            stepping = self.model.training and state.forced is None and state.measured is None
+            state.cuda_graphs.allowed = begins and stepping and torch.is_grad_enabled()
 
     def _is_in_parts(self) -> bool:
         """Whether blocks are compiled, measured or checkpointed one by one, where a cache that they
@@ -179,7 +189,9 @@ class CompiledForward:
             tokens = replace(tokens, padded=state.padded)
         state.phase.padded = whole and tokens.padded
         asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
-        lengths = list_lengths(counts, grid, **asked)
+        lengths = tuple(list_lengths(counts, grid, **asked))
+        if state.cuda_graphs is not None:
+            lengths = state.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
         return token_lists(tokens, labelled, lengths, counts.unlike)
 
     def _observe(

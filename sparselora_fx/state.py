@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx._torch import in_backward
+from sparselora_fx.cuda_graphs import CudaGraphs
 from sparselora_fx.dense_phase import Collector
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
@@ -55,6 +56,7 @@ class State:
     seen: dict[str, Seen] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
     graphs: int = 0
+    cuda_graphs: CudaGraphs | None = None
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
@@ -119,9 +121,10 @@ class State:
         self,
         factors: Mapping[str, tuple[Tensor, Tensor]],
         vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         """Put a hook on every module that owns a frozen weight, and factors on those that the plan
-        makes sparse.
+        makes sparse; and one on the output embedding, if given.
 
         Dense ones need the hook too: Dynamo does not guard whether a module has hooks, but it does
         guard what they read, and without that a sparse block would run a dense block's graph.
@@ -148,6 +151,7 @@ class State:
             hook = site_hook(self.phase.key, tuple(marks))
             hook.__dict__[_OWNER] = self
             self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self.mark_logits(head)
         self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
 
     def set_share(self, share: float, *, observed: bool = False) -> None:
