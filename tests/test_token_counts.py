@@ -131,7 +131,13 @@ def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
             assert torch.equal(pos.flatten()[expected], torch.arange(len(expected)))
             assert bool((pos[~mask] == -1).all())
         sizes = {len(idx) for idx, _ in pairs}
-        assert len(sizes) == len({id(idx) for idx, _ in pairs}) and not sizes & {0, 1, rows, columns, rows * columns}
+        assert len(sizes) == len({id(idx) for idx, _ in pairs}) and not sizes & {
+            0,
+            1,
+            rows,
+            columns,
+            rows * columns,
+        }
 
 
 @pytest.mark.parametrize(

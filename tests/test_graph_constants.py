@@ -1,0 +1,68 @@
+"""No graph holds a real tensor: its caches could not keep one that lives on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from test_tokens import ragged
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
+
+import sparselora_fx as slx
+from sparselora_fx import _torch
+from sparselora_fx.ops import channel_rows
+
+
+def real_tensors(gm: fx.GraphModule) -> list[str]:
+    """Where a graph holds tensors with values: attributes, arguments, what is noted on nodes."""
+    held = [f"{name} {tuple(value.shape)}" for name, value in gm.__dict__.items() if _real(value)]
+    held += [f"{name} {tuple(value.shape)}" for name, value in gm.named_buffers()]
+    for node in gm.graph.nodes:
+        noted = {key: node.meta.get(key) for key in ("val", "example_value", "tensor_meta")}
+        leaves = pytree.tree_leaves([node.args, node.kwargs, noted])
+        held += [f"{node} {tuple(leaf.shape)}" for leaf in leaves if _real(leaf)]
+    return held
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_no_graph_holds_a_real_tensor(trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a sparse step with token lists, as Inductor gets them."""
+    found: dict[str, list[str]] = {}
+
+    def keeping(name: str) -> Any:
+        def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+            found[f"{name} {len(found)}"] = real_tensors(gm)
+            return make_boxed_func(gm.forward)
+
+        return compiler
+
+    def compiled(name: str, gm: fx.GraphModule, inputs: Any, *, rewritten: bool) -> Any:
+        assert rewritten
+        return aot_autograd(
+            fw_compiler=keeping("forward"), bw_compiler=keeping("backward"),
+            decompositions=_torch._all_decomposed(),
+        )(gm, inputs)  # fmt: skip
+
+    monkeypatch.setattr(_torch, "backend_compile", compiled)
+    model = oracle.llama(layers=2)
+    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+    oracle.run_compiled(model, ragged(), plan, trim_logits=trim)
+    assert any("backward" in name for name in found)
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("offsets", [[3], [0, 5], [4, 14, 24], [9, 1, 20], [7, 2]], ids=str)
+def test_rows_of_channels(offsets: list[int]) -> None:
+    channels = torch.tensor([0, 2, 3, 9])
+    expected = [c // 4 * 40 + c % 4 + o for o in offsets for c in channels.tolist()]
+    assert channel_rows(channels, 4, 40, offsets).tolist() == expected
