@@ -54,6 +54,11 @@ def _attention_backward(
 
 _FORMULAS = {torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward}
 
+# On the meta device PyTorch finds a kernel of its own for this composite op, and none for autograd:
+# it would warn, and take the same steps.
+_NLL_LOSS = torch.ops.aten.nll_loss.default
+_NLL_LOSS.py_impl(torch._C.DispatchKey.AutogradMeta)(_NLL_LOSS.decompose)
+
 
 class Counted(fx.Interpreter):
     """Runs a graph on meta tensors and counts the FLOPs of each node by shapes, with torch's

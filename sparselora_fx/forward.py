@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +14,8 @@ from sparselora_fx.ahead import run_ahead
 from sparselora_fx.counting import KEY, CountedBatch
 from sparselora_fx.errors import CompileError
 from sparselora_fx.state import State
-from sparselora_fx.token_lists import (
-    TokenCounts,
-    TokenLists,
-    count,
-    labelled_tokens,
-    list_lengths,
-    token_lists,
-)
+from sparselora_fx.step_tokens import step_counts, step_lists
+from sparselora_fx.token_lists import TokenCounts, labelled_tokens
 from sparselora_fx.tokens import Tokens, argument_names, call_arguments, split_tokens
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
@@ -141,7 +134,7 @@ class CompiledForward:
             labelled = labelled_tokens(tokens, arguments, shift=self.shift)
         counts = None
         if tokens is not None and (tokens.split or calibrating or labelled is not None):
-            counts = self._count(tokens, labelled, arguments, counted)
+            counts = step_counts(state, tokens, labelled, arguments, counted)
         empty = tokens is not None and tokens.split and counts is not None and not counts.sparse
         sparse = bool(share) and not empty
         if share and calibrating and state.forced is None:
@@ -152,47 +145,10 @@ class CompiledForward:
             state.set_sparsity(state.measured)
         else:
             state.set_share(share if sparse else 0.0, observed=observed)
-        lists = self._lists(tokens if sparse else None, labelled, counts)
+        lists = step_lists(state, tokens if sparse else None, labelled, counts)
         phase.tokens = lists.tokens
         phase.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
         return sparse and any(max(own) > 0 for own in state.sparsity.values())
-
-    def _count(
-        self,
-        tokens: Tokens,
-        labelled: Tensor | None,
-        arguments: Mapping[str, Any],
-        counted: CountedBatch | None,
-    ) -> TokenCounts:
-        """The batch's counts: those that came with it, else read from the device."""
-        if counted is None or not counted.fits(self.state.plan, arguments, self.shift):
-            return count(tokens, labelled)
-        counted.check(tokens, labelled)
-        return counted.counts
-
-    def _lists(
-        self, tokens: Tokens | None, labelled: Tensor | None, counts: TokenCounts | None
-    ) -> TokenLists:
-        """The token lists of a sparse call; none for ``tokens=None``."""
-        state = self.state
-        # Blocks that are compiled one by one do not see who reads their rows.
-        whole = not state.blocks and state.measured is None
-        state.phase.padded = False
-        if tokens is None:
-            return TokenLists([], [])
-        if counts is None:
-            return TokenLists([tokens.sparse], [])
-        grid = tokens.sparse.shape
-        if tokens.split:
-            # Once and for all: a graph for batches without padding would be one more to compile.
-            state.padded |= counts.sparse + counts.dense < grid.numel()
-            tokens = replace(tokens, padded=state.padded)
-        state.phase.padded = whole and tokens.padded
-        asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
-        lengths = tuple(list_lengths(counts, grid, **asked))
-        if state.cuda_graphs is not None:
-            lengths = state.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
-        return token_lists(tokens, labelled, lengths, counts.unlike)
 
     def _observe(
         self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, Any]

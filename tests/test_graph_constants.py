@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import oracle
@@ -15,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 import sparselora_fx as slx
+from benchmarks.graphs import batch_of, capture, llama
 from sparselora_fx import _torch
 from sparselora_fx.ops import channel_rows
 
@@ -59,6 +61,18 @@ def test_no_graph_holds_a_real_tensor(trim: bool, monkeypatch: pytest.MonkeyPatc
     oracle.run_compiled(model, ragged(), plan, trim_logits=trim)
     assert any("backward" in name for name in found)
     assert not any(found.values()), found
+
+
+def test_counting_on_the_meta_device_warns_of_no_missing_derivative() -> None:
+    shape = {
+        "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 112,
+    }  # fmt: skip
+    plan = slx.SparsityPlan(0.5, start_step=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered")
+        _, backwards = capture(llama(shape, 1), batch_of(2, 24, 8), plan, rank=4, trim_logits=True)
+    assert sum(graph.total() for graph in backwards) > 0
 
 
 @pytest.mark.parametrize("offsets", [[3], [0, 5], [4, 14, 24], [9, 1, 20], [7, 2]], ids=str)

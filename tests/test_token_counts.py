@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparselora_fx as slx
 from sparselora_fx.counting import KEY
 from sparselora_fx.recording import get_state
+from sparselora_fx.step_tokens import step_counts
 from sparselora_fx.token_lists import count, labelled_tokens, list_lengths, token_lists
 from sparselora_fx.tokens import split_tokens
 
@@ -193,20 +194,21 @@ def test_evaluation_never_sees_the_counts() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_trainers_data_loader_counts(workers: int, tmp_path: Any) -> None:
+def test_the_trainers_data_loader_counts(
+    workers: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import Trainer, TrainingArguments
 
     model = compiled()
-    forward, asked = model.forward, []
-    count_again = forward._count  # type: ignore[union-attr]
+    asked = []
 
-    def counting(tokens: Any, labelled: Any, arguments: Any, counted: Any) -> Any:
-        plan = get_state(model).plan
-        asked.append(counted is not None and counted.fits(plan, arguments, forward.shift))  # type: ignore[union-attr]
-        return count_again(tokens, labelled, arguments, counted)
+    def counting(state: Any, tokens: Any, labelled: Any, arguments: Any, counted: Any) -> Any:
+        fits = counted is not None and counted.fits(state.plan, arguments, state.phase.shift)
+        asked.append(fits)
+        return step_counts(state, tokens, labelled, arguments, counted)
 
-    forward._count = counting  # type: ignore[union-attr]
-    forward.compiled = forward.original  # type: ignore[union-attr]
+    monkeypatch.setattr("sparselora_fx.forward.step_counts", counting)
+    model.forward.compiled = model.forward.original  # type: ignore[union-attr]
     rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
