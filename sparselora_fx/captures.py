@@ -215,7 +215,7 @@ class _Replay(torch.autograd.Function):
         return tuple(capture.outputs[place].clone() for place in capture.needing)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         return None, *ctx.pending.answer(gradients)
 
@@ -223,7 +223,7 @@ class _Replay(torch.autograd.Function):
 def replayed(capture: Capture, args: tuple[Any, ...], pool: Pool) -> tuple[Any, ...]:
     """A call's outputs by replay. The caller may keep them, but for the extra ones."""
     pending = Pending(capture, args, pool)
-    results = _Replay.apply(pending, *(args[i] for i in capture.roots))
+    results = _Replay.apply(pending, *(args[i] for i in capture.roots))  # type: ignore[no-untyped-call]
     outputs = list(capture.outputs)
     own = range(len(outputs) - capture.extra)
     for place in own:

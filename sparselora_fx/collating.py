@@ -62,9 +62,11 @@ def count_in_loader(model: nn.Module, loader: Any) -> Callable[[], None]:
     """Let a data loader (or what accelerate has wrapped around one) count the tokens of its
     batches. Returns a function that undoes it."""
     state = get_state(model)
+    # What accelerate dispatches from one process to all, it cuts and joins: tensors only.
+    dispatched = hasattr(type(loader), "_fetch_batches")
     while "base_dataloader" in getattr(loader, "__dict__", {}):
         loader = loader.base_dataloader
-    if state.every_token or not isinstance(loader, DataLoader):
+    if state.every_token or dispatched or not isinstance(loader, DataLoader):
         return lambda: None
     before = loader.collate_fn
     loader.collate_fn = CountingCollator(before, state.plan, state.phase.shift)

@@ -57,11 +57,11 @@ class CudaGraphs:
         """A compiled graph that is replayed where that can be done. The last ``extra`` of its
         outputs are read before its next call."""
         devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
+        self.used |= self.pool.engine.device in devices
         if devices != {self.pool.engine.device}:
-            if self.demanded:
-                self.refuse(f"a graph's inputs are on {', '.join(sorted(devices)) or 'no device'}")
+            if self.used or self.demanded:
+                self.refuse(f"a graph's inputs are on {' and '.join(sorted(devices)) or 'nothing'}")
             return compiled
-        self.used = True
         return Replayed(compiled, extra, self)
 
     def lengths(self, grid: Sequence[int], wanted: Lengths, device: torch.device) -> Lengths:
@@ -92,7 +92,7 @@ class CudaGraphs:
     def describe(self) -> str:
         """One line for `explain`."""
         said = f"CUDA graphs: {self.captures} captured, {self.pool.forwards} calls replayed"
-        if self.usual:
+        if self.reason:
             said += f", {self.usual} run as usual (the last one because {self.reason})"
         return said
 

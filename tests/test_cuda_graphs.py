@@ -84,7 +84,7 @@ def assert_same_gradients(first: nn.Module, second: nn.Module) -> None:
     assert compared
 
 
-@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("trim", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_replayed_steps_are_the_same_steps(trim: bool) -> None:
     """With dropout, accumulation over two batches, an optimizer, and evaluation in between."""
     first, second = pair(dropout=0.1, trim_logits=trim)
@@ -113,6 +113,7 @@ def test_replayed_steps_are_the_same_steps(trim: bool) -> None:
     assert "1 captured" in slx.explain(first)
 
 
+@pytest.mark.slow
 def test_dense_steps_are_replayed_too_and_choices_are_recorded() -> None:
     plan = slx.SparsityPlan(0.5, start_step=5, channel_multiple=1)
     first, second = pair(plan)
@@ -212,6 +213,7 @@ def test_what_cannot_be_captured_runs_as_usual_and_says_why() -> None:
     assert "not permitted" in slx.explain(first) and graphs.captures == 0
 
 
+@pytest.mark.slow
 def test_lists_of_other_lengths_share_a_capture() -> None:
     """A longer list repeats a row that nobody reads: the loss is the same to rounding."""
     first, second = pair()
