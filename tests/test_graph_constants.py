@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -80,3 +87,64 @@ def test_rows_of_channels(offsets: list[int]) -> None:
     channels = torch.tensor([0, 2, 3, 9])
     expected = [c // 4 * 40 + c % 4 + o for o in offsets for c in channels.tolist()]
     assert channel_rows(channels, 4, 40, offsets).tolist() == expected
+
+
+PROGRAM = """
+import json
+import oracle
+import torch
+from test_tokens import ragged
+from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+import sparselora_fx as slx
+from test_graph_constants import pickled_tensors
+
+plain, held = AOTAutogradCache._pickle_entry, []
+
+def watched(entry, *args):
+    held.extend(pickled_tensors(entry))
+    return plain(entry, *args)
+
+AOTAutogradCache._pickle_entry = staticmethod(watched)
+plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+oracle.run_compiled(oracle.llama(layers=1), ragged(), plan, "inductor")
+found = counters["aot_autograd"]
+names = ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")
+print(json.dumps({"held": held, **{name: found[name] for name in names}}))
+"""
+
+
+def pickled_tensors(value: Any) -> list[str]:
+    """The tensors that a pickle of a value holds."""
+    held: list[str] = []
+
+    class Watching(pickle.Pickler):
+        def reducer_override(self, part: Any) -> Any:
+            if isinstance(part, Tensor):
+                held.append(f"{part.dtype} {tuple(part.shape)}")
+            return NotImplemented
+
+    Watching(io.BytesIO()).dump(value)
+    return held
+
+
+@pytest.mark.slow
+def test_a_fresh_process_finds_the_graphs_of_a_sparse_step(tmp_path: Path) -> None:
+    """What AOTAutograd's cache keeps holds no tensor, and is found again."""
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+    }
+    runs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    cold, warm = runs
+    assert cold["held"] == [] and cold["autograd_cache_miss"] > 0
+    assert warm["autograd_cache_hit"] > 0 and warm["autograd_cache_miss"] == 0
+    assert cold["autograd_cache_bypass"] == warm["autograd_cache_bypass"] == 0
