@@ -187,7 +187,7 @@ class Replayed:
         """A call as usual that tells which outputs gradients come for."""
         outputs = self.compiled(*args)
         for place, output in enumerate(outputs):
-            if isinstance(output, Tensor) and output.requires_grad:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
                 output.register_hook(_noting(known.used, place))
         return outputs
 
