@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Engine(Protocol):
@@ -16,6 +17,10 @@ class Engine(Protocol):
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Run a function. Returns another that does the same work again on the same memory, and
         what the function returned; its values are there after a replay."""
+
+    def unowned(self, tensor: Tensor) -> Tensor:
+        """A captured tensor that does not keep its memory from later captures: to be read at once
+        after a replay."""
 
     def random_state(self) -> Any:
         """The state of the device's random numbers."""
@@ -39,6 +44,16 @@ class CudaEngine:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
+
+    def unowned(self, tensor: Tensor) -> Tensor:
+        held = tensor.untyped_storage()
+        if not held.nbytes():
+            return tensor
+        storage = torch._C._construct_storage_from_data_pointer(
+            held.data_ptr(), tensor.device, held.nbytes()
+        )
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def random_state(self) -> Any:
         return torch.cuda.get_rng_state()

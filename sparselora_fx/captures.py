@@ -87,6 +87,13 @@ class Capture:
         self.backward, _ = self.engine.capture(backward)
         # Without their history, which has been used up.
         self.outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
+        # All but the extra outputs are copied as soon as they are there: a capture for each of
+        # several sizes must not hold logits and gradients of its own.
+        unowned = self.engine.unowned
+        for place in range(len(outputs) - self.extra):
+            if isinstance(outputs[place], Tensor):
+                self.outputs[place] = unowned(self.outputs[place])
+        self.packed = {dtype: unowned(flat) for dtype, flat in self.packed.items()}
 
     def _pack(self, found: Sequence[Tensor | None]) -> None:
         """Lay gradients end to end, so that one copy takes all of them out."""

@@ -118,6 +118,9 @@ def cuda_graphs_of(
 _UNLIKE = (
     "batches have too many sizes; pad them to a few (pad_to_multiple_of, or one length for all)"
 )
+_WAITING = (
+    "what was replayed before it still waits for its backward (two forwards, or a graph break)"
+)
 
 
 class _Sizes:
@@ -149,12 +152,12 @@ class Replayed:
         if self.off:
             return self._as_usual(args, graphs.reason)
         if graphs.pool.waits():
-            return self._as_usual(args, "the call before it still waits for its backward")
+            return self._as_usual(args, _WAITING)
         known = self._known(args)
         if known is None:
             self.off = True
             return self._as_usual(args, graphs.reason)
-        if known.calls < _CALLS:
+        if known.calls < _CALLS or not known.used:
             known.calls += 1
             return self._watched(args, known)
         if known.capture is None and not self._capture(args, known):
@@ -194,9 +197,6 @@ class Replayed:
     def _capture(self, args: tuple[Any, ...], known: _Sizes) -> bool:
         """Capture a call, if it can be; else its graph runs as usual from now on."""
         graphs = self.graphs
-        if not known.used:
-            graphs.refuse("no backward has followed its forward")
-            return False
         if sum(sizes.capture is not None for sizes in self.sizes.values()) >= _CAPTURES:
             graphs.refuse(f"{_CAPTURES} sizes are captured already")
             return False

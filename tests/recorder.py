@@ -40,6 +40,9 @@ class Recorder:
 
         return replay, result
 
+    def unowned(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def random_state(self) -> Tensor:
         return torch.get_rng_state()
 
