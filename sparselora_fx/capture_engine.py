@@ -18,6 +18,9 @@ class Engine(Protocol):
         """Run a function. Returns another that does the same work again on the same memory, and
         what the function returned; its values are there after a replay."""
 
+    def has_room(self) -> bool:
+        """Whether there is memory for a step's values twice: captured, and as usual."""
+
     def unowned(self, tensor: Tensor) -> Tensor:
         """A captured tensor that does not keep its memory from later captures: to be read at once
         after a replay."""
@@ -44,6 +47,13 @@ class CudaEngine:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
+
+    def has_room(self) -> bool:
+        if self.pool is not None:
+            return True
+        # What the steps so far needed and gave back is what a step needs.
+        step = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] >= step
 
     def unowned(self, tensor: Tensor) -> Tensor:
         held = tensor.untyped_storage()

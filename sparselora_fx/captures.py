@@ -63,15 +63,24 @@ class Capture:
         for i in self.copied:
             self.inputs[i] = _buffer(args[i])
         self.roots = [i for i, x in enumerate(self.inputs) if _needs_gradient(x)]
-        versions = [self.inputs[i]._version for i in self.copied]
+        versions = self._versions()
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # weights cast in a capture live in its memory
         try:
             self._record()
         finally:
             torch.set_autocast_cache_enabled(cached)
-        if versions != [self.inputs[i]._version for i in self.copied]:
-            raise RuntimeError("it writes to its inputs")
+        if versions != self._versions():
+            raise RuntimeError("it writes to its inputs or to a buffer of the model")
+
+    def _versions(self) -> list[int]:
+        return [value._version for value in self.inputs if isinstance(value, Tensor)]
+
+    def usual(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
+        """A call as usual: inputs of no history, and its outputs."""
+        inputs = [_alias(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        with torch.enable_grad():
+            return inputs, self.compiled(*inputs)
 
     def _record(self) -> None:
         self.forward, outputs = self.engine.capture(lambda: self.compiled(*self.inputs))
@@ -199,9 +208,7 @@ class Pending:
         now = engine.random_state()
         engine.set_random_state(self.random)
         try:
-            with torch.enable_grad():
-                inputs = [_alias(arg) if isinstance(arg, Tensor) else arg for arg in self.args]
-                outputs = self.capture.compiled(*inputs)
+            inputs, outputs = self.capture.usual(self.args)
         finally:
             engine.set_random_state(now)
         self.done = True

@@ -26,6 +26,7 @@ from sparselora_fx.capacities import Capacities, Lengths
 from sparselora_fx.capture_engine import CudaEngine, Engine
 from sparselora_fx.captures import Capture, Pool, replayed
 from sparselora_fx.errors import CompileError
+from sparselora_fx.replay_check import replays_differently
 
 Function = Callable[..., Any]
 _CALLS = 3  # as usual at each combination of sizes, before it is captured
@@ -203,7 +204,11 @@ class Replayed:
         assert self.moving is not None
         try:
             found = Capture(self.compiled, self.extra, graphs.pool.engine, sorted(known.used))
+            if not graphs.pool.engine.has_room():
+                raise RuntimeError("a step's memory would be needed twice, and is not there")
             found.record(args, self.moving)
+            if replays_differently(found, args):
+                raise RuntimeError("its replay differs from the call itself")
         except Exception as error:  # whatever an operation raises that cannot be captured
             self.off = True
             graphs.refuse(f"it cannot be captured: {type(error).__name__}: {_first_line(error)}")

@@ -40,6 +40,9 @@ class Recorder:
 
         return replay, result
 
+    def has_room(self) -> bool:
+        return True
+
     def unowned(self, tensor: Tensor) -> Tensor:
         return tensor
 

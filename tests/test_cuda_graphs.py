@@ -196,21 +196,29 @@ def assert_moved(first: nn.Module, second: nn.Module, data: dict[str, Any]) -> N
     assert graphs_of(first).captures == 2
 
 
-def test_what_cannot_be_captured_runs_as_usual_and_says_why() -> None:
-    first, second = pair()
+def refusing(run: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def idle(run: Any) -> Any:
+    _, result = Recorder().capture(run)
+    return lambda: None, result
+
+
+@pytest.mark.parametrize(("capture", "why"), [(refusing, "not permitted"), (idle, "differs")])
+def test_what_cannot_be_captured_runs_as_usual_and_says_why(capture: Any, why: str) -> None:
+    """Nor is a replay used that does not do what the call does."""
+    first, second = pair(dropout=0.1)
     graphs = graphs_of(first)
     graphs.demanded = True
-
-    def refuse(run: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    graphs.pool.engine.capture = refuse  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="not permitted") as caught:
+    graphs.pool.engine.capture = capture  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=why) as caught:
         for i, data in enumerate(batches(8)):
             got, expected = (backward(model, data, seed=i) for model in (first, second))
             assert torch.equal(got, expected)
+    assert_same_gradients(first, second)
     assert sum("cuda_graphs" in str(w.message) for w in caught) == 1
-    assert "not permitted" in slx.explain(first) and graphs.captures == 0
+    assert why in slx.explain(first) and graphs.captures == 0
 
 
 @pytest.mark.slow
