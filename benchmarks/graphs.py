@@ -29,7 +29,14 @@ from sparselora_fx.passes import PIPELINE
 from sparselora_fx.pipeline import run
 from sparselora_fx.regions import Options
 from sparselora_fx.state import State
-from sparselora_fx.tokens import split_tokens
+from sparselora_fx.token_lists import (
+    TokenLists,
+    count,
+    labelled_tokens,
+    list_lengths,
+    token_lists,
+)
+from sparselora_fx.tokens import Tokens, split_tokens
 
 assert autograd.LIBRARY is not None  # importing it registers the derivatives
 SCORE = scores.parse_score(scores.DEFAULT)  # that of factors without calibration
@@ -46,6 +53,11 @@ def _attention_backward(
 
 
 _FORMULAS = {torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward}
+
+# On the meta device PyTorch finds a kernel of its own for this composite op, and none for autograd:
+# it would warn, and take the same steps.
+_NLL_LOSS = torch.ops.aten.nll_loss.default
+_NLL_LOSS.py_impl(torch._C.DispatchKey.AutogradMeta)(_NLL_LOSS.decompose)
 
 
 class Counted(fx.Interpreter):
@@ -256,7 +268,7 @@ def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank
     tokens = split_tokens(plan, batch, shift=True)
     assert tokens is not None
     state.set_share(1.0)
-    state.phase.tokens = [tensor.to("meta") for tensor in tokens.tensors()]
+    state.phase.tokens = [tensor.to("meta") for tensor in _lists(tokens, batch).tokens]
     return state
 
 
@@ -264,8 +276,15 @@ def _label_list(state: State, batch: dict[str, Tensor], labels: Tensor) -> list[
     """What the marker before the logits carries; one list with the output tokens if they agree."""
     tokens = split_tokens(state.plan, batch, shift=True)
     assert tokens is not None
-    known = tokens.tensors()
-    found = tokens.label_list(batch["labels"], known, shift=True)
-    if found[0] is known[3]:
+    lists = _lists(tokens, batch)
+    if lists.labelled[0] is lists.tokens[3]:
         return [labels, *state.phase.tokens[3:5]]
-    return [labels, *(tensor.to("meta") for tensor in found)]
+    return [labels, *(tensor.to("meta") for tensor in lists.labelled)]
+
+
+def _lists(tokens: Tokens, batch: dict[str, Tensor]) -> TokenLists:
+    labelled = labelled_tokens(tokens, batch, shift=True)
+    counts = count(tokens, labelled)
+    grid = tokens.sparse.shape
+    lengths = list_lengths(counts, grid, split=tokens.split, padded=False, labelled=True)
+    return token_lists(tokens, labelled, lengths, counts.unlike)

@@ -3,6 +3,7 @@ torch.compile."""
 
 from sparselora_fx.ahead import warm_up
 from sparselora_fx.api import compile, restore, step
+from sparselora_fx.collating import count_tokens
 from sparselora_fx.errors import (
     CompileError,
     DeviceError,
@@ -36,6 +37,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityPlan",
     "compile",
+    "count_tokens",
     "explain",
     "load_calibration",
     "output_tokens",

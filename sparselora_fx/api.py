@@ -18,6 +18,7 @@ from sparselora_fx import (
 from sparselora_fx.backend import make_backend
 from sparselora_fx.conventions import convention_of
 from sparselora_fx.copies import put, stop_watching, take_off, watch_unloading
+from sparselora_fx.cuda_graphs import cuda_graphs_of
 from sparselora_fx.dense_phase import first_estimator
 from sparselora_fx.errors import CompileError, PlanError
 from sparselora_fx.estimator import SVDEstimator
@@ -53,6 +54,7 @@ def compile(
     precompile: bool = False,
     trim_logits: bool = False,
     shift: bool | None = None,
+    cuda_graphs: bool | str = "auto",
     **unknown: Any,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
@@ -69,6 +71,7 @@ def compile(
         precompile: the first training call compiles every level of the schedule (see `warm_up`).
         trim_logits: sparse steps compute logits for labelled tokens only; they return None instead.
         shift: token t predicts label t + 1 (True) or label t (False); None: as traced graphs show.
+        cuda_graphs: replay steps of recurring sizes as CUDA graphs; True: and warn where not.
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told.
     Raises:
         CompileError: no module, frozen weight, block or (trim_logits) head, an unknown word, or a
@@ -81,9 +84,10 @@ def compile(
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, convention = found.score_of(checked.score), convention_of(model, shift)
     blocks = repeated_blocks(frozen) if regional else []
+    captured = cuda_graphs_of(model, cuda_graphs, backend=backend, regional=regional)
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
-    state = State(model, checked, sparsity, frozen, convention, collector)
+    state = State(model, checked, sparsity, frozen, convention, collector, captured)
     options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
     runner = make_backend(state, backend, options)
     run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)

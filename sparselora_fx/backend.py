@@ -46,6 +46,8 @@ def make_backend(state: State, name: str, options: Options) -> Callable[..., Any
             compiled = compile_in_pieces(gm, inputs, repeated, compile_graph)
         else:
             compiled = compile_graph(gm, inputs)
+        if state.cuda_graphs is not None:
+            compiled = state.cuda_graphs.wrap(compiled, inputs, report.extra if report else 0)
         return compiled if report is None else _Rewritten(compiled, report, state)
 
     return backend

@@ -66,10 +66,12 @@ class Collector:
         self.full = {w.canonical for w in listed} - {w.canonical for w in likely_consumers(listed)}
         self.by_canonical = {w.canonical: w for w in listed}
 
-    def begin(self, tokens: Tokens | None, device: torch.device, *, counting: bool) -> list[Tensor]:
+    def begin(
+        self, tokens: Tokens | None, total: int | None, device: torch.device, *, counting: bool
+    ) -> list[Tensor]:
         """What the graphs of a dense call are told; see `observing.pick`."""
         self.counting = counting and self.estimator is None
-        self.picked = pick(tokens, device, self.first + self.calls)
+        self.picked = pick(tokens, device, self.first + self.calls, total)
         self.calls += self.counting
         return self.picked.tensors
 

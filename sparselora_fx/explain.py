@@ -52,6 +52,8 @@ def explain(model: nn.Module) -> str:
     lines.append(f"{done} of {count} frozen linears rewritten; {state.graphs} graphs compiled")
     if state.tally.describe():
         lines.append(state.tally.describe())
+    if state.cuda_graphs is not None and state.cuda_graphs.used:
+        lines.append(state.cuda_graphs.describe())
     if state.collector is not None:
         lines.append(state.collector.describe())
     return "\n".join(lines)

@@ -22,11 +22,13 @@ from sparselora_fx.caching import (
     takes_use_cache,
 )
 from sparselora_fx.copies import StandIn
+from sparselora_fx.counting import KEY, CountedBatch
 from sparselora_fx.devices import check_devices
 from sparselora_fx.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
 from sparselora_fx.state import State
-from sparselora_fx.tokens import Tokens, call_arguments, split_tokens
-from sparselora_fx.trimming import label_rows
+from sparselora_fx.step_tokens import is_worth_it, step_counts, step_lists
+from sparselora_fx.token_lists import TokenCounts, labelled_tokens
+from sparselora_fx.tokens import Tokens, argument_names, call_arguments, split_tokens
 
 
 class CompiledForward(StandIn):
@@ -53,12 +55,15 @@ class CompiledForward(StandIn):
         self.original: Callable[..., Any] = model.forward
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
+        self.names = argument_names(self.base_forward)
         config = getattr(base, "config", None)
         self.cacheable = takes_use_cache(self.base_forward, config)
         # One token grid would have to serve two stacks of other lengths: every token is sparse
         # then.
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        state.every_token = bool(getattr(config, "is_encoder_decoder", False))
         self.takes_key = OUTPUT_TOKENS not in inspect.signature(self.base_forward).parameters
+        # Walked once: on a deep model that is a millisecond a step.
+        self.checkpoints = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
@@ -70,12 +75,13 @@ class CompiledForward(StandIn):
         state = self.state
         if args and args[0] is self.model:
             args = args[1:]  # bound to the model, as accelerate binds what it has unwrapped
+        counted = kwargs.pop(KEY, None)
         measured = state.measured is not None
         if not state.active or not (self.model.training or self.compile_eval or measured):
             return self.original(*args, **kwargs)
-        return self.step(*args, **kwargs)
+        return self.step(counted, *args, **kwargs)
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, counted: CountedBatch | None, *args: Any, **kwargs: Any) -> Any:
         """One compiled call, and before it those that compile ahead."""
         state = self.state
         if _torch.in_transform():
@@ -85,14 +91,16 @@ class CompiledForward(StandIn):
             )
             return self.original(*args, **kwargs)
         if state.ahead and self.model.training and torch.is_grad_enabled():
-            run_ahead(state, lambda: self._run(args, dict(kwargs)))
+            run_ahead(state, lambda: self._run(counted, args, dict(kwargs)))
         before = state.graphs
-        out = self._run(args, kwargs)
+        out = self._run(counted, args, kwargs)
         # Other sizes than before: the levels to come need graphs for them too.
         state.ahead |= self.precompile and self.model.training and state.graphs > before
         return out
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """One compiled call. A graph that is traced may show that other tokens carry loss than was
         assumed: the call then begins anew, before that graph has run."""
         state, convention = self.state, self.state.convention
@@ -101,7 +109,7 @@ class CompiledForward(StandIn):
             convention.retry = False
             state.tally = replace(tally)
             try:
-                result = self._call(args, dict(kwargs))
+                result = self._call(counted, args, dict(kwargs))
             except Exception:
                 if not convention.retry:
                     raise
@@ -109,13 +117,16 @@ class CompiledForward(StandIn):
             if not convention.retry:
                 return result
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         state, phase = self.state, self.state.phase
-        arguments = call_arguments(self.base_forward, args, kwargs)
+        arguments = call_arguments(self.names, args, kwargs)
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
         check_devices(self.model, arguments)
-        sliced = self._set_phase(self._with_tokens(arguments))
+        self._allow_replay(True)
+        sliced = self._set_phase(self._with_tokens(arguments), counted)
         phase.caching = self._caching(sliced)
         packed = phase.caching == STANDS_IN and may_be_packed(arguments)
         if self.cacheable and phase.caching and is_unset(arguments) and not packed:
@@ -134,6 +145,15 @@ class CompiledForward(StandIn):
         finally:
             phase.inside = False
             phase.caching = AS_CALLED
+            self._allow_replay(False)
+
+    def _allow_replay(self, begins: bool) -> None:
+        """Tell CUDA graphs that a training call begins, or has ended; calls that compile ahead are
+        none."""
+        state = self.state
+        if state.cuda_graphs is not None:
+            stepping = self.model.training and state.forced is None and state.measured is None
+            state.cuda_graphs.allowed = begins and stepping and torch.is_grad_enabled()
 
     def _kind(self) -> Hashable:
         """What tells this call from others for which graphs of their own are compiled."""
@@ -164,14 +184,12 @@ class CompiledForward(StandIn):
         makes each another graph (or, checkpointed, is switched off with a warning)."""
         if not (self.model.training or self.state.measured is not None):
             return AS_CALLED
-        if self.model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-        ):
+        if self.model.training and any(m.gradient_checkpointing for m in self.checkpoints):
             return LEFT_OUT
         apart = bool(self.state.blocks) or self.state.measured is not None
         return STANDS_IN if sliced or apart else AS_CALLED
 
-    def _set_phase(self, arguments: Mapping[str, Any]) -> bool:
+    def _set_phase(self, arguments: Mapping[str, Any], counted: CountedBatch | None) -> bool:
         """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
         any linear may be sliced."""
         state, phase = self.state, self.state.phase
@@ -182,63 +200,35 @@ class CompiledForward(StandIn):
         share = 1.0 if state.measured else share
         calibrating = state.collector is not None and self.model.training and not state.measured
         shift = self._shift(arguments)
-        tokens = None
-        if (share or calibrating) and not self.encoder_decoder:
+        tokens = labelled = counts = None
+        if (share or calibrating) and not state.every_token:
             tokens = split_tokens(state.plan, arguments, shift=shift)
-        sparse = bool(share) and self._is_worth_it(tokens)
+        if tokens is not None and self.trim_logits and shift is not None:
+            labelled = labelled_tokens(tokens, arguments, shift=shift)
+        if tokens is not None and (tokens.split or calibrating or labelled is not None):
+            counts = step_counts(state, tokens, labelled, arguments, counted, shift)
+        sparse = bool(share) and is_worth_it(state, tokens, counts)
         if self.model.training and not sparse and state.forced is None:
             state.dense_calls.add("no token was sparse" if share else "the schedule was dense")
         if share and calibrating and state.forced is None:
             state.end_dense_phase()
         observed = calibrating and not sparse
-        phase.picked = self._observe(tokens, arguments) if observed else []
+        phase.picked = self._observe(tokens, counts, arguments) if observed else []
         if state.measured and sparse:
             state.set_sparsity(state.measured)
         else:
             state.set_share(share if sparse else 0.0, observed=observed)
-        if sparse and tokens is not None and tokens.split:
-            # Once and for all: a graph for batches without padding would be one more to compile.
-            state.padded |= tokens.has_padding()
-            tokens = replace(tokens, padded=state.padded)
-        # Blocks that are compiled one by one do not see who reads their rows.
-        whole = not state.blocks and state.measured is None
-        phase.padded = whole and tokens is not None and tokens.padded
-        phase.tokens = tokens.tensors() if sparse and tokens is not None else []
-        phase.labels, self.untrimmed = [], False
-        if self.trim_logits and sparse and tokens is not None:
-            phase.shift, phase.labels = self._label_rows(arguments, tokens, shift)
+        lists = step_lists(state, tokens if sparse else None, labelled, counts)
+        phase.tokens = lists.tokens
+        phase.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
+        phase.shift = phase.shift if shift is None else shift
+        labels = arguments.get("labels")
+        self.untrimmed = self.trim_logits and sparse and shift is None and labels is not None
         return sparse and any(max(own) > 0 for own in state.sparsity.values())
 
-    def _label_rows(
-        self, arguments: Mapping[str, Any], tokens: Tokens, shift: bool | None
-    ) -> tuple[bool, list[Tensor]]:
-        """What `trim_logits` needs: how labels are predicted, and the list of those tokens."""
-        if shift is not None:
-            known = self.state.phase.tokens
-            return shift, label_rows(arguments, tokens, known, shift=shift)
-        self.untrimmed = isinstance(arguments.get("labels"), Tensor)
-        return True, []
-
-    def _is_worth_it(self, tokens: Tokens | None) -> bool:
-        """Whether a call that the schedule makes sparse has sparse tokens enough."""
-        state, plan = self.state, self.state.plan
-        counted = state.forced is None and state.measured is None
-        if tokens is None or not tokens.split:
-            if counted:
-                state.tally.all_sparse += 1
-            if plan.tokens == "context" and not self.encoder_decoder:
-                state.tally.warn_unknown()
-            return True
-        sparse, dense = tokens.counts
-        least = 0.0 if state.measured else plan.min_sparse
-        few = sparse == 0 or sparse < least * (sparse + dense)
-        if counted:
-            state.tally.add(sparse, sparse + dense, dense=few)
-        if few and not state.measured:
-            state.tally.warn_few(sparse, sparse + dense, least)
-        return not few
-
-    def _observe(self, tokens: Tokens | None, arguments: Mapping[str, Any]) -> list[Tensor]:
+    def _observe(
+        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
         """What is observed of a dense call. Calls that compile ahead, and those without gradients,
         run the same graphs and do not count."""
         state = self.state
@@ -248,7 +238,8 @@ class CompiledForward(StandIn):
             state.collector.reopen(state.step[0])
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
         device = device or next(self.model.parameters()).device
-        return state.collector.begin(tokens, device, counting=counting)
+        total = None if counts is None else counts.sparse
+        return state.collector.begin(tokens, total, device, counting=counting)
 
 
 def _decodes(arguments: Mapping[str, Any]) -> bool:

@@ -38,20 +38,23 @@ class Picked:
     count: int
 
 
-def pick(tokens: Tokens | None, device: torch.device, call: int) -> Picked:
+def pick(
+    tokens: Tokens | None, device: torch.device, call: int, total: int | None = None
+) -> Picked:
     """The rows to observe of one call, the ``call``-th that is observed.
 
     Args:
         tokens: its sparse tokens are sampled; None: the batch has no token grid, and every input
             is sampled over all its rows.
         device: where the batch is.
+        total: how many tokens are sparse; None: it is asked of the device.
     """
     offset = int((call * _GOLDEN) % 1.0 * _PARTS)
     places = torch.arange(ROWS, device=device) * _PARTS + offset
     if tokens is None:
         return Picked([places], 0)
-    where = tokens.sparse.flatten().nonzero().flatten()
-    total = where.shape[0]
+    total = int(tokens.sparse.sum()) if total is None else total
+    where = torch.nonzero_static(tokens.sparse.flatten(), size=total).squeeze(1)
     idx = torch.zeros(ROWS, dtype=torch.int64, device=device)
     if total > ROWS:
         idx = where[places * total // SPAN]

@@ -141,11 +141,18 @@ def channel_rows(channels: Tensor, inner: int, outer_stride: int, offsets: list[
     o`` for each o.
 
     One formula covers plain, fused, interleaved and grouped-head layouts. Returns ``[len(offsets)
-    * S]``, offset-major.
+    * S]``, offset-major. Offsets are written as arithmetic: a tensor made of them would be a
+    constant of the graph, which compilers' caches cannot keep on a GPU.
     """
     rows = channels // inner * outer_stride + channels % inner
-    start = torch.tensor(offsets, dtype=torch.int64, device=channels.device)
-    return (start[:, None] + rows).reshape(-1)
+    first, count = offsets[0], len(offsets)
+    if count == 1:
+        return rows + first
+    step = offsets[1] - first
+    if offsets == [first + i * step for i in range(count)]:
+        starts = torch.arange(count, device=channels.device)[:, None] * step + first
+        return (starts + rows).reshape(-1)
+    return torch.cat([rows + offset for offset in offsets])
 
 
 @_eager("topk_channels", checks.top)

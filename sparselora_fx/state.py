@@ -15,6 +15,7 @@ from sparselora_fx._torch import in_backward
 from sparselora_fx.caching import cache_hook, caching_modules
 from sparselora_fx.conventions import Convention
 from sparselora_fx.copies import OWNER, forget_plain, keep_plain
+from sparselora_fx.cuda_graphs import CudaGraphs
 from sparselora_fx.dense_phase import Collector
 from sparselora_fx.estimator import SVDEstimator
 from sparselora_fx.frozen import FrozenWeight
@@ -42,10 +43,12 @@ class State:
     frozen: list[FrozenWeight]
     convention: Convention = field(default_factory=lambda: Convention(True))
     collector: Collector | None = None  # of a plan that calibrates in the dense phase
+    cuda_graphs: CudaGraphs | None = None
     phase: Phase = field(default_factory=Phase)
     kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
     tally: TokenTally = field(default_factory=TokenTally)
     active: bool = True
+    every_token: bool = False  # is sparse: one token grid would have to serve two stacks
     padded: bool = False  # a sparse step has had padding
     forced: float | None = None  # the share while `ahead` compiles for it
     ahead: bool = False  # compile the levels to come before the next training call
@@ -127,9 +130,10 @@ class State:
         self,
         factors: Mapping[str, tuple[Tensor, Tensor]],
         vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         """Put a hook on every module that owns a frozen weight, and factors on those that the plan
-        makes sparse.
+        makes sparse; and one on the output embedding, if given.
 
         Dense ones need the hook too: Dynamo does not guard whether a module has hooks, but it does
         guard what they read, and without that a sparse block would run a dense block's graph.

@@ -9,21 +9,18 @@ predicts label t at token t. Of a loss that nobody has seen, both are taken to c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparselora_fx._torch import mark_dynamic
 from sparselora_fx.errors import PlanError
 from sparselora_fx.named_tokens import OUTPUT_TOKENS, checked
 from sparselora_fx.plan import SparsityPlan
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy
-_ROUND = 16  # token lists grow in steps of this, so that their matmuls stay aligned
 
 
 @dataclass(frozen=True)
@@ -36,73 +33,21 @@ class Tokens:
     split: bool
     padded: bool = False
 
-    def tensors(self) -> list[Tensor]:
-        """What a site marker carries: the counted tokens, then (if split) the lists of sparse and
-        of dense tokens, each with its inverse, and then (if padded) those of all but padding and of
-        all but sparse tokens.
-
-        A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is
-        ``int64[B, L]``. Lists are as long as no other size of the batch, lest the compiler take two
-        sizes for one because they agree this once.
-        """
-        return [self.sparse, *(self._lists() if self.split else [])]
-
-    def _lists(self) -> list[Tensor]:
-        taken: set[int] = set()
-        masks = [self.sparse, self.dense]
-        masks += [self.sparse | self.dense, ~self.sparse] if self.padded else []
-        return [tensor for mask in masks for tensor in _token_list(mask, taken)]
-
-    @cached_property
-    def counts(self) -> tuple[int, int]:
-        """How many tokens are sparse, and how many dense: one read of the device, kept."""
-        sparse, dense = torch.stack([self.sparse.sum(), self.dense.sum()]).tolist()
-        return int(sparse), int(dense)
-
-    def has_padding(self) -> bool:
-        """Whether some token is neither sparse nor dense."""
-        return not bool((self.sparse | self.dense).all())
-
-    def label_list(self, labels: Tensor, known: list[Tensor], *, shift: bool) -> list[Tensor]:
-        """The list of tokens whose prediction carries loss, with its inverse.
-
-        ``known`` is what `tensors` returned: if the dense tokens are just those, their list is
-        used, so that the compiler sees one list.
-        """
-        rows = _predicting(labels.to(self.sparse.device), shift=shift)
-        if self.split and torch.equal(rows, self.dense):
-            return known[3:5]
-        return _token_list(rows, {tensor.shape[0] for tensor in known[1::2]})
-
-
-def _token_list(mask: Tensor, taken: set[int]) -> list[Tensor]:
-    """The flat indices of a ``bool[B, L]`` mask, padded with -1, and their inverse ``int64[B, L]``.
-
-    Its length is none of ``taken`` and is added to it.
-    """
-    batch, length = mask.shape
-    idx = mask.flatten().nonzero().flatten()
-    pos = torch.full((batch * length,), -1, dtype=torch.int64, device=mask.device)
-    pos[idx] = torch.arange(idx.shape[0], device=mask.device)
-    size = max(_ROUND, -(-idx.shape[0] // _ROUND) * _ROUND)
-    while size in taken | {0, 1, batch, length, batch * length}:
-        size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
-    taken.add(size)
-    idx = torch.nn.functional.pad(idx, (0, size - idx.shape[0]), value=-1)
-    mark_dynamic(idx)
-    return [idx, pos.view(batch, length)]
-
 
 def call_arguments(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by name, as far as the signature of ``forward`` names them."""
-    names = [
+    """The arguments of a call by name, as far as its callee has ``names`` for them."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """The names that a function's signature has for positional arguments, in their order."""
+    return [
         p.name
         for p in inspect.signature(forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def split_tokens(
@@ -134,7 +79,7 @@ def split_tokens(
     elif isinstance(labels, Tensor) and labelled:
         # Also where the mask hides the token: behind padding on the left the first label is
         # predicted by a padding token, and the loss reads that prediction.
-        predicting = _predicting(labels.to(grid.device), shift=shift)
+        predicting = carry_loss(labels.to(grid.device), shift=shift)
     real = shown | predicting
     dense = torch.zeros_like(real)
     split = callable(plan.tokens)
@@ -167,7 +112,9 @@ def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
     return grid if grid is not None and grid.dim() == 2 else None
 
 
-def _predicting(labels: Tensor, *, shift: bool | None) -> Tensor:
+def carry_loss(labels: Tensor, *, shift: bool | None) -> Tensor:
+    """The tokens ``bool[B, L]`` whose prediction carries loss, by their ``labels[B, L]``; for a
+    ``shift`` of None those of either convention."""
     carries = labels != IGNORED
     if shift is False:
         return carries

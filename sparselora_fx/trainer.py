@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparselora_fx.api import step
+from sparselora_fx.collating import count_in_loader
 from sparselora_fx.errors import CompileError
 from sparselora_fx.progress import calibration_file, load_calibration, save_calibration
 from sparselora_fx.recording import get_state
@@ -27,7 +29,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     what was collected (later: the estimator) is saved in each checkpoint and loaded on resume.
     Labels that the Trainer keeps from the model (``label_smoothing_factor``, ``compute_loss_func``,
     a ``compute_loss`` of one's own) are shown to the token policy all the same: while it trains,
-    the Trainer's ``compute_loss`` is wrapped.
+    the Trainer's ``compute_loss`` is wrapped. The training data loader counts each batch's tokens
+    while they are on the CPU (`count_tokens`), so that no step waits for the GPU to do it.
     Raises `CompileError` at the start of training if no module of the model is compiled.
 
     Args:
@@ -37,6 +40,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
         self.resume_from = resume_from
+        self._stop_counting: Callable[[], None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,20 +49,25 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         trainer = trainer_of(self)
         if trainer is not None:
             show_labels(trainer, get_state(model))
+        if self._stop_counting is None:
+            self._stop_counting = count_in_loader(model, kwargs.get("train_dataloader"))
         if state.global_step > 0 and get_state(model).collector is not None:
             self._resume(args, state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stop_counting is not None:
+            self._stop_counting()
+        self._stop_counting = None
+        trainer = trainer_of(self)
+        if trainer is not None:
+            hide_labels(trainer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._drive(state, kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = trainer_of(self)
-        if trainer is not None:
-            hide_labels(trainer)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from sparselora_fx.errors import CompileError
-from sparselora_fx.tokens import Tokens
-
-
-def label_rows(
-    arguments: Mapping[str, Any], tokens: Tokens, known: list[Tensor], *, shift: bool
-) -> list[Tensor]:
-    """The call's ``labels[B, L]`` and the list of tokens that carry one; nothing without labels."""
-    labels = arguments.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != tokens.sparse.shape:
-        return []
-    return [labels, *tokens.label_list(labels, known, shift=shift)]
 
 
 def output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:
