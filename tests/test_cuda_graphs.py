@@ -205,7 +205,10 @@ def idle(run: Any) -> Any:
     return lambda: None, result
 
 
-@pytest.mark.parametrize(("capture", "why"), [(refusing, "not permitted"), (idle, "differs")])
+@pytest.mark.parametrize(
+    ("capture", "why"),
+    [pytest.param(refusing, "not permitted", marks=pytest.mark.slow), (idle, "differs")],
+)
 def test_what_cannot_be_captured_runs_as_usual_and_says_why(capture: Any, why: str) -> None:
     """Nor is a replay used that does not do what the call does."""
     first, second = pair(dropout=0.1)
