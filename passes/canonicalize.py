@@ -30,16 +30,20 @@ _CAST_METHODS = {"to", "float", "half", "bfloat16", "double", "type_as", "contig
 
 def canonicalize(rewrite: Rewrite) -> int:
     """Pass a function's ``input`` and ``other`` by position; erase casts to the dtype a tensor
-    already has and dropout that is off; write a buffer that is filled slice by slice as a
-    concatenation; in graphs with sparse linears write a glu as a product. Returns the changes.
+    already has and dropout that is off; in graphs with sparse linears bring other equal spellings
+    to one form (`_spellings`), and write a buffer that is filled slice by slice as a concatenation.
+    Returns the changes.
 
     Before:  y: f32 = linear(input=x, weight=w);  z: f32 = y.to(float32);  u = dropout(z, p=0.0)
              v = silu(u)
              k = new_empty(..., m + n);  k[..., :m].copy_(a);  k[..., m:].copy_(b)
+             h *= 2.0;  z = tensordot(h, w, 1);  t = silu(h.mT).mT
     After:   y: f32 = linear(x, weight=w);  v = silu(y)
              k = cat((a, b), -1)
+             h2 = h * 2.0;  z = matmul(h2, w);  t = silu(h2)
     Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
-             dropout that is off), but for the rounding of a glu.
+             dropout that is off), but for the rounding of the spellings. Without a sparse linear
+             none of these is changed.
     """
     erased = 0
     for node in rewrite.graph.nodes:

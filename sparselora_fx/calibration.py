@@ -66,8 +66,7 @@ def calibrate(
         EstimatorError: no batch, a batch that is no dict, or one in which no token counts.
     """
     stored = list(batches) if iter(batches) is batches else batches  # several passes read it
-    first = next(iter(stored), None)
-    if first is None:
+    if (first := next(iter(stored), None)) is None:
         raise EstimatorError("calibration has no batches; give at least one dict of model inputs")
     listed = {w.canonical: w for w in weights}
     weights = oriented(weights, lambda: _run(model, [], first, lambda w, x: None))
@@ -90,10 +89,9 @@ def calibrate(
             moment = moments.pop(id(group[0]))
             if not moment.count:
                 continue
-            found += [
-                listed_as(listed[w.canonical], w, *finish(w, moment, ranks[w.canonical], settings))
-                for w in group
-            ]
+            for w in group:
+                done = finish(w, moment, ranks[w.canonical], settings)
+                found.append(listed_as(listed[w.canonical], w, *done))
     if not found:
         raise EstimatorError(
             "calibration reached no frozen weight: every token is padding (attention_mask 0), or "

@@ -269,6 +269,26 @@ def test_branches_added_to_a_part(layer: type[Adapted]) -> None:
     assert set(record.sites) == ALL, table
 
 
+@pytest.mark.parametrize("layer", BRANCHES)
+def test_sparse_branches_added_to_a_part(layer: type[Adapted]) -> None:
+    model, x = build(lambda: with_layers(layer))
+    plan = oracle.plan_of(0.5)
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", lora_branch="sparse")
+    with slx.record(model) as record:
+        got = step(model, x)
+    slx.restore(model)
+    assert set(record.sites) == ALL
+    with torch.no_grad():
+        for name, (role, kept) in record.sites.items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            part = owner.up if role == "out" else owner.down
+            mask = torch.zeros(part.shape[int(role == "in")]).index_fill_(0, kept, 1)
+            part.mul_(mask[:, None] if role == "out" else mask)
+    with oracle.masked_reference(model, record):
+        expected = step(model, x)
+    assert abs(float(got.loss - expected.loss)) <= 1e-9
+
+
 class SliceReplaced(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         y, n = self.base(x), self.base.out_features // 2

@@ -81,7 +81,7 @@ def run(fn: Region, inputs: list[Tensor]) -> list[Tensor]:
     out = fn(*inputs)
     wanted = [value for value in inputs if value.requires_grad]
     cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
-    gradients = torch.autograd.grad(out, wanted, cotangent.to(out.dtype))
+    gradients = torch.autograd.grad(out, wanted, cotangent.to(out))
     return [out.detach(), *gradients]
 
 
