@@ -2,7 +2,8 @@
 
 A step compiled by `sparselora_fx` chooses channels. The reference algorithm (eager, with exact
 gradients: `benchmarks.reference`) then takes the same step of the same model on the same channels.
-Compared: the loss, and every adapter gradient.
+Compared: the loss, and every adapter gradient. In fp32 the difference is bounded itself; in bf16
+both steps are compared with the reference's in fp32, and ours may be that far off by a factor.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from benchmarks.presets import Level, Preset
 from benchmarks.stepping import Peer
 from benchmarks.suite_presets import preset_of
 
-# name of a preset, dtype of the base, what the relative difference may be
+# name of a preset, dtype of the base, and the bound: in fp32 of the relative difference, in bf16 of
+# our error over the eager step's own
 CHECKS = (
-    ("8b-math10k", torch.bfloat16, 5e-2),
+    ("8b-math10k", torch.bfloat16, 1.5),
     ("8b-math10k", torch.float32, 1e-4),
-    ("1b-default", torch.bfloat16, 5e-2),
+    ("1b-default", torch.bfloat16, 1.5),
 )
 LAYERS = 4  # fewer are not compiled in pieces
 
@@ -44,7 +46,8 @@ def checks(tiny: bool, backend: str) -> Iterator[dict[str, Any]]:
 
 
 def difference(preset: Preset, backend: str) -> tuple[float, str]:
-    """The largest relative difference among the loss and the gradients, and where it is."""
+    """The largest difference among the loss and the gradients, as `CHECKS` bounds it, and where it
+    is."""
     model = dense(preset)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -60,10 +63,22 @@ def difference(preset: Preset, backend: str) -> tuple[float, str]:
     if not record.sites:
         raise RuntimeError("no linear was sliced: the check shows nothing")
     levels = _sliced(preset, record)
-    shared = reference.apply(model, estimator.factors, levels, fixed=record.selections)
-    expected = _step(Peer("reference", model, autocast=preset.autocast), batch)
-    shared.restore()
-    return max((relative(got[name], value), name) for name, value in expected.items())
+
+    def expected(autocast: torch.dtype | None) -> dict[str, Tensor]:
+        shared = reference.apply(model, estimator.factors, levels, fixed=record.selections)
+        found = _step(Peer("reference", model, autocast=autocast), batch)
+        shared.restore()
+        return found
+
+    eager = expected(preset.autocast)
+    if preset.dtype == torch.float32:
+        return max((relative(got[name], value), name) for name, value in eager.items())
+    model.float()
+    exact = expected(None)
+    return max(
+        (relative(got[name], value) / max(relative(eager[name], value), 1e-3), name)
+        for name, value in exact.items()
+    )
 
 
 def _sliced(preset: Preset, record: slx.Recording) -> list[Level]:
