@@ -1,6 +1,6 @@
 """Training calls that keep no KV cache, and otherwise compute what the user's call computes.
 
-See docs/decisions/0021.
+See docs/decisions/0013.
 """
 
 from __future__ import annotations

@@ -182,13 +182,20 @@ def test_dynamic_from_the_first_batch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [2, 3, 8])
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize("score", [None, "pooled", "tokens+weighted+normalised"])
+@pytest.mark.parametrize(
+    ("layers", "regional", "dynamic", "score"),
+    [
+        (2, False, True, "pooled"),
+        (3, False, None, "tokens+weighted+normalised"),
+        (8, False, None, None),
+        (2, True, None, "tokens+weighted+normalised"),
+        (3, True, True, None),
+    ],
+)
 def test_two_hundred_batches(
     layers: int, regional: bool, dynamic: bool | None, score: str | None
 ) -> None:
+    """Each depth, way of compiling, kind of sizes and score at least once."""
     options = {"regional": regional, "dynamic": dynamic, "score": score}
     check_as_plain(layers, random_batches(200), more=2, **options)
 
