@@ -9,19 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, op_name, tensor, writes
-from sparselora_fx.in_place import as_new, as_sum, last_slice
-from sparselora_fx.layout import same_shape
-from sparselora_fx.products import as_linear
-from sparselora_fx.rearranging import as_whole, without_transpose
-from sparselora_fx.regions import DENSE, Rewrite
-from sparselora_fx.spellings import (
-    as_added,
-    as_constant,
-    as_leaky,
-    as_product,
-    called,
-)
+from sparselora_fx._torch import is_erased
+from sparselora_fx.graph.layout import same_shape
+from sparselora_fx.graph.nodes import argument, has_side_effect, op_name, tensor
+from sparselora_fx.ir.markers import DENSE
+from sparselora_fx.rewrite.in_place import as_new, as_sum, last_slice
+from sparselora_fx.rewrite.products import as_linear
+from sparselora_fx.rewrite.rearranging import as_whole, without_transpose
+from sparselora_fx.rewrite.respell import as_added, as_constant, as_leaky, as_product, called
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 _INPUT_IS_NOT_FIRST = ("where", "searchsorted")  # of functions with an argument "input"
 Spelling = Callable[[fx.Node], fx.Node | None]
@@ -55,7 +51,7 @@ def canonicalize(rewrite: Rewrite) -> int:
     weights = _sparse_weights(rewrite.graph)
     for spell in _spellings(weights) if weights else ():
         for node in list(rewrite.graph.nodes):
-            erased += not node._erased and spell(node) is not None
+            erased += not is_erased(node) and spell(node) is not None
     for node in list(rewrite.graph.nodes) if weights else ():
         if op_name(node) in ("new_empty", "empty", "empty_like"):
             erased += _filled_to_cat(rewrite.graph, node)
@@ -179,7 +175,7 @@ def _in_order(graph: fx.Graph, own: list[fx.Node], readers: list[fx.Node]) -> bo
     order = {node: i for i, node in enumerate(graph.nodes)}
     first, last = min(own, key=order.__getitem__), max(own, key=order.__getitem__)
     between = list(graph.nodes)[order[first] : order[last]]
-    others = any(writes(node) for node in between if node not in own)
+    others = any(has_side_effect(node) for node in between if node not in own)
     return not others and order[last] < min(order[node] for node in readers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparselora_fx.regions import Rewrite
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 
 def clean_up(rewrite: Rewrite) -> int:

@@ -6,26 +6,26 @@ from dataclasses import replace
 
 from torch import fx
 
-from sparselora_fx.channels import propagate
-from sparselora_fx.fx import tensor
-from sparselora_fx.layout import Atom, ChannelMap, channel_map
-from sparselora_fx.readers import lost_in, outside_reader, roots_of
-from sparselora_fx.regions import (
+from sparselora_fx.analysis.channel_flow import propagate
+from sparselora_fx.analysis.channel_values import Channels, Port, Values, attention_of
+from sparselora_fx.analysis.readers import lost_in, outside_reader, roots_of
+from sparselora_fx.analysis.regions import (
     IN_ORDER,
     Attention,
-    Choice,
+    ChannelChoice,
     Heads,
     Region,
-    Rewrite,
-    RowPick,
+    RowSelection,
     Site,
     Skip,
     kept_channels,
 )
-from sparselora_fx.scoring import can_score
-from sparselora_fx.splitting import sees_grid
-from sparselora_fx.token_rows import token_rows
-from sparselora_fx.values import Channels, Port, Values, attention_of
+from sparselora_fx.analysis.scorable import can_score
+from sparselora_fx.analysis.token_rows import token_rows
+from sparselora_fx.graph.layout import Atom, ChannelMap, channel_map
+from sparselora_fx.graph.nodes import tensor
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.token_split import sees_grid
 
 NO_CHANNELS = (
     "its input is not a function of marked linears' channels alone, and its output feeds no region"
@@ -126,9 +126,9 @@ def _ffn_region(
         raise NoRegion("it reads what its producers read")
     if not can_score(consumer.x, values, scorable):
         raise NoRegion("the function between its producers and itself cannot be replayed on scores")
-    producers = [RowPick(site, tuple(sorted(maps))) for site, maps in picks.items()]
-    choice = Choice("ffn", consumer.in_features, 0, producers)
-    return Region("ffn", [choice], RowPick(consumer, (ChannelMap(1, 1, 0),)))
+    producers = [RowSelection(site, tuple(sorted(maps))) for site, maps in picks.items()]
+    choice = ChannelChoice("ffn", consumer.in_features, 0, producers)
+    return Region("ffn", [choice], RowSelection(consumer, (ChannelMap(1, 1, 0),)))
 
 
 def _covers(maps: list[ChannelMap], channels: int, rows: int) -> bool:
@@ -148,13 +148,13 @@ def _attention_region(consumer: Site, value: Channels, attention: Attention) -> 
         for heads in (attention.query, attention.key, attention.value, whole)
     )
     gates = [_gate(p, out, attention) for p in value.ports if p.source is not attention]
-    qk = Choice("qk", attention.kv_heads * attention.head_dim, 0, [q, k])
+    qk = ChannelChoice("qk", attention.kv_heads * attention.head_dim, 0, [q, k])
     producers = [v, *(gate for gate in gates if gate is not None)]
-    vv = Choice("v", attention.kv_heads * attention.value_dim, 0, producers)
+    vv = ChannelChoice("v", attention.kv_heads * attention.value_dim, 0, producers)
     return Region("attention", [qk, *_rest([qk, vv]), vv], out, attention)
 
 
-def _gate(port: Port, out: RowPick, attention: Attention) -> RowPick | None:
+def _gate(port: Port, out: RowSelection, attention: Attention) -> RowSelection | None:
     """Rows of a projection that is multiplied, channel by channel, with the attention's output:
     it reads what the attention reads, and its rows are laid out as heads."""
     mapped = channel_map(port.layout) if port.layout is not None else None
@@ -170,10 +170,10 @@ def _gate(port: Port, out: RowPick, attention: Attention) -> RowPick | None:
         ChannelMap(dim, m.outer_stride // dim * stride, m.offset // dim * stride + offset)
         for m in out.maps
     ]
-    return RowPick(port.source, tuple(maps), scored=False)
+    return RowSelection(port.source, tuple(maps), scored=False)
 
 
-def _rest(choices: list[Choice]) -> list[Choice]:
+def _rest(choices: list[ChannelChoice]) -> list[ChannelChoice]:
     """Rows of producers that no choice covers (rotary parts shared by all heads, say): choices
     that keep everything."""
     used: dict[Site, list[int]] = {}
@@ -192,18 +192,18 @@ def _rest(choices: list[Choice]) -> list[Choice]:
         whole = ChannelMap(run, left[run] - left[0] if run < len(left) else run, left[0])
         if whole.rows(len(left)) != left:
             raise NoRegion("some rows of a query, key or value projection are used by nothing")
-        pick = RowPick(site, (whole,))
-        rest.append(Choice(f"rest{number}", len(left), len(left), [pick], whole=True))
+        pick = RowSelection(site, (whole,))
+        rest.append(ChannelChoice(f"rest{number}", len(left), len(left), [pick], whole=True))
     return rest
 
 
-def _rows(heads: Heads, attention: Attention) -> RowPick:
+def _rows(heads: Heads, attention: Attention) -> RowSelection:
     """Rows of every head that shares a kv head, for a channel of that kv head (`repeat_kv`'s
     order)."""
     maps = heads.maps(attention.kv_heads, attention.group_inner)
     if maps is None:
         raise NoRegion("the heads of its queries, keys or values are no affine map of weight rows")
-    return RowPick(heads.site, maps)
+    return RowSelection(heads.site, maps)
 
 
 def _put_attention_first(regions: list[Region], reasons: dict[Site, str]) -> None:

@@ -6,22 +6,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparselora_fx.fx import op_name, tensor
-from sparselora_fx.layout import same_shape
-from sparselora_fx.linears import linear_parts, linear_uses
-from sparselora_fx.ops import OPS
-from sparselora_fx.regions import (
-    DENSE,
-    UNKNOWN,
-    WITHOUT_GRADIENTS,
-    Rewrite,
-    Site,
-    SiteSpec,
-    Skip,
-    is_trainable,
-)
-from sparselora_fx.scores import ACROSS
-from sparselora_fx.spellings import as_addition
+from sparselora_fx.analysis.linears import linear_parts, linear_uses
+from sparselora_fx.analysis.regions import UNKNOWN, Site, Skip, is_trainable
+from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.layout import same_shape
+from sparselora_fx.graph.nodes import op_name, tensor
+from sparselora_fx.ir.markers import DENSE, WITHOUT_GRADIENTS, SiteSpec
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.ir.score_ops import ACROSS
+from sparselora_fx.rewrite.respell import as_addition
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"}
 _MAX_BRANCH = 64  # nodes; a LoRA branch is a handful
@@ -92,9 +86,8 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     parts = linear_parts(node, view)
     shape, out = tensor(weight), tensor(node)
     if parts is None or shape is None or out is None or shape.dim() != 2:
-        return Skip(
-            weight, f"{op_name(node)} with this weight is not a linear over the last dimension"
-        )
+        what = f"{op_name(node)} with this weight"
+        return Skip(weight, f"{what} is not a linear over the last dimension")
     x, bias, stored_as_kn = parts
     transposed = transposed != stored_as_kn
     n, k = (int(s) for s in (reversed(shape.shape) if transposed else shape.shape))
@@ -102,13 +95,24 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
     if x_value is None or not _ends_with(x_value, k) or not _ends_with(out, n) or n == k == 0:
         return Skip(weight, "the linear does not act on the last dimension of its input")
     if x_value.dim() < 2:
-        return Skip(
-            weight, "its input is a single vector: there are no tokens to score channels by"
-        )
+        why = "its input is a single vector: there are no tokens to score channels by"
+        return Skip(weight, why)
     spec = SiteSpec.decode(args[5])
-    known = dict(zip(spec.known, (args[6] or ()) if len(args) > 6 else (), strict=True))
+    statistics = dict(zip(spec.statistics, (args[6] or ()) if len(args) > 6 else (), strict=True))
     factors = (args[2], args[3])
-    return Site(node, x, weight, transposed, bias, factors, tuple(args[4]), spec, n, k, known=known)
+    return Site(
+        node,
+        x,
+        weight,
+        transposed,
+        bias,
+        factors,
+        tuple(args[4]),
+        spec,
+        n,
+        k,
+        statistics=statistics,
+    )
 
 
 def _turn_factors(site: Site) -> None:
@@ -118,8 +122,8 @@ def _turn_factors(site: Site) -> None:
         return
     a, b = site.factors
     site.factors = (_at_start(b, "t"), _at_start(a, "t"))
-    if ACROSS in site.known:
-        site.known["norms"] = site.known[ACROSS]
+    if ACROSS in site.statistics:
+        site.statistics["norms"] = site.statistics[ACROSS]
 
 
 def _cast_factors(site: Site) -> None:
@@ -134,7 +138,7 @@ def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
     graph = factor.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         new = graph.call_method(method, (factor, *args))
-    new.meta["example_value"] = getattr(factor.meta["example_value"], method)(*args)
+    set_value(new, getattr(factor.meta["example_value"], method)(*args))
     return new
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparselora_fx.fx import tensor
-from sparselora_fx.linears import stored_kn
-from sparselora_fx.observing import SPAN
-from sparselora_fx.ops import OPS, agree
-from sparselora_fx.regions import Observed, Rewrite
+from sparselora_fx.analysis.linears import stored_kn
+from sparselora_fx.analysis.regions import Observed
+from sparselora_fx.estimator.sample_rows import SPAN
+from sparselora_fx.graph.nodes import tensor
+from sparselora_fx.ir.ops import OPS, agree
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 _Rows = tuple[fx.Node, fx.Node | None]
 

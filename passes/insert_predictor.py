@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from torch import fx
 
-from sparselora_fx.ops import OPS
-from sparselora_fx.region_scores import (
+from sparselora_fx.analysis.regions import Region, Skip
+from sparselora_fx.analysis.row_kinds import TokenRows
+from sparselora_fx.analysis.scorable import side_inputs
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.score_subgraph import (
     every_channel,
     ffn_scores,
     head_scores,
     lacking,
     producers_of,
 )
-from sparselora_fx.regions import Region, Rewrite, Skip
-from sparselora_fx.scoring import side_inputs
-from sparselora_fx.token_rows import TokenRows, count_tokens
+from sparselora_fx.rewrite.token_counts import count_tokens
 
 
 def insert_predictor(rewrite: Rewrite) -> int:
@@ -26,7 +28,7 @@ def insert_predictor(rewrite: Rewrite) -> int:
              on factors
              s: i64[k] = topk_channels(mean_B h~^2, k)
              g = ...                                                            (unchanged)
-             for the score "pooled"; others look at other tokens and add more (`scores.WORDS`).
+             for the score "pooled"; others look at other tokens and add more (`score.TERMS`).
     Keeps:   every existing value; nothing inserted needs a gradient (x is detached, factors are
              frozen).
     Skips:   a region whose inputs are computed after its first producer.  Paper: arXiv 2506.16500,

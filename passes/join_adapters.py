@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.adapters import adapter_weights, is_down_projection
-from sparselora_fx.fx import argument, op_name, writes
-from sparselora_fx.ops import LIBRARY
-from sparselora_fx.regions import Rewrite
-from sparselora_fx.values import CASTS
+from sparselora_fx.analysis.lora import adapter_weights, is_down_projection
+from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.nodes import argument, has_side_effect, op_name
+from sparselora_fx.graph.op_families import CASTS
+from sparselora_fx.ir.ops import LIBRARY
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 
 def join_adapters(rewrite: Rewrite) -> int:
@@ -46,7 +47,7 @@ def join_adapters(rewrite: Rewrite) -> int:
 
 def _may_write(node: fx.Node) -> bool:
     ours = getattr(node.target, "namespace", None) == LIBRARY.ns  # unread ones are choices
-    return not ours and writes(node)
+    return not ours and has_side_effect(node)
 
 
 def _source(x: fx.Node) -> Any:
@@ -67,7 +68,7 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
         for node, weight in zip(group, weights, strict=True):
             width = int(weight.meta["example_value"].shape[0])
             part = graph.call_function(torch.narrow, (joint, -1, start, width))
-            part.meta["example_value"] = node.meta.get("example_value")
+            set_value(part, node.meta.get("example_value"))
             node.replace_all_uses_with(part)
             start += width
     for node in group:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparselora_fx.adapters import adapter_weights, is_up_projection
-from sparselora_fx.fx import argument, tensor
-from sparselora_fx.regions import Rewrite
+from sparselora_fx.analysis.lora import adapter_weights, is_up_projection
+from sparselora_fx.graph.nodes import argument, tensor
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 
 def orient_adapters(rewrite: Rewrite) -> int:

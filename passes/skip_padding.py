@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.regions import Rewrite, Site
-from sparselora_fx.splitting import (
+from sparselora_fx._torch import is_erased
+from sparselora_fx.analysis.regions import Site
+from sparselora_fx.graph.emit import shaped
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.token_split import (
     filled,
+    gathered_rows,
     in_shape,
     logical_weight,
     sees_grid,
-    shaped,
-    taken_rows,
 )
 
 
@@ -23,17 +25,17 @@ def skip_padding(rewrite: Rewrite) -> int:
     changed.
 
     Before:  y: [B, L, N] = linear(x, w, b)
-    After:   t: [P, K] = take_tokens(x, r);   z = linear(t, w, b)    r: the list of real tokens
-             y = where(r.pos >= 0, place_tokens(z, r), z[0])
+    After:   t: [P, K] = gather_tokens(x, r);   z = linear(t, w, b)    r: the list of real tokens
+             y = where(r.pos >= 0, scatter_tokens(z, r), z[0])
     Keeps:   the rows of real tokens, and every gradient. That no other row reaches the loss is
-             proven (`sparselora_fx.padding`). `sink_takes`, run again, moves the takes past what
-             lies between two linears.
+             proven (`sparselora_fx.analysis.padding_proof`). `hoist_token_gathers`, run again,
+             moves the takes past what lies between two linears.
     Skips:   graphs without a sparse region; linears whose padding is read; token policies that do
-             not split the tokens; what `sink_takes` has left with the rows of one list.
+             not split the tokens; what `hoist_token_gathers` has left with the rows of one list.
     """
     sliced = {site for region in rewrite.regions for site in region.sites}
     dense = [*rewrite.dense, *(site for site in rewrite.sites if site not in sliced)]
-    found = [site for site in dense if site.unpadded and not site.node._erased]
+    found = [site for site in dense if site.unpadded and not is_erased(site.node)]
     found = [site for site in found if sees_grid(site, site.unpadded[1])]  # type: ignore[index]
     if not rewrite.regions:
         return 0
@@ -46,7 +48,7 @@ def _skip(graph: fx.Graph, site: Site) -> None:
     assert site.unpadded is not None
     old, x = site.node, _input(site)
     with graph.inserting_before(old):
-        rows = taken_rows(graph, x, site.unpadded)
+        rows = gathered_rows(graph, x, site.unpadded)
         weight = logical_weight(graph, site, cast=True)
         dense = graph.call_function(torch.nn.functional.linear, (rows, weight, site.bias))
         shaped(dense, old)

@@ -8,17 +8,19 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from sparselora_fx.adapters import adapter_weights, is_down_projection
-from sparselora_fx.fx import argument, is_pointwise, op_name, tensor
-from sparselora_fx.layout import same_shape
-from sparselora_fx.ops import OPS
-from sparselora_fx.regions import Rewrite
-from sparselora_fx.sinking import keeps_last, slice_of
-from sparselora_fx.splitting import Split, merged, taken
-from sparselora_fx.values import CASTS
+from sparselora_fx.analysis.lora import adapter_weights, is_down_projection
+from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.layout import same_shape
+from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.op_families import CASTS
+from sparselora_fx.graph.pointwise import is_pointwise
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.gather_motion import keeps_last, slice_of
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.token_split import Split, gathered, merged
 
 _SCATTER = OPS.scatter_channels.default
-_MERGE = OPS.merge_tokens.default
+_MERGE = OPS.scatter_two_lists.default
 _ROWS = OPS.channel_rows.default
 
 
@@ -36,20 +38,21 @@ def skip_zeros(rewrite: Rewrite) -> int:
     Before:  h: [T, N] = silu(scatter_channels(c, s, N)) * u;      z: [T, r] = linear(h, A)
     After:   z = sliced_linear_in(gather_channels(h, s), A, s)
     With a token split, h is zero there in context tokens alone:
-             z = merge_tokens(sliced_linear_in(gather_channels(take_tokens(h, c), s), A, s),
-                              linear(take_tokens(h, o), A), c, o)
+             z = scatter_two_lists(sliced_linear_in(gather_channels(gather_tokens(h, c), s), A, s),
+                              linear(gather_tokens(h, o), A), c, o)
     Keeps:   every finite value and every gradient: 0 * u is 0, and A's columns outside s meet zeros
-             only. Then nothing reads h but gathers: `sink_takes` and `sink_gathers` move them past
-             it, and its other channels, u's too, are never made or saved. So it is where the gate
-             of a gated FFN has no adapter (and no bias), as with the paper's LoRA targets.
+             only. Then nothing reads h but gathers: `hoist_token_gathers` and
+             `hoist_channel_gathers` move them past it, and its other channels, u's too, are never
+             made or saved. So it is where the gate of a gated FFN has no adapter (and no bias), as
+             with the paper's LoRA targets.
     Skips:   inputs made from a function that is not zero at zero, or from a branch at full width.
     """
     weights = adapter_weights(site for region in rewrite.regions for site in region.sites)
-    known: dict[fx.Node, _Zeros | None] = {}
+    answers: dict[fx.Node, _Zeros | None] = {}
     sliced = 0
     for node in list(rewrite.graph.nodes):
         if is_down_projection(node, weights):
-            zeros = _zeros(node.args[0], known)
+            zeros = _zeros(node.args[0], answers)
             if zeros is not None:
                 _slice(rewrite.graph, node, zeros)
                 sliced += 1
@@ -68,40 +71,40 @@ def _slice(graph: fx.Graph, node: fx.Node, zeros: _Zeros) -> None:
         if zeros.split is None:
             new = sliced(x)
         else:
-            context, output = taken(graph, x, zeros.split)
+            context, output = gathered(graph, x, zeros.split)
             dense = graph.call_function(torch.nn.functional.linear, (output, weight))
             parts = sliced(context), dense
             new = merged(graph, *parts, zeros.split, like=node, sizes_of=x)
-    new.meta["example_value"] = node.meta["example_value"]
+    set_value(new, node.meta["example_value"])
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
-def _zeros(node: Any, known: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
+def _zeros(node: Any, answers: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
     """Where a value is known to be zero; None: nowhere."""
     if not isinstance(node, fx.Node):
         return None
-    if node not in known:
-        known[node] = _find_zeros(node, known)
-    return known[node]
+    if node not in answers:
+        answers[node] = _find_zeros(node, answers)
+    return answers[node]
 
 
-def _find_zeros(node: fx.Node, known: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
+def _find_zeros(node: fx.Node, answers: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
     if node.target is _SCATTER:
         idx = node.args[1]
         assert isinstance(idx, fx.Node)
         return _Zeros(idx, None)
     if node.target is _MERGE:
-        inner = _zeros(node.args[0], known)
+        inner = _zeros(node.args[0], answers)
         return None if inner is None else _Zeros(inner.idx, (node.args[2:4], node.args[4:6]))
     if tensor(node) is None:
         return None
     if op_name(node) in CASTS or op_name(node) == "dropout" or keeps_last(node):
-        return _zeros(node.args[0], known)
+        return _zeros(node.args[0], answers)
     if op_name(node) == "getitem":
-        return _of_slice(node, known)
+        return _of_slice(node, answers)
     for operand in node.all_input_nodes:
-        zeros = _zeros(operand, known)
+        zeros = _zeros(operand, answers)
         if zeros is not None and _keeps_zeros(node, operand):
             return zeros
     return None
@@ -136,11 +139,11 @@ def _zero_for(argument: Any) -> Any:
     return argument if example is None else torch.zeros([1] * example.dim(), dtype=example.dtype)
 
 
-def _of_slice(node: fx.Node, known: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
+def _of_slice(node: fx.Node, answers: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
     """Zeros of one half of a fused projection, whose rows ``s * stride + offset`` are kept: those
     of the half that holds the rows of one offset alone."""
     found, example = slice_of(node), tensor(node)
-    zeros = None if found is None else _zeros(found[0], known)
+    zeros = None if found is None else _zeros(found[0], answers)
     if found is None or example is None or zeros is None or zeros.idx.target is not _ROWS:
         return None
     _, start, step = found

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from sparselora_fx.fx import with_stand_in
-from sparselora_fx.ops import OPS
-from sparselora_fx.region_scores import channel_rows
-from sparselora_fx.regions import Region, Rewrite, Site
-from sparselora_fx.splitting import logical_weight, merged, shaped, taken
+from sparselora_fx.analysis.regions import Region, Site
+from sparselora_fx.graph.emit import set_value, shaped, with_stand_in
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.score_subgraph import channel_rows
+from sparselora_fx.rewrite.token_split import gathered, logical_weight, merged
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -22,7 +23,8 @@ def slice_sites(rewrite: Rewrite) -> int:
              g: [T, N] = scatter_channels(c, s, N) + bg      y: [T, M] = sliced_linear_in(d, wd, s)
              + bd
     With a token split (context tokens c, output tokens o), each linear becomes
-             merge_tokens(sliced(take_tokens(x, c)), linear(take_tokens(x, o), w), c, o) + bias
+             scatter_two_lists(sliced(gather_tokens(x, c)), linear(gather_tokens(x, o), w), c, o) +
+             bias
     Keeps:   biases and LoRA branches at full width; with lora_branch="sparse" the branches are cut
              to the
              selection too. What each site computes is its definition (masked-dense), whatever
@@ -90,7 +92,7 @@ def _by_token(graph: fx.Graph, site: Site, sliced: Callable[[fx.Node], fx.Node])
     there is no split."""
     if site.split is None:
         return sliced(site.x)
-    parts = taken(graph, site.x, site.split)
+    parts = gathered(graph, site.x, site.split)
     weight = logical_weight(graph, site, cast=True)
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
     with_stand_in(dense, site.node, rank=2, channels=site.out_features)
@@ -123,7 +125,7 @@ def _mask_branch(graph: fx.Graph, branch: fx.Node, site: Site, rows: fx.Node) ->
     if axis == example.dim() - 1:
         return _mask(graph, branch, site, rows)
     flat = graph.call_method("flatten", (branch, axis))
-    flat.meta["example_value"] = example.flatten(axis)
+    set_value(flat, example.flatten(axis))
     return graph.call_method("view_as", (_mask(graph, flat, site, rows), branch))
 
 
@@ -138,7 +140,7 @@ def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
 
     if site.split is None:
         return masked(x)
-    parts = taken(graph, x, site.split)
+    parts = gathered(graph, x, site.split)
     return merged(graph, masked(parts[0]), parts[1], site.split, like=x, sizes_of=x)
 
 
@@ -154,7 +156,7 @@ def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
     bias, dtype = site.bias, site.node.meta["example_value"].dtype
     if bias.meta["example_value"].dtype != dtype:
         bias = graph.call_method("to", (bias, dtype))
-        bias.meta["example_value"] = site.bias.meta["example_value"].to(dtype)
+        set_value(bias, site.bias.meta["example_value"].to(dtype))
     return graph.call_function(torch.add, (y, bias))
 
 

@@ -7,12 +7,14 @@ import warnings
 import torch
 from torch import fx
 
-from sparselora_fx.fx import argument, is_pointwise, op_name, tensor, with_stand_in
-from sparselora_fx.labels import RESHAPES, ignores_unlabelled, labels_of
-from sparselora_fx.ops import OPS
-from sparselora_fx.regions import Rewrite
-from sparselora_fx.tokens import IGNORED
-from sparselora_fx.values import CASTS
+from sparselora_fx.analysis.losses import RESHAPES, ignores_unlabelled, labels_of
+from sparselora_fx.graph.emit import with_stand_in
+from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.op_families import CASTS
+from sparselora_fx.graph.pointwise import is_pointwise
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.ir.token_lists import IGNORED
+from sparselora_fx.rewrite.rewrite import Rewrite
 
 _MARK = OPS.label_rows.default
 
@@ -24,11 +26,11 @@ def trim_logits(rewrite: Rewrite) -> int:
     Before:  m = label_rows(h, labels, idx, pos);  z: [B, L, V] = linear(m, w)
              t: [B*L] = pad(labels, (0, 1), -100)[..., 1:].view(-1)
              loss = cross_entropy(z.view(-1, V), t);  return loss, z
-    After:   loss = cross_entropy(take_tokens(z.view(-1, V), idx, pos), t at idx, or -100);  return
-             loss, None
+    After:   loss = cross_entropy(gather_tokens(z.view(-1, V), idx, pos), t at idx, or -100);
+             return loss, None
     Keeps:   the loss and every gradient: a row whose label is ignored adds nothing to a sum or a
-             mean, and idx holds every other row. `sink_takes` then moves the take up, past the
-             output embedding, to where other tokens are needed.
+             mean, and idx holds every other row. `hoist_token_gathers` then moves the take up, past
+             the output embedding, to where other tokens are needed.
     Skips:   a loss whose labels are not the marked ones, or not spelled as above; it says so.
     """
     graph = rewrite.graph
@@ -90,7 +92,7 @@ def _trim(graph: fx.Graph, loss: fx.Node, between: list[fx.Node], mark: fx.Node)
     example = tensor(logits)
     assert example is not None
     with graph.inserting_before(loss):
-        take = graph.call_function(OPS.take_tokens.default, (logits, idx, pos))
+        take = graph.call_function(OPS.gather_tokens.default, (logits, idx, pos))
         with_stand_in(take, logits, rank=2, channels=int(example.shape[-1]))
         place = graph.call_method("clamp", (idx,), {"min": 0})
         held = graph.call_function(torch.ge, (idx, 0))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from torch import fx
 
-from sparselora_fx.aliases import is_changed
-from sparselora_fx.fx import op_name, tensor
-from sparselora_fx.regions import Rewrite
-from sparselora_fx.rows import ATTENTION, MATMULS, NOTHING, Lists, Rows, read_rows, taken_by
-from sparselora_fx.sinking import take_of
-from sparselora_fx.splitting import filled
+from sparselora_fx.analysis.token_liveness import (
+    ATTENTION,
+    DEAD,
+    MATMULS,
+    Lists,
+    Rows,
+    gathered_by,
+    read_rows,
+)
+from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.mutation import is_mutated
+from sparselora_fx.graph.nodes import op_name, tensor
+from sparselora_fx.rewrite.gather_motion import token_gather_of
+from sparselora_fx.rewrite.rewrite import Rewrite
+from sparselora_fx.rewrite.token_split import filled
 
 
 def trim_queries(rewrite: Rewrite) -> int:
@@ -22,11 +31,11 @@ def trim_queries(rewrite: Rewrite) -> int:
     Keeps:   every row that is read, and every gradient: a row of the attention depends on its own
              query alone, and what an unread row would pass back is zero. Unread rows hold a query
              of the list, not zeros, whose norm may have no derivative.
-    Skips:   queries that anything else reads or writes into. `sink_takes`, run again, then moves
-             the take past the projection and its LoRA branch.
+    Skips:   queries that anything else reads or writes into. `hoist_token_gathers`, run again, then
+             moves the take past the projection and its LoRA branch.
     """
     graph = rewrite.graph
-    rows = read_rows(graph, taken_by)
+    rows = read_rows(graph, gathered_by)
     found = [node for node in rows if _is_last_row_of_tokens(node, rows)]
     for node in found:
         _trim(graph, node, rows[node].lists)
@@ -39,16 +48,16 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
     example = tensor(node)
     if example is None or example.dim() != 3 or rows[node].axis != 1 or node.op == "placeholder":
         return False
-    if is_changed(node):
+    if is_mutated(node):
         return False
-    inner = [user for user in node.users if rows.get(user, NOTHING) != NOTHING]
+    inner = [user for user in node.users if rows.get(user, DEAD) != DEAD]
     ends = (ATTENTION, *MATMULS)
     return any(tensor(u).dim() != 3 or op_name(u) in ends for u in inner)  # type: ignore[union-attr]
 
 
 def _trim(graph: fx.Graph, node: fx.Node, lists: Lists) -> None:
-    take = take_of(graph, node, lists)
-    take.meta["example_value"] = node.meta["example_value"]
+    take = token_gather_of(graph, node, lists)
+    set_value(take, node.meta["example_value"])
     users = [user for user in graph.nodes if user in node.users and user is not take]
     with graph.inserting_before(users[0]):
         trimmed = filled(graph, take, lists, like=node)

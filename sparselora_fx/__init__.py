@@ -1,9 +1,6 @@
 """SparseLoRA as a graph compiler: fine-tune with predictor-gated sliced matmuls inside
 torch.compile."""
 
-from sparselora_fx.ahead import warm_up
-from sparselora_fx.api import compile, restore, step
-from sparselora_fx.collating import count_tokens
 from sparselora_fx.errors import (
     CompileError,
     DeviceError,
@@ -13,14 +10,17 @@ from sparselora_fx.errors import (
     SensitivityError,
     SparseLoraError,
 )
-from sparselora_fx.estimator import SVDEstimator
-from sparselora_fx.explain import explain
-from sparselora_fx.named_tokens import output_tokens
-from sparselora_fx.plan import SparsityPlan
-from sparselora_fx.progress import load_calibration, save_calibration
-from sparselora_fx.recording import Recording, record
-from sparselora_fx.sensitivity import sensitivity
-from sparselora_fx.sensitivity_table import SensitivityTable
+from sparselora_fx.estimator.svd_estimator import SVDEstimator
+from sparselora_fx.plan.plan import SparsityPlan
+from sparselora_fx.plan.sensitivity_table import SensitivityTable
+from sparselora_fx.runtime.named_tokens import output_tokens
+from sparselora_fx.runtime.warm_up import warm_up
+from sparselora_fx.user.calibration_file import load_calibration, save_calibration
+from sparselora_fx.user.collating import count_tokens
+from sparselora_fx.user.compile import compile, restore, step
+from sparselora_fx.user.explain import explain
+from sparselora_fx.user.record import Recording, record
+from sparselora_fx.user.sensitivity import sensitivity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """`SparsityCallback` needs transformers, which a first import should not."""
     if name == "SparsityCallback":
-        from sparselora_fx.trainer import SparsityCallback
+        from sparselora_fx.user.trainer import SparsityCallback
 
         return SparsityCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

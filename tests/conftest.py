@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,17 @@ def fresh_dynamo() -> Iterator[None]:
         import torch
 
         torch.compiler.reset()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests in offgpu/ run kernels in Triton's interpreter, which has to be chosen before any test
+    module imports triton."""
+    folder, start = Path(__file__).parent / "offgpu", config.invocation_params.dir
+    asked = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
+    if any(path == folder or path in folder.parents or folder in path.parents for path in asked):
+        from tests.offgpu.conftest import why_not
+
+        why_not(config.getoption("markexpr"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sparselora_fx import _torch
-from sparselora_fx.lowering import constraints, cpu, triton
-from sparselora_fx.ops import OPS
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.lowering import constraints, gather_matmul, inductor, triton
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ def install() -> None:
 
 
 def _register(name: str, fn: Callable[..., Any]) -> None:
-    _torch.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
+    inductor.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
 
 
 def _sliced(family: triton.Family) -> Callable[..., Any]:
@@ -36,7 +35,7 @@ def _sliced(family: triton.Family) -> Callable[..., Any]:
             reason = constraints.unpromising(problem, triton.measured_ratio(family, problem))
         if reason is not None:
             log.debug("%s: gather + matmul, because %s", family.op, reason)
-            return cpu.SLICED[family.op](x, w, idx)
+            return gather_matmul.SLICED[family.op](x, w, idx)
         return triton.lower(family, problem, x, w, idx)
 
     return lower
@@ -44,11 +43,11 @@ def _sliced(family: triton.Family) -> Callable[..., Any]:
 
 def _weight_gradient(name: str) -> Callable[..., Any]:
     """On a GPU: Inductor's own matmul, then one scatter. Elsewhere the op's eager body runs."""
-    eager = _torch.fallback(getattr(OPS, name).default)
+    eager = inductor.fallback(getattr(OPS, name).default)
 
     def lower(gy: Any, x: Any, idx: Any, n: Any) -> Any:
         if x.get_device().type != "cuda":
             return eager(gy, x, idx, n)
-        return cpu.WEIGHT_GRADIENTS[name](gy, x, idx, n)
+        return gather_matmul.WEIGHT_GRADIENTS[name](gy, x, idx, n)
 
     return lower

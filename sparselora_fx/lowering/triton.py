@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from sparselora_fx import _torch
-from sparselora_fx.lowering import configs, cpu, measured
+from sparselora_fx.environment import check_bounds
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.lowering import configs, gather_matmul, inductor, measured
 from sparselora_fx.lowering.constraints import Problem
-from sparselora_fx.ops import OPS
-from sparselora_fx.settings import check_bounds
 
 TEMPLATES = Path(__file__).parent / "templates"
 _GROUP_M = 8  # programs that share columns run next to each other, so that w stays in the L2 cache
@@ -75,7 +74,7 @@ def grid(
 @cache
 def _template(name: str) -> Any:
     """Inductor keeps template names in one registry for the process, so each is made once."""
-    api = _torch.inductor()
+    api = inductor.inductor()
     return api.TritonTemplate(
         name=f"sparselora_{name}", grid=api.SymbolicGridFn(grid), source=read_template(name)
     )
@@ -89,7 +88,7 @@ def _fallback(op: str) -> Any:
     fresh process that finds the compiled graph in a cache.
     """
     overload = getattr(OPS, op).default
-    return _torch.inductor().ExternKernelChoice(
+    return inductor.inductor().ExternKernelChoice(
         overload,
         name=f"sparselora_{op}_fallback",
         has_out_variant=False,
@@ -100,13 +99,13 @@ def _fallback(op: str) -> Any:
 
 def autotunes() -> bool:
     """Whether Inductor was asked to benchmark matmuls."""
-    config = _torch.inductor().config
+    config = inductor.inductor().config
     return bool(config.max_autotune or config.max_autotune_gemm)
 
 
 def measured_ratio(family: Family, problem: Problem) -> float | None:
     """`measured.ratio` of an eligible problem on its GPU; a size that varies counts as its hint."""
-    sizes = (_torch.size_hint(n) for n in (problem.tokens, problem.outputs, problem.inner))
+    sizes = (inductor.size_hint(n) for n in (problem.tokens, problem.outputs, problem.inner))
     gpu = torch.cuda.get_device_properties(problem.devices[0]).name
     return measured.ratio(gpu, family.template, *sizes)
 
@@ -131,7 +130,7 @@ def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:
         inner=inner,
         kept=kept,
         weight=weight,
-        contiguous_rows=across is not None and _torch.always_equal(across, 1),
+        contiguous_rows=across is not None and inductor.always_equal(across, 1),
     )
 
 
@@ -141,12 +140,12 @@ def lower(family: Family, problem: Problem, x: Any, w: Any, idx: Any) -> Any:
     Every choice is given the same inputs: before torch 2.13 the fallback is benchmarked on the
     inputs of the selection, not on its own.
     """
-    api = _torch.inductor()
-    inputs = api.realize_inputs(cpu.flatten(x), w, idx)
+    api = inductor.inductor()
+    inputs = api.realize_inputs(gather_matmul.flatten(x), w, idx)
     device, tokens = problem.devices[0], inputs[0].get_size()[0]
     layout = api.FixedLayout(device, problem.dtype, [tokens, problem.outputs])
     if not api.use_triton_template(layout, check_max_autotune=False):
-        return cpu.SLICED[family.op](x, w, idx)
+        return gather_matmul.SLICED[family.op](x, w, idx)
     choices: list[Any] = []
     if autotunes():
         _fallback(family.op).maybe_append_choice(choices, input_nodes=inputs, layout=layout)
@@ -155,10 +154,10 @@ def lower(family: Family, problem: Problem, x: Any, w: Any, idx: Any) -> Any:
             choices, input_nodes=inputs, layout=layout, **_constants(family, problem, tile)
         )
     if not choices:
-        return cpu.SLICED[family.op](x, w, idx)
+        return gather_matmul.SLICED[family.op](x, w, idx)
     rows = problem.weight[family.gather_axis]
-    chosen = _torch.select(family.op, choices, list(inputs), layout, {2: _permutation(rows)})
-    return cpu.unflatten(chosen, x)
+    chosen = inductor.select(family.op, choices, list(inputs), layout, {2: _permutation(rows)})
+    return gather_matmul.unflatten(chosen, x)
 
 
 def _tiles(family: Family, problem: Problem, device: torch.device) -> list[configs.Tile]:
@@ -168,7 +167,7 @@ def _tiles(family: Family, problem: Problem, device: torch.device) -> list[confi
     found = configs.tiles(family.template, problem.dtype.itemsize, shared)
     if autotunes() or not found:
         return found
-    tokens, outputs = _torch.size_hint(problem.tokens), _torch.size_hint(problem.outputs)
+    tokens, outputs = inductor.size_hint(problem.tokens), inductor.size_hint(problem.outputs)
     return [configs.pick(found, tokens, outputs, int(properties.multi_processor_count))]
 
 
@@ -181,11 +180,11 @@ def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP_M": _GROUP_M,
-        "EVEN_K": _torch.divides(tile.k, problem.inner),
+        "EVEN_K": inductor.divides(tile.k, problem.inner),
         "W_T": family.transposed,
         "CAST_W": problem.weight_dtype != problem.dtype,
         "CHECK_BOUNDS": check_bounds(),
-        "ACC_TYPE": _torch.inductor().acc_type(problem.dtype),
+        "ACC_TYPE": inductor.inductor().acc_type(problem.dtype),
         "ALLOW_TF32": torch.backends.cuda.matmul.fp32_precision == "tf32",
     }
 
@@ -195,7 +194,7 @@ def _permutation(rows: Any) -> Callable[[Any], torch.Tensor]:
     read one row."""
 
     def generate(buffer: Any) -> torch.Tensor:
-        kept, total = _torch.size_hint(buffer.get_size()[0]), _torch.size_hint(rows)
+        kept, total = inductor.size_hint(buffer.get_size()[0]), inductor.size_hint(rows)
         return torch.randperm(total, device=buffer.get_device())[:kept].sort().values
 
     return generate

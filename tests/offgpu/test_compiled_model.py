@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sparselora_fx as slx
-from sparselora_fx import _torch
-from tests.offgpu.backend import FakeGPU
+from sparselora_fx.lowering import inductor_backend
+from tests.support.offgpu_backend import FakeGPU
 
 pytestmark = [pytest.mark.offgpu, pytest.mark.slow]
 
@@ -65,10 +65,10 @@ def test_step_of_a_compiled_model(
         return gm.forward
 
     plan = {"tokens": "all", "start_step": 0, "score": score}
-    monkeypatch.setattr(_torch, "backend_compile", eager)
+    monkeypatch.setattr(inductor_backend, "backend_compile", eager)
     expected = gradients(build(), **plan)
     torch.compiler.reset()
-    monkeypatch.setattr(_torch, "backend_compile", fake)
+    monkeypatch.setattr(inductor_backend, "backend_compile", fake)
     got = gradients(build(), **plan)
     assert got.keys() == expected.keys()
     for name, value in expected.items():

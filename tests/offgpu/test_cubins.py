@@ -14,7 +14,7 @@ import pytest
 
 from sparselora_fx.lowering.configs import TILES, shared_upper_bound
 from sparselora_fx.lowering.triton import FAMILIES
-from tests.offgpu.fake_cuda import ARCHITECTURES
+from tests.support.fake_cuda import ARCHITECTURES
 
 pytestmark = pytest.mark.offgpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
     """Rows of a fresh compilation. Triton's interpreter, which the other tests use, cannot
     compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.cubins", "--json", *arguments]
+    command = [sys.executable, "-m", "benchmarks.evidence.cubins", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

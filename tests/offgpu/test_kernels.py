@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparselora_fx.ops import OPS
-from sparselora_fx.settings import DEBUG_BOUNDS
-from tests.offgpu import regions
-from tests.offgpu.backend import FakeGPU
+from sparselora_fx.environment import DEBUG_BOUNDS
+from sparselora_fx.ir.ops import OPS
+from tests.support import gpu_regions
+from tests.support.offgpu_backend import FakeGPU
 
 pytestmark = pytest.mark.offgpu
 
@@ -24,10 +24,10 @@ def test_weight_gradients() -> None:
 
     torch.manual_seed(0)
     x, b, a = torch.randn(2, 19, 8), torch.randn(72, 8), torch.randn(24, 72)
-    inputs = [x.requires_grad_(), b.requires_grad_(), a.requires_grad_(), regions.kept(72, 16)]
+    inputs = [x.requires_grad_(), b.requires_grad_(), a.requires_grad_(), gpu_regions.kept(72, 16)]
     gpu = FakeGPU()
     compiled = torch.compile(branch, backend=gpu)
-    regions.assert_as_exact_as_eager(branch, compiled, inputs)
+    gpu_regions.assert_as_exact_as_eager(branch, compiled, inputs)
     assert not any("wgrad.default(" in code for _, code in gpu.codes), "ran as an eager fallback"
 
 
@@ -46,7 +46,7 @@ def test_weight_layouts_and_casts(layout: str) -> None:
         w = w.t().contiguous()
     gpu = FakeGPU()
     compiled = torch.compile(consumer, backend=gpu)
-    regions.assert_as_exact_as_eager(consumer, compiled, [h, w, regions.kept(72, 32)])
+    gpu_regions.assert_as_exact_as_eager(consumer, compiled, [h, w, gpu_regions.kept(72, 32)])
     assert len(gpu.kernels) == 2
 
 
@@ -58,7 +58,12 @@ def test_token_rows_are_gathered_in_the_kernel() -> None:
         return OPS.sliced_linear(x.index_select(0, tokens), w, idx)
 
     torch.manual_seed(0)
-    inputs = [torch.randn(90, 40), regions.kept(90, 33), torch.randn(72, 40), regions.kept(72, 32)]
+    inputs = [
+        torch.randn(90, 40),
+        gpu_regions.kept(90, 33),
+        torch.randn(72, 40),
+        gpu_regions.kept(72, 32),
+    ]
     gpu = FakeGPU()
     with torch.no_grad():
         got = torch.compile(selected, backend=gpu)(*inputs)
@@ -93,5 +98,7 @@ def test_kernels_hold_no_asserts_by_default(monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_architectures(arch: int) -> None:
     torch.manual_seed(0)
     gpu = FakeGPU(arch=arch)
-    inputs = regions.ffn_inputs((37,), 72, 136, 48, torch.bfloat16)
-    regions.assert_as_exact_as_eager(regions.ffn, torch.compile(regions.ffn, backend=gpu), inputs)
+    inputs = gpu_regions.ffn_inputs((37,), 72, 136, 48, torch.bfloat16)
+    gpu_regions.assert_as_exact_as_eager(
+        gpu_regions.ffn, torch.compile(gpu_regions.ffn, backend=gpu), inputs
+    )

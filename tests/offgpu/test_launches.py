@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import launches
+from benchmarks.evidence import launches
 
 pytestmark = pytest.mark.offgpu
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.offgpu import regions
-from tests.offgpu.backend import FakeGPU
+from tests.support import gpu_regions
+from tests.support.offgpu_backend import FakeGPU
 
 pytestmark = pytest.mark.offgpu
 F32, BF16 = torch.float32, torch.bfloat16
@@ -67,9 +67,9 @@ ATTENTION = [
 def test_ffn(case: Case) -> None:
     torch.manual_seed(0)
     gpu = FakeGPU(choice=case.choice)
-    inputs = regions.ffn_inputs(case.lead, case.k, case.n, case.kept, case.dtype)
-    compiled = torch.compile(regions.ffn, backend=gpu)
-    regions.assert_as_exact_as_eager(regions.ffn, compiled, inputs)
+    inputs = gpu_regions.ffn_inputs(case.lead, case.k, case.n, case.kept, case.dtype)
+    compiled = torch.compile(gpu_regions.ffn, backend=gpu)
+    gpu_regions.assert_as_exact_as_eager(gpu_regions.ffn, compiled, inputs)
     if case.choice == "template" and not (TORCH_211 and len(case.lead) > 1):
         assert_only_templates(gpu, forward=3, backward=3)
     if case.choice == "fallback":
@@ -83,9 +83,9 @@ def test_ffn(case: Case) -> None:
 def test_attention(case: Case) -> None:
     torch.manual_seed(0)
     gpu = FakeGPU(choice=case.choice)
-    inputs = regions.attention_inputs(case.lead, case.k, case.n, case.kept, case.dtype)
-    compiled = torch.compile(regions.attention, backend=gpu)
-    regions.assert_as_exact_as_eager(regions.attention, compiled, inputs)
+    inputs = gpu_regions.attention_inputs(case.lead, case.k, case.n, case.kept, case.dtype)
+    compiled = torch.compile(gpu_regions.attention, backend=gpu)
+    gpu_regions.assert_as_exact_as_eager(gpu_regions.attention, compiled, inputs)
     wanted = "triton_sparselora" if case.choice == "template" else "fallback"
     ours = [choice for choice in gpu.choices if "sliced_linear" in choice.split(":")[0]]
     assert len(ours) == 8 and all(wanted in choice for choice in ours)
@@ -96,12 +96,12 @@ def test_attention(case: Case) -> None:
 def test_one_graph_serves_every_token_count(choice: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     gpu = FakeGPU(choice=choice)
-    compiled = torch.compile(regions.ffn, backend=gpu)
+    compiled = torch.compile(gpu_regions.ffn, backend=gpu)
     for tokens in (70, 37, 129):
-        inputs = regions.ffn_inputs((tokens,), 72, 136, 48, dtype)
+        inputs = gpu_regions.ffn_inputs((tokens,), 72, 136, 48, dtype)
         for position in (0, 5):
             torch._dynamo.mark_dynamic(inputs[position], 0)
-        regions.assert_as_exact_as_eager(regions.ffn, compiled, inputs)
+        gpu_regions.assert_as_exact_as_eager(gpu_regions.ffn, compiled, inputs)
     assert [is_backward for is_backward, _ in gpu.codes] == [False, True]
 
 
@@ -109,12 +109,12 @@ def test_one_graph_serves_every_token_count(choice: str, dtype: torch.dtype) -> 
 def test_attention_with_a_dynamic_length() -> None:
     torch.manual_seed(0)
     gpu = FakeGPU()
-    compiled = torch.compile(regions.attention, backend=gpu)
+    compiled = torch.compile(gpu_regions.attention, backend=gpu)
     for length in (19, 33):
-        inputs = regions.attention_inputs((2, length), 48, 64, 32, F32)
+        inputs = gpu_regions.attention_inputs((2, length), 48, 64, 32, F32)
         for position in (0, 7):
             torch._dynamo.mark_dynamic(inputs[position], 1)
-        regions.assert_as_exact_as_eager(regions.attention, compiled, inputs)
+        gpu_regions.assert_as_exact_as_eager(gpu_regions.attention, compiled, inputs)
     assert len(gpu.codes) == 2
 
 
@@ -125,9 +125,9 @@ def test_attention_with_a_dynamic_length() -> None:
 def test_every_tile(rows: int, columns: int) -> None:
     torch.manual_seed(0)
     gpu = FakeGPU(tile=f"BLOCK_M={rows}, BLOCK_N={columns}")
-    inputs = regions.ffn_inputs((150,), 72, 300, 144, BF16)
-    compiled = torch.compile(regions.ffn, backend=gpu)
-    regions.assert_as_exact_as_eager(regions.ffn, compiled, inputs)
+    inputs = gpu_regions.ffn_inputs((150,), 72, 300, 144, BF16)
+    compiled = torch.compile(gpu_regions.ffn, backend=gpu)
+    gpu_regions.assert_as_exact_as_eager(gpu_regions.ffn, compiled, inputs)
     assert_only_templates(gpu, forward=3, backward=3)
 
 

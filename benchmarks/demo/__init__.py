@@ -1,0 +1,1 @@
+"""The shipped model and what `make demo` does with it."""

@@ -1,0 +1,1 @@
+"""One file for each claim of the documentation that is a number."""

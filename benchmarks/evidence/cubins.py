@@ -1,0 +1,156 @@
+"""Compile the templates for NVIDIA GPUs, without one, and record what the compiler made of them.
+
+    python -m benchmarks.evidence.cubins            prints a table and writes
+    benchmarks/results/cubins.json python -m benchmarks.evidence.cubins --tile 128x128x64/s3/w8
+    --arch 90     one tile; writes nothing
+
+Each kernel is what Inductor generates for one op alone on bf16 tensors of `SHAPE`, weights
+channel-major. ptxas and the disassemblers come with triton. Registers, spills and shared memory are
+facts about the binary, not about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparselora_fx.lowering.configs import TILES, Tile
+from sparselora_fx.lowering.triton import FAMILIES
+from tests.support.offgpu_backend import FakeGPU, compile_kernel
+
+RESULTS = Path(__file__).parents[1] / "results" / "cubins.json"
+ARCHITECTURES = (80, 90, 100)
+SHAPE = {"tokens": 4096, "inputs": 4096, "outputs": 14336, "kept": 1408}
+
+
+OPS = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad")
+
+
+def record(op: str, tile: Tile, arch: int) -> dict[str, Any]:
+    """Compile one op with one tile for one architecture and describe the binary."""
+    name, source = _generate(op, tile, arch)
+    kernel = compile_kernel(name, source, arch)
+    return {
+        "kernel": op,
+        "arch": f"sm_{arch}",
+        "tile": tile.name,
+        "shared_bytes": int(kernel.metadata.shared),
+        **_facts(kernel.asm["cubin"]),
+    }
+
+
+def _generate(op: str, tile: Tile, arch: int) -> tuple[str, str]:
+    """Name and source of the kernel that Inductor generates for the op alone."""
+    import torch
+
+    torch.compiler.reset()
+    pattern = f"BLOCK_K={tile.k}, BLOCK_M={tile.m}, BLOCK_N={tile.n}"
+    gpu = FakeGPU(arch=arch, tile=pattern, execute=False)
+    with torch.no_grad():
+        torch.compile(_alone(op), backend=gpu)(*_inputs(op))
+    (kernel,) = gpu.kernels
+    return kernel
+
+
+def _alone(op: str) -> Callable[..., Any]:
+    import torch
+
+    from sparselora_fx.ir import autograd
+
+    assert autograd.LIBRARY is not None  # importing it registers the ops and their derivatives
+    overload = getattr(torch.ops.sparselora, op).default
+    return lambda x, w, idx: overload(x, w, idx)
+
+
+def _facts(cubin: bytes) -> dict[str, Any]:
+    """Registers per thread; spill instructions; wgmma instructions; 16-byte copies from global to
+    shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    return {
+        "registers": int(registers[1]),
+        "spills": count(r"\b(?:LDL|STL)\b"),
+        "wgmma": count(r"\bHGMMA\b"),
+        "wide_gathers": count(r"\bLDGSTS[.\w]*\.128\b"),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _inputs(op: str) -> tuple[Any, Any, Any]:
+    import torch
+
+    def bf16(*shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    tokens, inputs, outputs = SHAPE["tokens"], SHAPE["inputs"], SHAPE["outputs"]
+    idx = torch.empty(SHAPE["kept"], dtype=torch.int64)
+    if op == "sliced_linear":
+        return bf16(tokens, inputs), bf16(outputs, inputs), idx
+    if op == "sliced_linear_dgrad":
+        return bf16(tokens, SHAPE["kept"]), bf16(outputs, inputs), idx
+    down = bf16(outputs, inputs).t()
+    if op == "sliced_linear_in":
+        return bf16(tokens, SHAPE["kept"]), down, idx
+    return bf16(tokens, inputs), down, idx
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compile the templates without a GPU.")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
+    parser.add_argument("--tile", action="append", help="as in the table, such as 128x128x64/s3/w8")
+    parser.add_argument("--json", action="store_true", help="print JSON lines; write nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compile what was asked for; a full run is written to `RESULTS`."""
+    import torch
+    import triton
+
+    asked = _arguments()
+    rows = []
+    for op in OPS:
+        for tile in TILES[FAMILIES[op].template]:
+            if asked.tile and tile.name not in asked.tile:
+                continue
+            for arch in asked.arch or ARCHITECTURES:
+                rows.append(record(op, tile, arch))
+                print(json.dumps(rows[-1]) if asked.json else _line(rows[-1]), flush=True)
+    if not (asked.tile or asked.arch or asked.json):
+        versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
+        found = {"versions": versions, "dtype": "bfloat16", "shape": SHAPE, "kernels": rows}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['kernel']:22} {row['arch']:6} {row['tile']:16} registers {row['registers']:3} "
+        f"spills {row['spills']:3} shared {row['shared_bytes']:6} wgmma {row['wgmma']:3} "
+        f"wide gathers {row['wide_gathers']:3}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""How much of what matters do estimators and scores find? Output errors on held-out text.
+
+    python -m benchmarks.evidence.estimator_quality --json F [--details F] [--plot F.png] [--loss]
+        [--cost large] [--no-measure]
+
+Rows, one per model, estimator, score, sparsity and rank, averaged over the feed-forward regions and
+the test batches; channels are chosen batch by batch, as in training. ``svd``: factors of the
+weights alone, the paper's; ``calibrated``: factors and prior from calibration; ``static``: the
+prior alone; ``random``: the mean of several draws; ``oracle``: the channels whose dense activations
+contribute most to the output, ``|h_n| |w_n|``. ``overlap`` is with the oracle's choice; for errors
+see `quality.judge`. ``loss`` is the mean over seeds of `benchmarks.evidence.quality_loss` with that
+choice (plan's tokens "context"), from ``<F>_loss.json`` where that is; ``--loss`` does missing runs
+first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparselora_fx as slx
+from benchmarks.evidence import quality_loss, score_cost
+from benchmarks.evidence.quality import ScoreGraph, judge, true_scores
+from benchmarks.evidence.quality_plot import plot
+from benchmarks.evidence.track_adapter import batches_of
+from benchmarks.support import activations, measuring
+from benchmarks.support.activations import FeedForward, Seen
+from sparselora_fx.analysis.regions import kept_channels
+from sparselora_fx.plan.score import parse_score
+
+SPARSITIES = (0.5, 0.75, 0.9, 0.97, 0.99)
+RANKS = (2, 4, 8, 16, 32)
+SCORES = {
+    "svd": (
+        "pooled", "pooled+weighted", "tokens", "tokens+weighted", "tokens+weighted+normalised",
+        "strided", "strided+weighted",
+    ),
+    "calibrated": (
+        "pooled", "pooled+prior+weighted", "tokens", "tokens+prior", "tokens+weighted",
+        "tokens+prior+weighted", "tokens+prior+weighted+normalised", "strided", "strided+prior",
+        "strided+weighted", "strided+prior+weighted", "strided+prior+weighted+normalised",
+    ),
+    "static": ("prior", "prior+weighted", "prior+weighted+normalised"),
+}  # fmt: skip
+DRAWS = 4  # of random channels, per region and batch
+GAP_RANK, GAP_SPARSITIES = 8, (0.75, 0.9, 0.97)
+KEYS = ("model", "estimator", "score", "s", "rank", "overlap", "error", "token_error", "loss")
+Row = dict[str, Any]
+Scorer = Callable[[FeedForward, Seen], Tensor]
+
+
+class Rows:
+    """The rows of one model, from the activations of its regions on test text."""
+
+    def __init__(self, model: str, regions: list[FeedForward], seen: dict[str, list[Seen]]) -> None:
+        self.model = model
+        self.cases = [(region, each) for region in regions for each in seen[region.name]]
+        self.truth = [true_scores(*case) for case in self.cases]
+        self.rows: list[Row] = []
+
+    def add(self, estimator: str, score: str | None, rank: int | None, scorer: Scorer) -> None:
+        """One row per sparsity: the means over regions and batches."""
+        found = []
+        for (region, seen), truth in zip(self.cases, self.truth, strict=True):
+            kept = [kept_channels(len(truth), s, 1) for s in SPARSITIES]
+            found.append(judge(scorer(region, seen), region, seen, kept, truth))
+        for s, judged in zip(SPARSITIES, zip(*found, strict=True), strict=True):
+            values = (round(statistics.mean(each), 4) for each in zip(*judged, strict=True))
+            row = (self.model, estimator, score, s, rank, *values, None)
+            self.rows.append(dict(zip(KEYS, row, strict=True)))
+
+    def add_references(self, seed: int) -> None:
+        """Random channels and the best ones."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = Rows(self.model, [], {})
+        drawn.cases, drawn.truth = self.cases * DRAWS, self.truth * DRAWS
+        drawn.add("random", None, None, lambda region, _: torch.rand(
+            region.consumer.shape[1], generator=generator))  # fmt: skip
+        self.rows += drawn.rows
+        self.add("oracle", None, None, true_scores)
+
+    def add_scores(
+        self, estimators: dict[str, slx.SVDEstimator], rank: int, graphs: dict[Any, ScoreGraph]
+    ) -> None:
+        """Every score of each given estimator; the prior alone counts for no rank."""
+        for name, estimator in estimators.items():
+            for score in SCORES[name]:
+                if (name, score) not in graphs:
+                    first = self.cases[0][0]
+                    graphs[name, score] = ScoreGraph(first, estimator, parse_score(score))
+                scorer = partial(graphs[name, score], estimator)
+                self.add(name, score, None if name == "static" else rank, scorer)
+
+
+def measure(name: str, args: argparse.Namespace) -> list[Row]:
+    """All rows of one model, without losses."""
+    model, tokenizer = activations.load(name)
+    regions = activations.regions_of(model)
+    calibration = activations.calibration_batches(tokenizer, args.calibration_batches)
+    tests = activations.test_batches(tokenizer, args.test_batches)
+    table = Rows(name, regions, activations.activations(model, regions, tests))
+    table.add_references(seed=0)
+    graphs: dict[Any, ScoreGraph] = {}
+    for rank in args.ranks:
+        plain = slx.SVDEstimator.build(model, rank, progress=False)
+        aware = slx.SVDEstimator.build(model, rank, calibration=calibration, progress=False)
+        estimators = {"svd": plain, "calibrated": aware}
+        estimators |= {"static": aware} if rank == args.ranks[0] else {}
+        table.add_scores(estimators, rank, graphs)
+        print(f"{name}, rank {rank}: {len(table.rows)} rows", flush=True)
+    return table.rows
+
+
+def on_the_task(args: argparse.Namespace) -> list[Row]:
+    """Rows of rank 8 for the shipped model on the problems that it is fine-tuned on, before
+    training: calibrated on other text, and on the task's own training split."""
+    model, tokenizer = activations.load(activations.DEMO)
+    regions = activations.regions_of(model)
+    tests = batches_of("test", args.test_batches, 16, 0)
+    seen = activations.activations(model, regions, tests)
+    own = batches_of("train", args.calibration_batches, activations.TEXTS, 0)
+    other = activations.calibration_batches(tokenizer, args.calibration_batches)
+    found: list[Row] = []
+    for kind, data in {"other text": other, "the task": own}.items():
+        table = Rows(activations.DEMO, regions, seen)
+        table.add_references(seed=0)
+        aware = slx.SVDEstimator.build(model, GAP_RANK, calibration=data, progress=False)
+        plain = slx.SVDEstimator.build(model, GAP_RANK, progress=False)
+        table.add_scores({"svd": plain, "calibrated": aware, "static": aware}, GAP_RANK, {})
+        found += [row | {"calibration": kind} for row in table.rows]
+    return found
+
+
+def gaps(rows: list[Row]) -> list[Row]:
+    """Share of the way from random to oracle, in either error, for rank 8 and the prior alone."""
+    ends = {(r["model"], r["estimator"], r["s"]): r for r in rows if r["score"] is None}
+    found = []
+    for row in rows:
+        if row["rank"] not in (GAP_RANK, None) or row["s"] not in GAP_SPARSITIES:
+            continue
+        if row["score"] is None:
+            continue
+        low, high = (ends[row["model"], name, row["s"]] for name in ("oracle", "random"))
+        shares = {
+            key: round((high[key] - row[key]) / (high[key] - low[key]), 3)
+            for key in ("error", "token_error")
+        }
+        found.append({key: row[key] for key in ("model", "estimator", "score", "s")} | shares)
+    return found
+
+
+def add_losses(rows: list[Row], results: dict[str, Any]) -> None:
+    """Enter mean losses over seeds where a row's choice was fine-tuned with."""
+    losses = quality_loss.means(results)
+    for row in rows:
+        if row["model"] != activations.DEMO or row["rank"] not in (
+            results["settings"]["rank"],
+            None,
+        ):
+            continue
+        found = losses.get((row["estimator"], row["score"], row["s"], "context"))
+        row["loss"] = None if found is None else round(statistics.mean(found), 4)
+
+
+def run(args: argparse.Namespace, earlier: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and details; what is not asked for stays as the files have it."""
+    losses = args.json.with_name(f"{args.json.stem}_loss.json")
+    if args.loss:
+        quality_loss.complete(losses, args)
+    if args.measure:
+        rows, details = measure_all(args)
+    else:
+        rows, details = (
+            json.loads(file.read_text(encoding="utf-8")) for file in (args.json, earlier)
+        )
+    if losses.exists():
+        add_losses(rows, json.loads(losses.read_text(encoding="utf-8")))
+    if args.cost:
+        details["score_cost"] = score_cost.measure(args.cost)
+    return rows, details
+
+
+def measure_all(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """Rows of all models, and what is said beside them."""
+    rows: list[Row] = []
+    marks = [(time.perf_counter(), time.process_time())]
+    for name in args.models:
+        rows += measure(name, args)
+        marks.append((time.perf_counter(), time.process_time()))
+    wall, cpu = ([round(b - a, 1) for a, b in itertools.pairwise(clock)]
+                 for clock in zip(*marks, strict=True))  # fmt: skip
+    keys = ("models", "ranks", "test_batches", "calibration_batches")
+    return rows, {
+        "settings": {key: getattr(args, key) for key in keys} | {"draws": DRAWS, "seed": 0},
+        "gap_closed_at_rank_8": gaps(rows),
+        "on_the_task": on_the_task(args) if activations.DEMO in args.models else [],
+        "seconds": dict(zip(args.models, wall, strict=True)),
+        "cpu_seconds": dict(zip(args.models, cpu, strict=True)),
+        "machine": measuring.machine("wall"),
+        "versions": measuring.versions(),
+    }
+
+
+def write(path: Path, rows: list[Row], details: dict[str, Any], to: Path) -> None:
+    """One row a line, so that a change shows as lines."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    to.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+
+
+def show(rows: list[Row], shares: list[Row]) -> None:
+    """Rank 8: errors per sparsity, and the share of the way to the oracle where that is counted."""
+    same = ("model", "estimator", "score", "s")
+    closed = {tuple(row[key] for key in same): f"{row['error']:.1%}" for row in shares}
+    for row in rows:
+        if row["rank"] not in (GAP_RANK, None) or row["s"] not in GAP_SPARSITIES:
+            continue
+        gap = closed.get(tuple(row[key] for key in same), "")
+        who = f"{row['model']:<17} {row['s']:<5}{row['estimator']:<11}{row['score'] or '-':<34}"
+        print(f"{who}{row['overlap']:.3f}  {row['error']:.3f}  {row['token_error']:.3f}  {gap}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="the rows")
+    parser.add_argument("--details", type=Path, help="default: <json>_details.json")
+    parser.add_argument("--plot", type=Path, help="picture of the errors at rank 8")
+    parser.add_argument("--models", nargs="+", default=activations.MODELS,
+                        choices=activations.MODELS)  # fmt: skip
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--test-batches", type=int, default=4)
+    parser.add_argument("--calibration-batches", type=int, default=16)
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
+                        help="--no-measure keeps the rows of the file")  # fmt: skip
+    parser.add_argument("--cost", default="", metavar="SHAPE", choices=score_cost.SHAPES,
+                        help="time the scores too, at this shape")  # fmt: skip
+    parser.add_argument("--loss", action=argparse.BooleanOptionalAction, default=False,
+                        help="do the fine-tuning runs that <json>_loss.json lacks")  # fmt: skip
+    quality_loss.add_arguments(parser)
+    args = parser.parse_args()
+    beside = args.details or args.json.with_name(f"{args.json.stem}_details.json")
+    rows, details = run(args, beside)
+    write(args.json, rows, details, beside)
+    if args.plot:
+        plot(rows, args.plot)
+    show(rows, details["gap_closed_at_rank_8"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The models that `benchmarks.evidence.step_time` and `benchmarks.evidence.gpu_suite` compare."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparselora_fx as slx
+from benchmarks.support import reference
+from benchmarks.support.presets import Preset
+from benchmarks.support.published import LORA_TARGETS, RANK
+from sparselora_fx.compiler import piecewise
+from sparselora_fx.model.frozen_weights import fingerprint_of, frozen_weights
+
+OPTIONS = ("trim", "whole", "cudagraphs", "verify")  # of ours: "ours+trim+cudagraphs"
+
+
+def missing(preset: Preset) -> dict[str, str]:
+    """Peers of `build` that cannot run here, and why."""
+    reason = why_not("liger", preset.device)
+    return {} if reason is None else {"liger": reason}
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why a peer cannot run on a device here; None: it can."""
+    base, *options = name.split("+")
+    if base == "liger" and device != "cuda":
+        return "its kernels need an NVIDIA GPU"
+    if base == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    if base == "fp8" and importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed"
+    if base in ("peft", "fp8") and "cudagraphs" in options and device != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    wanted = {"cudagraphs": "cuda_graphs", "verify": "verify_speed"}
+    for option in options if base == "ours" else ():
+        if option in wanted and not takes(wanted[option]):
+            return f"slx.compile has no option {wanted[option]}"
+    return None
+
+
+def takes(option: str) -> bool:
+    """Whether `slx.compile` has an option of this name."""
+    return option in inspect.signature(slx.compile).parameters
+
+
+def dense(preset: Preset, weights: nn.Module | None = None) -> nn.Module:
+    """PEFT LoRA on random weights; with ``weights``, on those of another model."""
+    if weights is not None:
+        shared = {id(p): p for p in weights.parameters() if not p.requires_grad}
+        return copy.deepcopy(weights, shared)
+    torch.manual_seed(0)
+    with torch.device(preset.device):
+        base = LlamaForCausalLM(LlamaConfig(**preset.shape)).to(preset.dtype)
+    rank = preset.lora_rank
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, config).train()
+
+
+def random_estimator(model: nn.Module) -> slx.SVDEstimator:
+    """Random factors of the right shapes: an SVD of random weights would take minutes and choose
+    channels that are just as random."""
+    frozen = frozen_weights(model)
+    factors: dict[str, Any] = {}
+    for w in frozen:
+        a = torch.randn(w.out_features, RANK, dtype=torch.float32).to(w.weight.dtype)
+        factors[w.canonical] = (a, torch.randn(RANK, w.in_features).to(w.weight.dtype))
+    prints = {w.canonical: fingerprint_of(w.logical()) for w in frozen}
+    return slx.SVDEstimator(factors, prints, complete=True)
+
+
+class Family:
+    """Builds the peers of a preset, each with adapters of its own.
+
+    Ours have frozen weights of their own, because they may lay them out otherwise; the dense ones
+    share theirs. Names: ``peft``, ``peft+compile``, ``fp8+compile`` (the frozen matmuls in fp8),
+    both also with ``+cudagraphs``; ``liger``, ``reference``, ``reference-cut``; and ``ours`` with
+    any of `OPTIONS`: ``trim`` (`trim_logits`), ``whole`` (no pieces), ``cudagraphs``
+    (``cuda_graphs=True``), ``verify`` (``verify_speed=True``, which may leave it dense).
+    """
+
+    def __init__(self, preset: Preset, backend: str = "inductor") -> None:
+        self.preset, self.backend = preset, backend
+        self._frozen: dict[bool, nn.Module] = {}  # by whether it is ours: never compiled itself
+        self._estimator: slx.SVDEstimator | None = None
+
+    def make(self, name: str) -> nn.Module:
+        """A peer, not yet compiled by a step. `why_not` says which names can be made here."""
+        base, *options = name.split("+")
+        model = self._model(base == "ours")
+        if base == "ours":
+            return self._ours(model, options)
+        if base == "liger":
+            return _liger(model)
+        if base == "fp8":
+            _to_fp8(model)
+        if base.startswith("reference"):
+            factors = self.estimator(model).factors
+            cut = base == "reference-cut"
+            reference.apply(model, factors, self.preset.levels(), cut_gradients=cut)
+        if "compile" in options:
+            graphs = {"triton.cudagraphs": True} if "cudagraphs" in options else None
+            compiled = torch.compile(model.forward, backend=self.backend, options=graphs)
+            model.__dict__["forward"] = compiled
+        return model
+
+    def estimator(self, model: nn.Module) -> slx.SVDEstimator:
+        """Random factors, the same for all."""
+        if self._estimator is None:
+            self._estimator = random_estimator(model)
+        return self._estimator
+
+    def _model(self, ours: bool) -> nn.Module:
+        if ours not in self._frozen:
+            self._frozen[ours] = dense(self.preset)
+        return dense(self.preset, self._frozen[ours])
+
+    def _ours(self, model: nn.Module, options: list[str]) -> nn.Module:
+        arguments: dict[str, Any] = {"trim_logits": "trim" in options}
+        if takes("verify_speed"):  # else a sparse step that is slower would be timed as a dense one
+            arguments["verify_speed"] = "verify" in options
+        if "cudagraphs" in options:
+            arguments["cuda_graphs"] = True
+        estimator = self.estimator(model)
+        plan = self.preset.plan()
+        model = slx.compile(model, estimator, plan=plan, backend=self.backend, **arguments)
+        if "whole" in options:
+            model.__dict__["forward"] = _in_one_graph(model.forward)
+        return model
+
+
+def _in_one_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward whose graphs are not cut into pieces when its first calls compile them."""
+
+    @functools.wraps(forward)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(piecewise, "cut", lambda *_: None):
+            return forward(*args, **kwargs)
+
+    return whole
+
+
+def build(preset: Preset) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Every peer of `benchmarks.evidence.step_time` that can run here, and why the others
+    cannot."""
+    absent = missing(preset)
+    family = Family(preset)
+    names = ("peft", "peft+compile", "liger", "reference", "reference-cut")
+    built = {name: family.make(name) for name in names if name not in absent}
+    built["sparselora_fx"] = family.make("ours")
+    built["sparselora_fx-trim"] = family.make("ours+trim")
+    return built, absent
+
+
+def _to_fp8(model: nn.Module) -> None:
+    """Compute the frozen matmuls of the blocks in fp8, scaled by tensor."""
+    from torchao.float8 import convert_to_float8_training
+
+    def frozen(module: nn.Module, name: str) -> bool:
+        linear = isinstance(module, nn.Linear) and not module.weight.requires_grad
+        return linear and "layers." in name
+
+    convert_to_float8_training(model, module_filter_fn=frozen)
+
+
+def _liger(model: nn.Module) -> nn.Module:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model.get_base_model())  # type: ignore[operator]
+    return model

@@ -1,0 +1,191 @@
+"""Move token gathers up to the producers, so that context and output tokens are computed apart,
+and padding not at all."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparselora_fx.graph.emit import set_value, with_stand_in
+from sparselora_fx.graph.layout import same_shape
+from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.op_families import CASTS, NORMS
+from sparselora_fx.graph.pointwise import is_pointwise
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.gather_motion import (
+    Moved,
+    dropout_mask,
+    hoist_all,
+    is_whole,
+    keeps_last,
+    slice_of,
+    token_gather_of,
+)
+from sparselora_fx.rewrite.rewrite import Rewrite
+
+_TAKE = OPS.gather_tokens.default
+_MERGE = OPS.scatter_two_lists.default
+_PLACE = OPS.scatter_tokens.default
+_ROWWISE = NORMS | {"mean", "sum"}
+Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
+
+
+def hoist_token_gathers(rewrite: Rewrite) -> int:
+    """Push every `gather_tokens` towards what it takes from. Returns the moves made.
+
+    Before:  h: [B, L, N] = silu(merge(y, z, c, o) + b);     d: [P, N] = take(h, c);  e: [Q, N] =
+             take(h, o)
+    After:   d: [P, N] = silu(y + b);  e: [Q, N] = silu(z + b)         when nothing else reads h
+    Rules:   take(f(a, b))           -> f(take(a), take(b))            f pointwise
+             take(merge(y, z, c, o)) -> y or z                         (the round trip)
+             take(place(y, c), c)    -> y                              filled with other rows or not
+             take(view(a))           -> take(a)                        a view of tokens only
+             take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
+             take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a
+             LoRA up-projection
+             take(linear(z, W))      -> linear(take(z), W)             any, if one list is all that
+             is read
+             take(mean(a, -1))       -> mean(take(a), -1)              and norms over channels
+             take(dropout(a, p))     -> take(a) * take(dropout(1, p))  (the same random mask)
+    Keeps:   every value that is read; moves a take only past a node that nothing but takes reads.
+    """
+    graph = rewrite.graph
+    return hoist_all(graph, _TAKE, lambda take, source: _hoist(graph, take, source))
+
+
+def _hoist(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
+    lists: Lists = take.args[1:]
+    if source.target is _MERGE:
+        parts = {source.args[2]: source.args[0], source.args[4]: source.args[1]}
+        part = parts.get(lists[0])
+        return Moved(part, []) if isinstance(part, fx.Node) else None
+    placed = source.args[1] if op_name(source) == "where" else source
+    if isinstance(placed, fx.Node) and placed.target is _PLACE and placed.args[1] is lists[0]:
+        kept: Any = placed.args[0]
+        return Moved(kept, [])
+    if tensor(source) is None:
+        return None
+    with graph.inserting_before(take):
+        if keeps_last(source) or is_whole(source):
+            inner: Any = source.args[0]
+            new = _taken(graph, inner, lists)
+            return Moved(new, [new])
+        if op_name(source) == "getitem":
+            return _through_slice(graph, source, lists)
+        if op_name(source) == "linear":
+            return _through_linear(graph, source, lists)
+        if op_name(source) == "dropout":
+            return _through_dropout(graph, source, lists)
+        if op_name(source) in _ROWWISE:
+            return _through_rowwise(graph, source, lists)
+        if op_name(source) in CASTS or is_pointwise(source):
+            return _through_pointwise(graph, source, lists)
+    return None
+
+
+def _taken(graph: fx.Graph, node: fx.Node, lists: Lists) -> fx.Node:
+    return _sized(token_gather_of(graph, node, lists), node)
+
+
+def _sized(new: fx.Node, like: fx.Node) -> fx.Node:
+    example = tensor(like)
+    assert example is not None
+    return with_stand_in(new, like, rank=2, channels=int(example.shape[-1]))
+
+
+def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    out = tensor(source)
+    assert out is not None
+    if any(_kind(node, out) == "other" for node in source.all_input_nodes):
+        return None
+    takes: dict[fx.Node, fx.Node] = {}
+
+    def taken(node: fx.Node) -> fx.Node:
+        kind = _kind(node, out)
+        if kind == "tokens":
+            if node not in takes:
+                takes[node] = _taken(graph, node, lists)
+            return takes[node]
+        if kind == "channels":
+            example = tensor(node)
+            assert example is not None
+            flat = graph.call_method("reshape", (node, (example.shape[-1],)))
+            set_value(flat, torch.empty(int(example.shape[-1]), dtype=example.dtype, device="meta"))
+            return flat
+        return node
+
+    new = graph.node_copy(source, taken)
+    new.meta = {}
+    return Moved(_sized(new, source), list(takes.values()))
+
+
+def _kind(node: fx.Node, out: torch.Tensor) -> str:
+    """How an operand meets the tokens: "tokens" (one value or row a token), "channels", "scalar",
+    or "other"."""
+    example = tensor(node)
+    if example is None or example.dim() <= 1:
+        return "scalar"
+    lead = example.shape[:-1]
+    if all(isinstance(size, int) and size == 1 for size in lead):
+        return "channels"
+    return "tokens" if example.dim() == out.dim() and same_shape(lead, out.shape[:-1]) else "other"
+
+
+def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    found, example = slice_of(source), tensor(source)
+    if found is None or example is None:
+        return None
+    parent, start, step = found
+    take = _taken(graph, parent, lists)
+    key: Any = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
+    new = graph.call_function(operator.getitem, (take, key))
+    return Moved(_sized(new, source), [take])
+
+
+def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    x, weight, bias = (argument(source, i, n) for i, n in enumerate(("input", "weight", "bias")))
+    example = tensor(weight)
+    # The rows of one list are fewer than all; two lists may take what is cheaper to take after.
+    alone = all(user.args[1] is lists[0] for user in source.users)
+    known = example is not None and all(isinstance(size, int) for size in example.shape)
+    if example is None or not (alone or (known and example.shape[0] > example.shape[1])):
+        return None
+    take = _taken(graph, x, lists)
+    new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))
+    return Moved(_sized(new, source), [take])
+
+
+def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    """A norm, or a reduction, of each token's own channels."""
+    x = source.args[0] if source.args else None
+    example = tensor(x)
+    if not isinstance(x, fx.Node) or example is None or example.dim() < 2:
+        return None
+    args, kwargs = list(source.args), dict(source.kwargs)
+    if op_name(source) in NORMS:
+        shape = argument(source, 1, "normalized_shape")
+        if not isinstance(shape, tuple | list) or len(shape) != 1:
+            return None
+    else:
+        dim = argument(source, 1, "dim")
+        dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+        keeps = argument(source, 2, "keepdim", False)
+        if not isinstance(dim, int) or dim % example.dim() != example.dim() - 1 or not keeps:
+            return None
+        args, kwargs = [x], {**kwargs, "dim": -1, "keepdim": True}
+    take = _taken(graph, x, lists)
+    new = graph.create_node(source.op, source.target, (take, *args[1:]), kwargs)
+    return Moved(_sized(new, source), [take])
+
+
+def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
+    mask = dropout_mask(graph, source)
+    if mask is None:
+        return None
+    assert isinstance(source.args[0], fx.Node)
+    values = _taken(graph, source.args[0], lists)
+    new = graph.call_function(torch.mul, (values, _taken(graph, mask, lists)))
+    return Moved(_sized(new, source), [values])

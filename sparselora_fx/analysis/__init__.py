@@ -1,0 +1,1 @@
+"""Facts about a graph. Nothing here edits one."""

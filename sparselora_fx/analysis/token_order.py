@@ -1,0 +1,153 @@
+"""Whether rows stand in the order of the batch's tokens: followed back to the batch itself.
+
+Shapes do not say it where a batch has as many samples as tokens, or where tokens are flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from sparselora_fx.analysis.mask_values import is_weight
+from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, UNKNOWN
+from sparselora_fx.analysis.token_liveness import DEAD, LiveRows, needed
+from sparselora_fx.graph.bodies import bodies
+from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.ir.ops import OPS
+
+_BATCH = ("input_ids", "inputs_embeds")
+_MOVERS = ("flip", "fliplr", "flipud", "roll", "sort", "gather", "take_along_dim", "index_select")
+_Place = tuple[fx.Node, LiveRows]
+
+
+def token_inputs(
+    gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor]
+) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
+    """The inputs of a graph that hold the batch's tokens, ``[B, L]`` or ``[B, L, D]``, and all that
+    the model's caller gave."""
+    given = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+    def among(tensors: list[Tensor]) -> frozenset[fx.Node]:
+        ids = {id(t) for t in tensors}
+        return frozenset(node for node, value in given if id(value) in ids)
+
+    tokens = [arguments[name] for name in _BATCH if name in arguments]
+    return among(tokens), among(list(arguments.values()))
+
+
+def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node, str]:
+    """How the rows of each site marker of a graph and its bodies, ``[B, L, N]`` or ``[B * L, N]``,
+    stand to the tokens of ``roots``.
+
+    ``IN_ORDER`` where some way back keeps samples and tokens in place, else ``UNKNOWN`` where some
+    way ends in what another part of the model has computed, else ``SWAPPED`` (tokens first), else
+    ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``.
+    """
+    walk = _Walk(gm)
+    starts = {mark: start for mark in walk.marks if (start := _start(mark)) is not None}
+    ways: dict[_Place, list[_Place]] = {}  # a place -> the places that lead back to it
+    words = (IN_ORDER, UNKNOWN, SWAPPED, MOVED)
+    ends: dict[str, set[_Place]] = {word: set() for word in words}
+    todo = list(starts.values())
+    seen = set(todo)
+    while todo:
+        place = todo.pop()
+        node, need = place
+        if node in roots:
+            ends[IN_ORDER if need[:2] == (0, 1) else SWAPPED].add(place)
+            continue
+        found = list(walk.before(node, need))
+        if not found and _moves(node, need):
+            ends[MOVED].add(place)
+        elif not found and node.op == "placeholder" and not is_weight(node):
+            ends[UNKNOWN].add(place)
+        for before in found:
+            ways.setdefault(before, []).append(place)
+        todo += [before for before in found if before not in seen]
+        seen.update(found)
+    reached = {word: _led_back(found, ways) for word, found in ends.items()}
+    return {
+        mark: next((word for word, found in reached.items() if start in found), UNKNOWN)
+        for mark, start in starts.items()
+    }
+
+
+def _led_back(ends: Iterable[_Place], ways: Mapping[_Place, list[_Place]]) -> set[_Place]:
+    """The places from which one of some ends is reached."""
+    found, todo = set(ends), list(ends)
+    while todo:
+        for place in ways.get(todo.pop(), []):
+            if place not in found:
+                found.add(place)
+                todo.append(place)
+    return found
+
+
+def _start(mark: fx.Node) -> _Place | None:
+    example = tensor(mark)
+    if example is None or example.dim() not in (2, 3):
+        return None
+    return mark, LiveRows(0, example.dim() - 2, ())
+
+
+class _Walk:
+    """The ways back through a graph and its bodies."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.marks: list[fx.Node] = []
+        self.outer: dict[fx.Node, list[fx.Node]] = {}  # inputs of bodies -> what they are given
+        self.inner: dict[fx.Node, Any] = {}  # calls of bodies -> what those return
+        self._enter(gm)
+
+    def _enter(self, gm: fx.GraphModule) -> None:
+        self.marks += [n for n in gm.graph.nodes if n.target in (OPS.site, OPS.site.default)]
+        for call, body, operands in bodies(gm):
+            for node, operand in zip(
+                body.graph.find_nodes(op="placeholder"), operands, strict=True
+            ):
+                if isinstance(operand, fx.Node):
+                    self.outer.setdefault(node, []).append(operand)
+            self.inner[call] = body.graph.output_node().args[0]
+            self._enter(body)
+
+    def before(self, node: fx.Node, need: LiveRows) -> Iterator[_Place]:
+        """Where the rows of a node that are named come from."""
+        if node.op == "placeholder":
+            yield from ((operand, need) for operand in self.outer.get(node, []))
+            return
+        source: Any = node.args[0] if node.args else None
+        if node in self.inner or (op_name(node) == "getitem" and source in self.inner):
+            returned = self.inner[node if node in self.inner else source]
+            if isinstance(returned, tuple | list):
+                returned = returned[0 if node in self.inner else node.args[1]]  # type: ignore[index]
+            if isinstance(returned, fx.Node):
+                yield returned, need
+            return
+        if op_name(node) == "embedding":
+            held: Any = argument(node, 0, "input")
+            example = tensor(held)
+            if example is not None and max(need[:2]) < example.dim():
+                yield held, need
+            return
+        for user_input in node.all_input_nodes:
+            before = needed(node, user_input, {node: need})
+            if before is not None and before != DEAD:
+                yield user_input, before
+
+
+def _moves(node: fx.Node, need: LiveRows) -> bool:
+    """Whether a node puts rows in another order, or picks some."""
+    name, example = op_name(node), tensor(node)
+    if name in _MOVERS and example is not None:
+        place = {"roll": 2, "sort": 1}.get(name, 1)
+        along = argument(node, place, "dims", node.kwargs.get("dim"))
+        axes = along if isinstance(along, tuple | list) else (along,)
+        known = [a % example.dim() for a in axes if isinstance(a, int)]
+        return not known or not {need.batch, need.axis}.isdisjoint(known)
+    if name != "getitem":
+        return False
+    keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(k, fx.Node | list) and (tensor(k) is not None or isinstance(k, list))
+               for k in keys)  # fmt: skip

@@ -1,0 +1,1 @@
+"""From a Dynamo graph to a callable: backend, pipeline, pieces."""

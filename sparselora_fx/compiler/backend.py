@@ -1,0 +1,101 @@
+"""The torch.compile backend: run the passes on each graph, compile it, and keep what it chose
+within reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+from torch import fx
+
+from sparselora_fx.compiler.piecewise import compile_piecewise
+from sparselora_fx.compiler.pipeline import run
+from sparselora_fx.compiler.report import GraphReport
+from sparselora_fx.compiler.switches import switched_on
+from sparselora_fx.graph.nodes import op_name
+from sparselora_fx.lowering import inductor_backend
+from sparselora_fx.passes import ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
+from sparselora_fx.rewrite.rewrite import Options, TracedCall
+
+
+class Listener(Protocol):
+    """Who hears of the graphs that a backend compiles: the runtime of a compiled model."""
+
+    calls: int  # how often the model was called
+
+    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
+        """A graph is about to be compiled. Returns whether labels are shifted, and what is known of
+        the model's call; raises `OtherConvention` if that call must begin anew."""
+
+    def replayable(
+        self, compiled: Callable[..., Any], inputs: Sequence[Any], extra: int
+    ) -> Callable[..., Any]:
+        """What to run in place of a compiled graph: the same, or CUDA graphs of it. ``extra``: so
+        many outputs beyond the model's own."""
+
+    def graph_ran(
+        self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Any], *, first: bool
+    ) -> None:
+        """A rewritten graph has run: with its inputs, and its outputs beyond the model's own.
+        ``first``: in the first call of the model that used these weights, as one graph serves many
+        layers; as often as it runs there, for a block may be applied twice."""
+
+
+def make_backend(
+    listener: Listener, name: str, options: Options, blocks: Iterable[str]
+) -> Callable[..., Any]:
+    """A backend for ``torch.compile``. Graphs without a marked site go to the named backend
+    untouched. ``blocks``: the names of the model's repeated blocks, between which graphs may be
+    cut."""
+    repeated = tuple(blocks)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        shift, call = listener.graph_traced(gm, inputs)
+        # A graph that is observed is otherwise left as it is, and compiled as it would be.
+        observed = _is_observed(gm)
+        passes = switched_on(ONLINE_CALIBRATION if observed else PIPELINE)
+        now = replace(options, shift=shift)
+        report = run(gm, inputs, now, passes, switched_on(WHOLE_GRAPH), call)
+        rewritten = report is not None and not observed
+        compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
+        if rewritten:
+            compiled = compile_piecewise(gm, inputs, repeated, compile_graph)
+        else:
+            compiled = compile_graph(gm, inputs)
+        compiled = listener.replayable(compiled, inputs, report.extra if report else 0)
+        return compiled if report is None else _Rewritten(compiled, report, listener)
+
+    return backend
+
+
+def _is_observed(gm: fx.GraphModule) -> bool:
+    """Whether a graph or a body of it has a marker that asks for rows to calibrate on."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(op_name(node) == "observed" for graph in graphs for node in graph.nodes)
+
+
+class _Rewritten:
+    """A compiled graph whose extra outputs (selections and rows) are taken off before its caller
+    sees them."""
+
+    def __init__(
+        self, compiled: Callable[..., Any], report: GraphReport, listener: Listener
+    ) -> None:
+        self.compiled = compiled
+        self.report = report
+        self.listener = listener
+        self.served: dict[int, int] = {}  # layer -> in which call of the model first
+        sites = [site for region in report.regions for site in region.sites] + report.dense
+        self.key = sites[0].weight if sites else None
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self.compiled(*args)
+        own = len(outputs) - self.report.extra
+        # One graph serves many layers: they differ in the weights they pass.
+        now, first = self.listener.calls, False
+        if self.key is not None:
+            first = self.served.setdefault(id(args[self.key]), now) == now
+        self.listener.graph_ran(self.report, args, outputs[own:], first=first)
+        return outputs[:own]

@@ -1,0 +1,135 @@
+"""Lift what passes chose, in a graph and its bodies, to the graph's outputs."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from sparselora_fx.analysis.regions import Observed, Region
+from sparselora_fx.compiler.report import GraphReport, ObservedReport, RegionReport, SiteReport
+from sparselora_fx.graph.bodies import bodies
+from sparselora_fx.rewrite.rewrite import Rewrite
+
+
+@dataclass
+class _Lifted:
+    """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to
+    return."""
+
+    regions: list[tuple[Region, dict[Any, fx.Node], dict[Any, fx.Node]]] = field(
+        default_factory=list
+    )
+    skips: list[tuple[fx.Node, str]] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
+
+    def tensors(self) -> list[fx.Node]:
+        """All that the graph must return, in a fixed order; some may come twice."""
+        chosen = [tensor for _, _, tensors in self.regions for tensor in tensors.values()]
+        return chosen + [tensor for seen in self.observed for tensor in seen.tensors]
+
+
+def lift_outputs(
+    gm: fx.GraphModule,
+    rewrites: dict[fx.GraphModule, Rewrite],
+    done: dict[fx.GraphModule, _Lifted],
+) -> _Lifted:
+    """Return a graph's selections and rows from its bodies, so that they are nodes of this
+    graph."""
+    lifted = done[gm] = _Lifted()
+    own = rewrites.get(gm)
+    if own is not None:
+        for region in own.regions:
+            weights = {site: site.weight for site in region.sites}
+            tensors: dict[Any, fx.Node] = dict(region.rows)
+            for choice in region.choices:
+                assert choice.selection is not None
+                tensors[choice.name] = choice.selection
+            lifted.regions.append((region, weights, tensors))
+        lifted.skips += [(skip.weight, skip.reason) for skip in own.skips]
+        lifted.observed += own.observed
+    for node, body, operands in list(bodies(gm)):
+        inner = done[body] if body in done else _lift_body(body, rewrites, done)
+        _lift_call(gm, node, body, operands, inner, lifted)
+    return lifted
+
+
+def _lift_body(
+    body: fx.GraphModule,
+    rewrites: dict[fx.GraphModule, Rewrite],
+    done: dict[fx.GraphModule, _Lifted],
+) -> _Lifted:
+    inner = lift_outputs(body, rewrites, done)
+    output = body.graph.output_node()
+    own = output.args[0]
+    own = tuple(own) if isinstance(own, list | tuple) else (own,)
+    body.meta["sparselora_own_outputs"] = len(own)
+    output.args = ((*own, *inner.tensors()),)
+    return inner
+
+
+def _lift_call(
+    gm: fx.GraphModule,
+    call: fx.Node,
+    body: fx.GraphModule,
+    operands: list[Any],
+    inner: _Lifted,
+    outer: _Lifted,
+) -> None:
+    inputs = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    places = itertools.count(body.meta["sparselora_own_outputs"])
+    after = call.next
+
+    def got() -> fx.Node:
+        with gm.graph.inserting_before(after):
+            return gm.graph.call_function(operator.getitem, (call, next(places)))
+
+    for region, weights, tensors in inner.regions:
+        outside = {key: got() for key in tensors}
+        outer.regions.append((region, {s: inputs[w] for s, w in weights.items()}, outside))
+    for seen in inner.observed:
+        reading = tuple(inputs[weight] for weight in seen.weights)
+        outer.observed.append(Observed(reading, seen.kn, got(), got() if seen.taken else None))
+    outer.skips += [(inputs[weight], reason) for weight, reason in inner.skips]
+
+
+def report_of(
+    gm: fx.GraphModule, lifted: _Lifted, rewrites: dict[fx.GraphModule, Rewrite]
+) -> GraphReport:
+    """Make every selection an output of the top graph and describe it by index."""
+    index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    extra: dict[fx.Node, int] = {}
+    for node in lifted.tensors():
+        extra.setdefault(node, len(extra))
+    regions = []
+    for region, weights, tensors in lifted.regions:
+        place = {key: extra[node] for key, node in tensors.items()}
+        consumer = region.consumer.site
+        sites = [
+            SiteReport(index[weights[s]], "in" if s is consumer else "out", rows=place[s])
+            for s in region.sites
+        ]
+        choices = {c.name: (place[c.name], c.kept, c.channels) for c in region.choices}
+        regions.append(RegionReport(region.kind, sites, choices))
+    dense = [SiteReport(index[weight], "dense", reason) for weight, reason in lifted.skips]
+    observed = [
+        ObservedReport(
+            tuple(index[weight] for weight in seen.weights),
+            seen.kn,
+            extra[seen.rows],
+            None if seen.taken is None else extra[seen.taken],
+        )
+        for seen in lifted.observed
+    ]
+    output = gm.graph.output_node()
+    own = output.args[0]
+    assert isinstance(own, list | tuple)
+    output.args = ((*own, *extra),)
+    counts: dict[str, int] = {}
+    for rewrite in rewrites.values():
+        for name, changes in rewrite.counts.items():
+            counts[name] = counts.get(name, 0) + changes
+    return GraphReport(regions, dense, counts, len(extra), observed)

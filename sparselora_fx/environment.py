@@ -1,0 +1,33 @@
+"""The environment settings; this file alone reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sparselora_fx.errors import CompileError
+
+DEBUG_BOUNDS = "SPARSELORA_DEBUG_BOUNDS"
+KERNEL_TABLE = "SPARSELORA_KERNEL_TABLE"
+DISABLED_PASSES = "SPARSELORA_DISABLED_PASSES"
+
+
+def check_bounds() -> bool:
+    """Whether kernels assert that every index they gather with is in range:
+    ``SPARSELORA_DEBUG_BOUNDS=1``."""
+    value = os.environ.get(DEBUG_BOUNDS, "0")
+    if value not in ("0", "1"):
+        raise CompileError(f"{DEBUG_BOUNDS} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def kernel_table() -> Path | None:
+    """The table of measured kernels to use in place of ours: ``SPARSELORA_KERNEL_TABLE``."""
+    value = os.environ.get(KERNEL_TABLE)
+    return Path(value) if value else None
+
+
+def disabled_passes() -> tuple[str, ...]:
+    """Names of passes to leave out, joined by commas: ``SPARSELORA_DISABLED_PASSES``."""
+    names = os.environ.get(DISABLED_PASSES, "").split(",")
+    return tuple(name.strip() for name in names if name.strip())

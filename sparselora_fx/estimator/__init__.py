@@ -1,0 +1,1 @@
+"""Factors and statistics of frozen weights: how channels are predicted."""

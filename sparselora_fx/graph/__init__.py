@@ -1,0 +1,1 @@
+"""FX plumbing that knows neither LoRA nor sparsity."""

@@ -1,0 +1,1 @@
+"""Every op that a rewritten graph may hold; the eager body of an op is its meaning."""

@@ -1,0 +1,103 @@
+"""Gather and matmul through Inductor's own lowerings: what a CPU runs, and what a GPU runs where no
+template may.
+
+Shape letters as in `sparselora_fx.ir.ops`. Values are Inductor IR nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparselora_fx.lowering import inductor
+
+_ATEN = torch.ops.aten
+
+
+def _lowered(op: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = inductor.inductor().lowerings[op]
+    return found
+
+
+def rows(w: Any, idx: Any, dtype: torch.dtype) -> Any:
+    """``w[idx, :]`` in ``dtype``; the gather comes first, so only kept rows are cast."""
+    kept = _lowered(_ATEN.index.Tensor)(w, [idx])
+    return _lowered(torch.ops.prims.convert_element_type.default)(kept, dtype)
+
+
+def transpose(w: Any) -> Any:
+    """``w.t()`` of a matrix."""
+    return _lowered(_ATEN.permute.default)(w, [1, 0])
+
+
+def flatten(x: Any) -> Any:
+    """``x[..., K]`` as a matrix ``[T, K]``."""
+    size = x.get_size()
+    return x if len(size) == 2 else _lowered(_ATEN.view.default)(x, [-1, size[-1]])
+
+
+def unflatten(y: Any, like: Any) -> Any:
+    """``y[T, N]`` with the leading dimensions of ``like``."""
+    lead = like.get_size()[:-1]
+    return y if len(lead) == 1 else _lowered(_ATEN.view.default)(y, [*lead, y.get_size()[1]])
+
+
+def matmul(x: Any, w: Any) -> Any:
+    """``x[..., K] @ w[K, N]`` through the 2-D matmul lowering."""
+    return unflatten(_lowered(_ATEN.mm.default)(flatten(x), w), x)
+
+
+def sliced_linear(x: Any, w: Any, idx: Any) -> Any:
+    """``x[T, K] @ w[idx, :].T``."""
+    return matmul(x, transpose(rows(w, idx, x.get_dtype())))
+
+
+def sliced_linear_dgrad(gy: Any, w: Any, idx: Any) -> Any:
+    """``gy[T, S] @ w[idx, :]``."""
+    return matmul(gy, rows(w, idx, gy.get_dtype()))
+
+
+def sliced_linear_in(h: Any, w: Any, idx: Any) -> Any:
+    """``h[T, S] @ w[:, idx].T``."""
+    return matmul(h, rows(transpose(w), idx, h.get_dtype()))
+
+
+def sliced_linear_in_dgrad(gy: Any, w: Any, idx: Any) -> Any:
+    """``gy[T, N] @ w[:, idx]``."""
+    return matmul(gy, transpose(rows(transpose(w), idx, gy.get_dtype())))
+
+
+def sliced_linear_wgrad(gy: Any, x: Any, idx: Any, n: Any) -> Any:
+    """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero."""
+    part = _lowered(_ATEN.mm.default)(transpose(flatten(gy)), flatten(x))
+    return _placed(part, idx, n)
+
+
+def sliced_linear_in_wgrad(gy: Any, h: Any, idx: Any, n: Any) -> Any:
+    """``gw[N, K=n]``: columns idx hold ``gy.T @ h``, the others zero (built as rows of the
+    transpose)."""
+    part = _lowered(_ATEN.mm.default)(transpose(flatten(h)), flatten(gy))
+    return transpose(_placed(part, idx, n))
+
+
+def _placed(part: Any, idx: Any, n: Any) -> Any:
+    """``zeros[n, K]`` with ``part[S, K]`` in rows idx; idx is unique, so the scatter is
+    deterministic."""
+    zeros = _lowered(_ATEN.full.default)(
+        [n, part.get_size()[1]], 0, dtype=part.get_dtype(), device=part.get_device()
+    )
+    return _lowered(_ATEN.index_put.default)(zeros, [idx], part, False)
+
+
+SLICED: dict[str, Callable[..., Any]] = {
+    "sliced_linear": sliced_linear,
+    "sliced_linear_dgrad": sliced_linear_dgrad,
+    "sliced_linear_in": sliced_linear_in,
+    "sliced_linear_in_dgrad": sliced_linear_in_dgrad,
+}
+WEIGHT_GRADIENTS: dict[str, Callable[..., Any]] = {
+    "sliced_linear_wgrad": sliced_linear_wgrad,
+    "sliced_linear_in_wgrad": sliced_linear_in_wgrad,
+}

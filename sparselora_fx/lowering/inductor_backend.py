@@ -1,0 +1,148 @@
+"""Compile a graph as a named backend of `torch.compile` does, with our lowerings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparselora_fx._torch import donating_nothing
+from sparselora_fx.ir import ops, score_ops
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.lowering import cache_key
+from sparselora_fx.lowering.install import install
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+# Versions of torch whose Inductor the lowerings were written for.
+KNOWN_VERSIONS = ("2.11", "2.12", "2.13", "2.14")
+# On a CPU a kernel that places rows and channels is scalar code. Inlined in each of its readers (a
+# rotation reads it three times) it costs more than a pass over memory. Torch's default is 30; with
+# 8 a step of the preset cpu-small took 1.105 s instead of 1.119 (medians of 11, in turns).
+_ON_CPU: dict[str, Any] = {"realize_opcount_threshold": 8}
+# Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
+_DECOMPOSED = (
+    "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens",
+    "gather_tokens", "gather_or_zero_tokens", "scatter_tokens", "scatter_two_lists",
+    "sample_tokens",
+    "channel_energy", "low_rank_energy", "low_rank_norms",
+)  # fmt: skip
+# Ops with lowerings of their own; decomposed too where those cannot be installed.
+_LOWERED = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad")
+
+
+def backend_compile(
+    name: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    rewritten: bool,
+    patches: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph as ``torch.compile(backend=name)`` would.
+
+    A rewritten graph also gets our lowerings, and a cache key that covers them. ``patches`` are
+    further settings of Inductor for it.
+    """
+    if name == "inductor" and rewritten:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
+        on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+        settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
+        with saving_less(), donating_nothing():
+            if not install_lowerings():
+                return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
+            settings["post_grad_custom_pre_pass"] = _key_pass()
+            return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
+    from torch._dynamo.backends.registry import lookup_backend
+
+    with donating_nothing() if rewritten else nullcontext():
+        return lookup_backend(name)(gm, list(inputs))
+
+
+def saving_less() -> AbstractContextManager[None]:
+    """Let a backward compute cheap values again also where a matmul or attention reads them: scaled
+    rows of a norm, keys repeated for their query heads. Run on 2.11 and 2.13."""
+    import torch._functorch.config as functorch_config
+
+    return functorch_config.patch(ban_recompute_materialized_backward=False)  # type: ignore[no-any-return]
+
+
+def _body(name: str) -> Callable[..., Any]:
+    return getattr(ops, name, None) or getattr(score_ops, name)  # type: ignore[no-any-return]
+
+
+def _all_decomposed() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions and those of all our ops. Inductor does not cache with such a
+    table."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    ours = {getattr(OPS, name).default: _body(name) for name in _DECOMPOSED + _LOWERED}
+    return {**select_decomp_table(), **ours}
+
+
+def _register_decompositions() -> None:
+    """Add the ops that Inductor sees through to its own table.
+
+    A table that is passed to ``compile_fx`` would do as well, but with one Inductor finds no stable
+    cache key (2.13) and compiles every graph anew in every process.
+    """
+    from torch._inductor import decomposition
+
+    for name in _DECOMPOSED:
+        decomposition.decompositions[getattr(OPS, name).default] = _body(name)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+
+
+@cache
+def install_lowerings() -> bool:
+    """Give Inductor the lowerings of the sliced matmuls.
+
+    Returns False, with one warning, for a torch that we do not know.
+    """
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version in KNOWN_VERSIONS:
+        try:
+            install()
+            _register_decompositions()
+            return True
+        except (ImportError, AttributeError) as error:
+            why = f"its Inductor lacks something the lowerings need ({error})"
+    else:
+        why = f"the lowerings were written for {', '.join(KNOWN_VERSIONS)}"
+    warnings.warn(
+        f"torch {torch.__version__}: {why}; sliced matmuls are compiled as gather + matmul instead."
+        " Results are the same, speed may not be.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _key_pass() -> Any:
+    """A pass that changes nothing but Inductor's cache key, which does not cover lowerings.
+
+    It runs the user's own ``post_grad_custom_pre_pass`` (one or several), under a key that holds
+    both. Run on 2.13.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    theirs: Any = config.post_grad_custom_pre_pass or ()
+    theirs = tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)
+    key = cache_key.key()
+
+    class LoweringKey(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for step in theirs:
+                step(graph)
+
+        def uuid(self) -> Any:
+            keys = [step.uuid() if hasattr(step, "uuid") else None for step in theirs]
+            return None if None in keys else (key, *keys)  # None: Inductor does not cache
+
+    return LoweringKey()

@@ -1,0 +1,1 @@
+"""The user's `nn.Module`, without a graph: frozen weights, blocks, signatures."""

@@ -1,0 +1,44 @@
+"""What a model's forward takes and returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sparselora_fx.errors import CompileError
+
+
+def call_arguments(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, as far as its callee has ``names`` for them."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """The names that a function's signature has for positional arguments, in their order."""
+    return [
+        p.name
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:
+    """The module that makes the logits."""
+    if regional:
+        raise CompileError(
+            "trim_logits=True needs the whole model in one graph, and regional=True compiles its "
+            "blocks apart; leave one of them out"
+        )
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Module):
+        raise CompileError(
+            f"trim_logits=True: {type(model).__name__} has no get_output_embeddings() that returns "
+            "a module, so it is not known where its logits are made; leave trim_logits out"
+        )
+    return head

@@ -1,0 +1,1 @@
+"""A model between `compile` and `restore`: hooks, forward, what each call is."""

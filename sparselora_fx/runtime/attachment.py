@@ -1,0 +1,150 @@
+"""What `compile` puts on a model's modules, and how it comes off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_fx.estimator.svd_estimator import SVDEstimator
+from sparselora_fx.ir.markers import OBSERVED, SiteSpec
+from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.model.weight_layout import GatherLayout
+from sparselora_fx.plan.plan import Sparsity
+from sparselora_fx.plan.score import Score
+from sparselora_fx.runtime.caching import cache_hook, caching_modules
+from sparselora_fx.runtime.copies import OWNER, forget_plain, keep_plain
+from sparselora_fx.runtime.hooks import SiteAttributes, TraceInputs, label_hook, site_hook
+
+
+@dataclass
+class Attachment:
+    """Hooks, factors and specs on the modules of one model: everything that `restore` must undo.
+
+    ``owner`` is who hooks lead to; ``statistics`` are the names of the vectors beside each weight's
+    factors.
+    """
+
+    owner: Any
+    model: nn.Module
+    frozen: list[FrozenWeight]
+    sparsity: Mapping[str, Sparsity]
+    trace_inputs: TraceInputs
+    handles: list[Any] = field(default_factory=list)
+    buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    layout: GatherLayout = field(default_factory=GatherLayout)
+    statistics: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def mark(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Put a hook on every module that owns a frozen weight, and factors on those that the plan
+        makes sparse.
+
+        Dense ones need the hook too: Dynamo does not guard whether a module has hooks, but it does
+        guard what they read, and without that a sparse block would run a dense block's graph.
+        """
+        owners: dict[nn.Module, list[SiteAttributes]] = {}
+        for weight in self.frozen:
+            names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
+            sparse = max(self.sparsity[weight.name]) > 0
+            more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
+            self.statistics[weight.name] = tuple(more)
+            buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
+            mark = SiteAttributes(weight.param, *names, buffers, spec_name(weight))
+            owners.setdefault(weight.module, []).append(mark)
+            if not sparse:
+                continue
+            like = weight.weight
+            none = like.new_empty(
+                0, 0
+            )  # an estimator may know producers only; consumers are not scored
+            known = factors.get(weight.canonical, (none, none))
+            for word, factor in zip("ab", known, strict=True):
+                self._attach(weight, word, factor.to(like.dtype))
+        for module, marks in owners.items():
+            hook = site_hook(self.trace_inputs.key, tuple(marks))
+            self._hang(module, hook, with_kwargs=True)
+        self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
+
+    def mark_model(self, head: nn.Module | None) -> None:
+        """Put a hook on the output embedding, if given, which says which of its rows carry a label,
+        and on every model of transformers that may make a KV cache."""
+        if head is not None:
+            self._hang(head, label_hook(self.trace_inputs.key), with_kwargs=False)
+        for module in caching_modules(self.model):
+            self._hang(module, cache_hook(self.trace_inputs.key, module), with_kwargs=True)
+
+    def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
+        """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense.
+
+        The words stand on each module, where Dynamo guards them: a graph depends on its own
+        sites' sparsity only, so blocks that are compiled one by one share what they have in common.
+        """
+        for weight in self.frozen:
+            own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
+            dense = max(own) == 0
+            words = () if dense else self.statistics.get(weight.name, ())
+            spec = SiteSpec(*own, words, kn=weight.transposed and not dense)
+            weight.module.__dict__[spec_name(weight)] = spec.encode()
+
+    def set_observed(self) -> None:
+        """Tell the sites that the plan makes sparse that their input is looked at."""
+        for weight in self.frozen:
+            if max(self.sparsity[weight.name]) > 0:
+                weight.module.__dict__[spec_name(weight)] = OBSERVED
+
+    def place(self, estimator: SVDEstimator, score: Score) -> None:
+        """Put an estimator's factors, and the vectors that a score needs, where `mark` has put
+        others of the same shapes.
+
+        In place, so that graphs compiled for those stay right; what the estimator lacks is zero.
+        """
+        vectors = estimator.vectors(self.frozen, score)
+        with torch.no_grad():
+            for weight in (w for w in self.frozen if max(self.sparsity[w.name]) > 0):
+                pair = estimator.factors[weight.canonical]
+                values = {"a": pair.a, "b": pair.b, **vectors[weight.canonical]}
+                for word in ("a", "b", *self.statistics[weight.name]):
+                    buffer = weight.module._buffers[f"_sparselora_{word}_{weight.param}"]
+                    assert buffer is not None
+                    known = values.get(word, buffer.new_zeros(0))
+                    buffer.copy_(known) if len(known) else buffer.zero_()
+
+    def unmark(self) -> None:
+        """Take hooks, factors and specs off again."""
+        for handle in self.handles:
+            handle.remove()
+        for module, name in self.buffers:
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
+        for weight in self.frozen:
+            weight.module.__dict__.pop(spec_name(weight), None)
+        for module in (*self.model.modules(), *(weight.module for weight in self.frozen)):
+            forget_plain(module)
+        self.trace_inputs.close()
+        self.handles.clear()
+        self.buffers.clear()
+        self.layout.restore()
+
+    def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
+        name = f"_sparselora_{word}_{weight.param}"
+        placed = values.to(device=weight.weight.device)
+        weight.module.register_buffer(name, placed, persistent=False)
+        self.buffers.append((weight.module, name))
+        return name
+
+    def _hang(self, module: nn.Module, hook: Any, *, with_kwargs: bool) -> None:
+        hook.__dict__[OWNER] = self.owner
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+        keep_plain(module)
+
+
+def spec_name(weight: FrozenWeight) -> str:
+    """The attribute of a module that says how sparse a frozen weight of it is now."""
+    return f"_sparselora_spec_{weight.param}"

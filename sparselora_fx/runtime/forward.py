@@ -1,0 +1,257 @@
+"""The forward that `compile` puts on a model: what each call is, and how it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_fx import _torch
+from sparselora_fx.ir.token_lists import TokenCounts, Tokens, labelled_tokens
+from sparselora_fx.model.signature import argument_names, call_arguments
+from sparselora_fx.runtime.caching import (
+    AS_CALLED,
+    LEFT_OUT,
+    STANDS_IN,
+    is_unset,
+    may_be_packed,
+    takes_use_cache,
+)
+from sparselora_fx.runtime.copies import StandIn
+from sparselora_fx.runtime.counting import KEY, CountedBatch
+from sparselora_fx.runtime.devices import check_devices
+from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
+from sparselora_fx.runtime.runtime import Runtime
+from sparselora_fx.runtime.step_tokens import is_worth_it, step_counts, step_lists
+from sparselora_fx.runtime.token_policy import split_tokens
+from sparselora_fx.runtime.warm_up import warm_up_levels
+
+
+class CompiledForward(StandIn):
+    """The instance-level ``model.forward``: training calls run compiled, evaluation runs the
+    model's own forward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        compiled: Callable[..., Any],
+        compile_eval: bool,
+        precompile: bool,
+        trim_logits: bool,
+    ) -> None:
+        functools.update_wrapper(self, model.forward)  # first: it copies attributes over
+        self.model = model
+        self.runtime = runtime
+        self.compiled = compiled
+        self.compile_eval = compile_eval
+        self.precompile = runtime.warm_up_next = precompile
+        self.trim_logits = trim_logits
+        self.untrimmed = False  # the call under way should trim logits, and cannot
+        self.original: Callable[..., Any] = model.forward
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.base_forward = base.forward if base is not model else self.original
+        self.names = argument_names(self.base_forward)
+        config = getattr(base, "config", None)
+        self.cacheable = takes_use_cache(self.base_forward, config)
+        # One token grid would have to serve two stacks of other lengths: every token is sparse
+        # then.
+        runtime.every_token = bool(getattr(config, "is_encoder_decoder", False))
+        self.takes_key = OUTPUT_TOKENS not in inspect.signature(self.base_forward).parameters
+        # Walked once: on a deep model that is a millisecond a step.
+        self.checkpoints = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        # Under a torch.compile of the user's own this must stay a compilation of its own: inlined
+        # into that one, our backend would never see the graph, and all would be dense.
+        self.step = torch.compiler.disable(self._step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.takes_key and self.runtime.active and OUTPUT_TOKENS in kwargs:
+            with output_tokens(kwargs.pop(OUTPUT_TOKENS)):
+                return self(*args, **kwargs)
+        runtime = self.runtime
+        if args and args[0] is self.model:
+            args = args[1:]  # bound to the model, as accelerate binds what it has unwrapped
+        counted = kwargs.pop(KEY, None)
+        measured = runtime.measured is not None
+        if not runtime.active or not (self.model.training or self.compile_eval or measured):
+            return self.original(*args, **kwargs)
+        return self.step(counted, *args, **kwargs)
+
+    def _step(self, counted: CountedBatch | None, *args: Any, **kwargs: Any) -> Any:
+        """One compiled call, and before it those that compile ahead."""
+        runtime = self.runtime
+        if _torch.in_transform():
+            runtime.warn_once(
+                "a torch.func transform (vmap, grad, ...) is around this model's call: such calls "
+                "are dense and run the model's own forward, for nothing compiled runs inside one"
+            )
+            return self.original(*args, **kwargs)
+        if runtime.warm_up_next and self.model.training and torch.is_grad_enabled():
+            warm_up_levels(runtime, lambda: self._run(counted, args, dict(kwargs)))
+        before = runtime.graphs
+        out = self._run(counted, args, kwargs)
+        # Other sizes than before: the levels to come need graphs for them too.
+        runtime.warm_up_next |= self.precompile and self.model.training and runtime.graphs > before
+        return out
+
+    def _run(
+        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One compiled call. A graph that is traced may show that other tokens carry loss than was
+        assumed: the call then begins anew, before that graph has run."""
+        runtime, convention = self.runtime, self.runtime.convention
+        tally = replace(runtime.tally)
+        while True:
+            convention.retry = False
+            runtime.tally = replace(tally)
+            try:
+                result = self._call(counted, args, dict(kwargs))
+            except Exception:
+                if not convention.retry:
+                    raise
+                continue
+            if not convention.retry:
+                return result
+
+    def _call(
+        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
+        arguments = call_arguments(self.names, args, kwargs)
+        if self.model.training and _decodes(arguments):
+            return self.original(*args, **kwargs)
+        check_devices(self.model, arguments)
+        self._allow_replay(True)
+        sliced = self._set_trace_inputs(self._with_tokens(arguments), counted)
+        trace_inputs.caching = self._caching(sliced)
+        packed = trace_inputs.caching == STANDS_IN and may_be_packed(arguments)
+        if self.cacheable and trace_inputs.caching and is_unset(arguments) and not packed:
+            kwargs["use_cache"] = False
+        # Blocks compiled one by one run compiled in a recomputation too.
+        trace_inputs.grad = torch.is_grad_enabled() and not runtime.blocks
+        trace_inputs.inside = True
+        runtime.calls += 1
+        try:
+            with runtime.recompiles.watching(self._kind(), arguments):
+                result = self.compiled(*args, **kwargs)
+            if self.untrimmed and not runtime.convention.retry:
+                runtime.tally.warn_untrimmed()
+            runtime.stepped |= runtime.specs_set is not None and runtime.specs_set[0] > 0
+            return result
+        finally:
+            trace_inputs.inside = False
+            trace_inputs.caching = AS_CALLED
+            self._allow_replay(False)
+
+    def _allow_replay(self, begins: bool) -> None:
+        """Tell CUDA graphs that a training call begins, or has ended; calls that compile ahead are
+        none."""
+        runtime = self.runtime
+        if runtime.cuda_graphs is not None:
+            stepping = self.model.training and runtime.forced is None and runtime.measured is None
+            runtime.cuda_graphs.allowed = begins and stepping and torch.is_grad_enabled()
+
+    def _kind(self) -> Hashable:
+        """What tells this call from others for which graphs of their own are compiled."""
+        runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
+        words = runtime.specs_set or tuple((runtime.measured or {}).items())
+        lists = (
+            len(trace_inputs.tokens),
+            len(trace_inputs.picked),
+            len(trace_inputs.labels),
+            trace_inputs.padded,
+        )
+        return words, lists, self.model.training, torch.is_grad_enabled()
+
+    def _with_tokens(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments, with what is known besides of the tokens that carry loss."""
+        named, kept = named_tokens(), self.runtime.kept_labels
+        if named is not None:
+            return {**arguments, OUTPUT_TOKENS: named}
+        if kept is not None and arguments.get("labels") is None:
+            return {**arguments, "labels": kept.labels}
+        return arguments
+
+    def _shift(self, arguments: Mapping[str, Any]) -> bool | None:
+        """How the labels of a call are predicted: see `Convention.shift`."""
+        convention, kept = self.runtime.convention, self.runtime.kept_labels
+        mine = kept is not None and kept.own_loss and arguments.get("labels") is kept.labels
+        return None if mine and not convention.said else convention.shift
+
+    def _caching(self, sliced: bool) -> str:
+        """What becomes of the KV cache of this call. A step reads none, and with one, keys would
+        escape. A dense graph is left as it is: another one may be compiled to other roundings. Only
+        where blocks are compiled, measured or checkpointed one by one, a cache that they write to
+        makes each another graph (or, checkpointed, is switched off with a warning)."""
+        if not (self.model.training or self.runtime.measured is not None):
+            return AS_CALLED
+        if self.model.training and any(m.gradient_checkpointing for m in self.checkpoints):
+            return LEFT_OUT
+        apart = bool(self.runtime.blocks) or self.runtime.measured is not None
+        return STANDS_IN if sliced or apart else AS_CALLED
+
+    def _set_trace_inputs(self, arguments: Mapping[str, Any], counted: CountedBatch | None) -> bool:
+        """Decide what this call is: dense, or sparse at some level on some tokens. Returns whether
+        any linear may be sliced."""
+        runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
+        trace_inputs.arguments = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
+        # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
+        training = self.model.training and torch.is_grad_enabled()
+        sparsity_scale = runtime.sparsity_scale() if training else 0.0
+        sparsity_scale = 1.0 if runtime.measured else sparsity_scale
+        calibrating = runtime.collector is not None and self.model.training and not runtime.measured
+        shift = self._shift(arguments)
+        tokens = labelled = counts = None
+        if (sparsity_scale or calibrating) and not runtime.every_token:
+            tokens = split_tokens(runtime.plan, arguments, shift=shift)
+        if tokens is not None and self.trim_logits and shift is not None:
+            labelled = labelled_tokens(tokens, arguments, shift=shift)
+        if tokens is not None and (tokens.split or calibrating or labelled is not None):
+            counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
+        sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
+        if self.model.training and not sparse and runtime.forced is None:
+            runtime.dense_calls.add(
+                "no token was sparse" if sparsity_scale else "the schedule was dense"
+            )
+        if sparsity_scale and calibrating and runtime.forced is None:
+            runtime.end_online_calibration()
+        observed = calibrating and not sparse
+        trace_inputs.picked = self._observe(tokens, counts, arguments) if observed else []
+        if runtime.measured and sparse:
+            runtime.set_sparsity(runtime.measured)
+        else:
+            runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
+        lists = step_lists(runtime, tokens if sparse else None, labelled, counts)
+        trace_inputs.tokens = lists.tokens
+        trace_inputs.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
+        trace_inputs.shift = trace_inputs.shift if shift is None else shift
+        labels = arguments.get("labels")
+        self.untrimmed = self.trim_logits and sparse and shift is None and labels is not None
+        return sparse and any(max(own) > 0 for own in runtime.sparsity.values())
+
+    def _observe(
+        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """What is observed of a dense call. Calls that compile ahead, and those without gradients,
+        run the same graphs and do not count."""
+        runtime = self.runtime
+        assert runtime.collector is not None
+        counting = runtime.forced is None and torch.is_grad_enabled()
+        if counting and runtime.step is not None and runtime.refreshes():
+            runtime.collector.reopen(runtime.step[0])
+        device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
+        device = device or next(self.model.parameters()).device
+        total = None if counts is None else counts.sparse
+        return runtime.collector.begin(tokens, total, device, counting=counting)
+
+
+def _decodes(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
+    where it is called on a model in training mode."""
+    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
+    return bool(cached) and not torch.is_grad_enabled()

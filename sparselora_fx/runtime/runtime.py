@@ -1,0 +1,221 @@
+"""What one compiled model carries: its marks on modules, its phase, and what its graphs
+reported."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from sparselora_fx._torch import in_backward
+from sparselora_fx.analysis.losses import shown_conventions
+from sparselora_fx.compiler.cuda_graphs import CudaGraphs
+from sparselora_fx.compiler.recompiles import Recompiles
+from sparselora_fx.compiler.report import GraphReport
+from sparselora_fx.errors import CompileError
+from sparselora_fx.estimator.online import Collector
+from sparselora_fx.model.conventions import Convention, OtherConvention
+from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.plan.plan import Sparsity, SparsityPlan
+from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
+from sparselora_fx.rewrite.rewrite import TracedCall
+from sparselora_fx.runtime.attachment import Attachment
+from sparselora_fx.runtime.copies import OWNER
+from sparselora_fx.runtime.hooks import TraceInputs
+from sparselora_fx.runtime.named_tokens import KeptLabels
+from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
+from sparselora_fx.runtime.tally import TokenTally
+
+ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
+
+
+@dataclass
+class Runtime:
+    """Everything `restore` must undo, and everything `explain` and `record` read."""
+
+    model: nn.Module
+    plan: SparsityPlan
+    sparsity: dict[str, Sparsity]
+    frozen: list[FrozenWeight]
+    convention: Convention = field(default_factory=lambda: Convention(True))
+    collector: Collector | None = None  # of a plan that calibrates in the dense phase
+    cuda_graphs: CudaGraphs | None = None
+    trace_inputs: TraceInputs = field(default_factory=TraceInputs)
+    kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
+    tally: TokenTally = field(default_factory=TokenTally)
+    active: bool = True
+    every_token: bool = False  # is sparse: one token grid would have to serve two stacks
+    padded: bool = False  # a sparse step has had padding
+    forced: float | None = None  # the share while `warm_up_next` compiles for it
+    warm_up_next: bool = False  # compile the levels to come before the next training call
+    blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
+    seen: dict[str, SiteOutcome] = field(default_factory=dict)
+    recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
+    recompiles: Recompiles = field(default_factory=Recompiles)
+    calls: int = 0  # compiled calls of the model
+    dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
+    step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
+    measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
+    # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
+    specs_set: tuple[float, bool] | None = None
+    told: set[str] = field(default_factory=set)  # what `warn_once` has said
+    stepped: bool = False  # a sparse training call has run to its end
+
+    def __post_init__(self) -> None:
+        self.names = self._names()
+        self.attached = Attachment(self, self.model, self.frozen, self.sparsity, self.trace_inputs)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled so far."""
+        return self.recompiles.graphs
+
+    def name_of(self, weight: Tensor) -> str | None:
+        """The module name of a frozen weight that a graph was called with."""
+        found = self.names.get(id(weight))
+        if found is None or found.module._parameters.get(found.param) is not weight:
+            self.names = self._names()  # parameters may have been replaced since
+            found = self.names.get(id(weight))
+        return None if found is None else found.name
+
+    def _names(self) -> dict[int, FrozenWeight]:
+        held = {w.name: w.module._parameters.get(w.param) for w in self.frozen}
+        return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
+
+    def sparsity_scales(self) -> list[float]:
+        """Every share that the schedule takes as it is driven now, rising."""
+        plan = self.plan
+        if self.step is None:
+            return [1.0]
+        stages = {sparsity_scale for _, sparsity_scale in plan.ramp} or {1.0}
+        dense = plan.start_step or plan.end_step is not None or plan.ramp or plan.refresh
+        return sorted({*stages, 0.0} if dense else stages)
+
+    def sparsity_scale(self) -> float:
+        """The share of the plan's sparsity that is on now: 0 is dense."""
+        plan = self.plan
+        if self.forced is not None:
+            return self.forced
+        if self.step is not None:
+            sparsity_scale = sparsity_scale_at(
+                *self.step, plan.start_step, plan.end_step, plan.ramp
+            )
+            return 0.0 if sparsity_scale and self.refreshes() else sparsity_scale
+        if plan.start_step or plan.end_step is not None or plan.ramp:
+            self.warn_once(
+                "nothing drives the plan's schedule, so training is sparse from the first call: "
+                "add sparselora_fx.SparsityCallback() to the Trainer, call "
+                "sparselora_fx.step(model, n, total) before each step, or pass start_step=0"
+            )
+        return 1.0
+
+    def warn_once(self, text: str) -> None:
+        """Warn, unless this model's user has been told."""
+        if text not in self.told:
+            self.told.add(text)
+            warnings.warn(text, stacklevel=5)
+
+    def refreshes(self) -> bool:
+        """Whether the present step is one of those that calibrate again."""
+        if self.step is None or self.collector is None:
+            return False
+        return refreshes(self.step[0], self.plan.refresh)
+
+    def set_sparsity_scale(self, sparsity_scale: float, *, observed: bool = False) -> None:
+        """Tell every site how sparse it is: ``sparsity_scale`` times the plan's sparsity. With
+        ``observed`` (and a share of 0) those that the plan makes sparse are told that their input
+        is looked at."""
+        if (sparsity_scale, observed) == self.specs_set:
+            return
+        self.set_sparsity(
+            {name: Sparsity(s.ffn * sparsity_scale, s.attention * sparsity_scale)
+             for name, s in self.sparsity.items()}
+        )  # fmt: skip
+        if observed:
+            self.attached.set_observed()
+        self.specs_set = (sparsity_scale, observed)
+
+    def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
+        """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense."""
+        self.specs_set = None
+        self.attached.set_sparsity(sparsity)
+
+    def end_online_calibration(self) -> None:
+        """Build and place the factors, unless that was done; before the first sparse call."""
+        if self.collector is not None and self.collector.estimator is None:
+            self.attached.place(self.collector.build(), self.collector.score)
+
+    def collect(self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor]) -> None:
+        """Count what a graph observed; what a backward computes again was counted before."""
+        if self.collector is None or in_backward():
+            return
+        for seen in report.observed:
+            found = [
+                (self.name_of(args[i]), kn) for i, kn in zip(seen.weights, seen.kn, strict=True)
+            ]
+            names = [name for name, _ in found if name is not None]
+            self.collector.turn({name: kn for name, kn in found if name is not None})
+            taken = None if seen.taken is None else extra[seen.taken]
+            self.collector.add(names, extra[seen.rows], taken)
+
+    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
+        """Count a graph, and learn from it how labels are predicted; see `backend.Listener`."""
+        convention, traced = self.convention, self.trace_inputs
+        if convention.learn(shown_conventions(gm.graph)) and traced.tokens:
+            convention.retry = True
+            raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
+        self.recompiles.compiling()
+        own = {id(weight.weight) for weight in self.frozen}
+        frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
+        return bool(convention.shift), TracedCall(traced.arguments, frozen)
+
+    def replayable(
+        self, compiled: Callable[..., Any], inputs: Sequence[Any], extra: int
+    ) -> Callable[..., Any]:
+        """The same as CUDA graphs, if wanted; see `backend.Listener`."""
+        graphs = self.cuda_graphs
+        return compiled if graphs is None else graphs.wrap(compiled, inputs, extra)
+
+    def graph_ran(
+        self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor], *, first: bool
+    ) -> None:
+        """Hand on what a graph chose and observed; see `backend.Listener`."""
+        if first:
+            self.observe(report, args)
+        if report.observed:
+            self.collect(report, args, extra)
+        for recorder in self.recorders:
+            recorder.add(report, args, extra, self)
+
+    def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
+        """Note what a graph did to the weights it was called with (one graph serves many
+        layers)."""
+        note_outcomes(self.seen, report, args, self.name_of, self.calls)
+        for site in (site for region in report.regions for site in region.sites):
+            self.trace_inputs.sliced.add(id(args[site.weight]))
+
+
+def marked_by(frozen: Iterable[FrozenWeight]) -> list[Runtime]:
+    """The states of compiled models that hold any of these weights' modules. A module that was
+    copied together with its hooks is none of them."""
+    found: dict[int, Runtime] = {}
+    for module in (weight.module for weight in frozen):
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, OWNER, None)
+            if isinstance(owner, Runtime) and any(w.module is module for w in owner.frozen):
+                found[id(owner)] = owner
+    return list(found.values())
+
+
+def get_runtime(model: nn.Module) -> Runtime:
+    """The state of a compiled model, or a `CompileError` that says how to get one."""
+    runtime = model.__dict__.get(ATTRIBUTE)
+    if not isinstance(runtime, Runtime):
+        raise CompileError(
+            f"this {type(model).__name__} is not compiled with sparselora_fx; "
+            "call model = sparselora_fx.compile(model, estimator) first and pass that same object"
+        )
+    return runtime

@@ -1,0 +1,80 @@
+"""What a call knows of its tokens: their counts, and the lists that its graphs are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sparselora_fx.ir.token_lists import (
+    TokenCounts,
+    TokenLists,
+    Tokens,
+    count,
+    list_lengths,
+    token_lists,
+)
+from sparselora_fx.runtime.counting import CountedBatch
+from sparselora_fx.runtime.runtime import Runtime
+
+
+def step_counts(
+    runtime: Runtime,
+    tokens: Tokens,
+    labelled: Tensor | None,
+    arguments: Mapping[str, Any],
+    counted: CountedBatch | None,
+    shift: bool | None,
+) -> TokenCounts:
+    """The batch's counts: those that came with it, if it is that batch, else read from the
+    device."""
+    if counted is None or not counted.fits(runtime.plan, arguments, shift):
+        return count(tokens, labelled)
+    counted.check(tokens, labelled)
+    return counted.counts
+
+
+def step_lists(
+    runtime: Runtime, tokens: Tokens | None, labelled: Tensor | None, counts: TokenCounts | None
+) -> TokenLists:
+    """The token lists of a sparse call; none for ``tokens=None``."""
+    runtime.trace_inputs.padded = False
+    if tokens is None:
+        return TokenLists([], [])
+    if counts is None:
+        return TokenLists([tokens.sparse], [])
+    grid = tokens.sparse.shape
+    if tokens.split:
+        # Once and for all: a graph for batches without padding would be one more to compile.
+        runtime.padded |= counts.sparse + counts.dense < grid.numel()
+        tokens = replace(tokens, padded=runtime.padded)
+    # Blocks that are compiled one by one do not see who reads their rows.
+    whole = not runtime.blocks and runtime.measured is None
+    runtime.trace_inputs.padded = whole and tokens.padded
+    asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
+    lengths = tuple(list_lengths(counts, grid, **asked))
+    if runtime.cuda_graphs is not None:
+        lengths = runtime.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
+    return token_lists(tokens, labelled, lengths, counts.unlike)
+
+
+def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | None) -> bool:
+    """Whether a call that the schedule makes sparse has sparse tokens enough."""
+    plan = runtime.plan
+    counted = runtime.forced is None and runtime.measured is None
+    if tokens is None or counts is None or not tokens.split:
+        if counted:
+            runtime.tally.all_sparse += 1
+        if plan.tokens == "context" and not runtime.every_token:
+            runtime.tally.warn_unknown()
+        return True
+    real = counts.sparse + counts.dense
+    least = 0.0 if runtime.measured else plan.min_sparse
+    few = counts.sparse == 0 or counts.sparse < least * real
+    if counted:
+        runtime.tally.add(counts.sparse, real, dense=few)
+    if few and not runtime.measured:
+        runtime.tally.warn_few(counts.sparse, real, least)
+    return not few

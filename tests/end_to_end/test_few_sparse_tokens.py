@@ -1,0 +1,83 @@
+"""Labels everywhere: hardly a token is sparse, so the step runs dense and says so."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import sparselora_fx as slx
+from sparselora_fx.ir.token_lists import Tokens
+from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.token_policy import split_tokens
+from tests.support import oracle
+
+
+def labelled(prompt: int = 0, length: int = 40) -> dict[str, Any]:
+    data = oracle.batch(2, length, padding=0)
+    data["labels"][:, :prompt] = -100
+    return data
+
+
+def messages(model: Any, *batches: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in batches:
+            model(**data).loss.backward()
+    return [str(w.message) for w in caught if "would be sparse" in str(w.message)]
+
+
+def compiled(**plan: Any) -> Any:
+    model = oracle.llama()
+    sparsity = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1, **plan)
+    return slx.compile(model, oracle.estimator_of(model), plan=sparsity, backend="eager")
+
+
+def test_labels_everywhere_run_dense_with_one_warning_and_explain_agrees() -> None:
+    data, plain = labelled(), oracle.llama()
+    expected = oracle.step(plain, data)
+    model = compiled()
+    with slx.record(model) as record:
+        told = messages(model, data, data)
+    assert record.sites == {}
+    assert len(told) == 1 and "2 of the 80 tokens" in told[0] and "2.5%" in told[0]
+    oracle.assert_close(oracle.step(model, data), expected, 1e-5)
+    table = slx.explain(model)
+    assert "0 of 7 frozen linears rewritten" in table and "not traced" not in table
+    assert table.count("min_sparse") == 7
+    assert "0.0% of 240 tokens in 3 calls were sparse; 3 of these calls ran dense" in table
+
+
+def test_sparse_and_dense_steps_are_counted_in_one_place() -> None:
+    model = compiled()
+    assert len(messages(model, labelled(prompt=20), labelled(), labelled(prompt=30))) == 1
+    assert get_runtime(model).graphs == 2
+    last = slx.explain(model).splitlines()[-1]
+    assert last.startswith("tokens: 41.7% of 240 tokens in 3 calls were sparse; 1 of these")
+
+
+def test_the_share_is_the_plans() -> None:
+    model = compiled()
+    state = get_runtime(model)
+    for least, dense in [(0.0, False), (0.02, False), (0.03, True)]:
+        state.plan = replace(state.plan, min_sparse=least)
+        with slx.record(model) as record:
+            model(**labelled())
+        assert (record.sites == {}) is dense, least
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, "few", True])
+def test_a_share_out_of_range_is_refused(bad: Any) -> None:
+    with pytest.raises(slx.PlanError, match="min_sparse"):
+        slx.SparsityPlan(0.5, min_sparse=bad)
+
+
+def test_the_counts_are_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is decided by counting is decided by one transfer, made once."""
+    tokens = split_tokens(slx.SparsityPlan(0.5), labelled(prompt=20), shift=True)
+    assert isinstance(tokens, Tokens) and tokens.counts == (40, 40)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    assert tokens.counts == (40, 40)

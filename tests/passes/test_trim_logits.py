@@ -1,0 +1,183 @@
+"""Logits, loss and the end of the last block on labelled rows only: nothing that trains changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+import sparselora_fx as slx
+from tests.support import oracle
+from tests.support.labelled_models import ROUNDING, SPARSE, Plain, compare, plan_of
+from tests.support.rewritten_graphs import rewritten
+from tests.support.token_batches import ragged
+
+WHOLE = SPARSE | {"layers.1.mlp": 0.6, "layers.1.self_attn": 0.5}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [["q", "k", "v", "o"], ["gate", "up", "down", "o"]])
+@pytest.mark.parametrize("sparsity", [{"layers.0": 0.5}, 0.5], ids=["dense-last", "sparse-last"])
+def test_nothing_changes_in_fp64(sparsity: Any, targets: list[str], dropout: float) -> None:
+    torch.manual_seed(0)
+    lora = oracle.lora_config(tuple(targets), dropout)
+    lora.task_type = None
+    model = oracle.randomise(get_peft_model(Plain(), lora)).double().train()
+    compare(model, ragged(), plan_of(sparsity), 1e-9)
+
+
+@pytest.mark.parametrize("targets", [oracle.ATTENTION_TARGETS, "all-linear"])
+@pytest.mark.parametrize("sparsity", [SPARSE, WHOLE], ids=["dense-last", "sparse-last"])
+def test_loss_and_gradients_stay(sparsity: Any, targets: Any) -> None:
+    model = oracle.llama(layers=2, targets=targets, dtype=torch.float64, bias=True)
+    compare(model, ragged(), plan_of(sparsity))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tokens": "all"}, {"sink_tokens": 2}, {"sparse_outputs": 0.5}],
+    ids=["all", "sinks", "sparse-outputs"],
+)
+def test_other_token_policies_have_a_list_of_their_own(options: Any) -> None:
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    compare(model, ragged(), plan_of(WHOLE, **options))
+
+
+def test_dropout_draws_the_same_masks() -> None:
+    model = oracle.llama(layers=2, dropout=0.1, dtype=torch.float64)
+    compare(model, ragged(), plan_of(SPARSE))
+
+
+def test_a_sum_over_a_number_of_items() -> None:
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    compare(model, {**ragged(), "num_items_in_batch": torch.tensor(11)}, plan_of(SPARSE))
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing() -> None:
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    compare(model, ragged(), plan_of(SPARSE))
+
+
+def test_padding_on_the_left() -> None:
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    compare(model, ragged(left=True), plan_of(WHOLE))
+
+
+def test_a_masked_language_model_is_not_shifted() -> None:
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=oracle.VOCABULARY, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lora = oracle.lora_config(("query", "key", "value"))
+    lora.task_type = None
+    model = oracle.randomise(get_peft_model(BertForMaskedLM(config), lora)).double().train()
+    compare(model, ragged(), plan_of(0.5))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS)
+    steps = []
+    for trim in (False, True):
+        estimator = oracle.estimator_of(model)
+        slx.compile(model, estimator, plan=plan_of(WHOLE), trim_logits=trim)
+        steps.append(oracle.step(model, ragged()))
+        slx.restore(model)
+    oracle.assert_close(steps[1], steps[0], 1e-5)
+
+
+def test_other_lengths_and_numbers_of_labels() -> None:
+    model = oracle.llama(layers=1, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    data = [ragged(3, 17), ragged(3, 25), ragged(2, 31), ragged(3, 40)]
+    losses: list[list[float]] = []
+    for trim in (False, True):
+        slx.compile(
+            model, oracle.estimator_of(model), plan=plan_of(0.5), backend="eager", trim_logits=trim
+        )
+        losses.append([model(**batch).loss.item() for batch in data])
+        slx.restore(model)
+    assert losses[1] == pytest.approx(losses[0], rel=ROUNDING)
+
+
+def test_context_tokens_stop_at_the_last_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last attention, every matmul has as many rows as the list of labelled tokens."""
+    model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    data = ragged()
+    graph, report = rewritten(monkeypatch, model, data, plan_of(SPARSE), trim_logits=True)
+    assert report.counts["trim_logits"] == 1
+    nodes = list(graph.nodes)
+    attention = max(
+        i for i, n in enumerate(nodes) if "scaled_dot_product" in str(n.target) and n.users
+    )
+    linears = [n for n in nodes[attention:] if getattr(n.target, "__name__", "") == "linear"]
+    assert len(linears) == 7  # o with its LoRA branch, gate, up, down, the output embedding
+    assert all(n.meta["example_value"].dim() == 2 for n in linears)
+
+
+class OtherLoss(nn.Module):
+    """A causal model whose loss also looks at the logits of every token."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+        found = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        found.loss = found.loss + found.logits.logsumexp(-1).square().mean()
+        return found
+
+
+def test_logits_that_are_read_are_kept() -> None:
+    model = OtherLoss(oracle.llama(layers=1, dtype=torch.float64)).train()
+    plain = oracle.run_compiled(model, ragged(), plan_of(0.5))
+    slx.compile(
+        model, oracle.estimator_of(model), plan=plan_of(0.5), backend="aot_eager", trim_logits=True
+    )
+    with pytest.warns(UserWarning, match="every logit is computed"):
+        got = oracle.step(model, ragged())
+    assert model(**ragged()).logits is not None
+    oracle.assert_close(got, plain, 1e-12)
+    slx.restore(model)
+
+
+def test_labels_of_another_kind_are_not_trimmed() -> None:
+    model = oracle.llama(layers=1, dtype=torch.float64)
+    data = ragged()
+    data["shift_labels"] = torch.nn.functional.pad(data["labels"], (0, 1), value=-100)[
+        :, 1:
+    ].clone()
+    slx.compile(
+        model, oracle.estimator_of(model), plan=plan_of(0.5), backend="aot_eager", trim_logits=True
+    )
+    with pytest.warns(UserWarning, match="every logit is computed"):
+        oracle.step(model, data)
+    slx.restore(model)
+
+
+def test_evaluation_returns_logits() -> None:
+    model = oracle.llama(layers=1)
+    slx.compile(
+        model, oracle.estimator_of(model), plan=plan_of(0.5), backend="eager", trim_logits=True
+    )
+    assert model.eval()(**ragged()).logits is not None
+    slx.restore(model)
+
+
+def test_what_cannot_be_trimmed_is_refused() -> None:
+    model = oracle.llama(layers=1)
+    estimator = oracle.estimator_of(model)
+    with pytest.raises(slx.CompileError, match="regional"):
+        slx.compile(model, estimator, regional=True, trim_logits=True)
+    headless = model.get_base_model().model
+    with pytest.raises(slx.CompileError, match="get_output_embeddings"):
+        slx.compile(headless, oracle.estimator_of(headless), trim_logits=True)

@@ -1,0 +1,256 @@
+"""Token lists cost a step one read of the device, and none where the data loader has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import IterableDataset
+
+import sparselora_fx as slx
+from sparselora_fx.ir.token_lists import count, labelled_tokens, list_lengths, token_lists
+from sparselora_fx.runtime.counting import KEY
+from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.step_tokens import step_counts
+from sparselora_fx.runtime.token_policy import split_tokens
+from tests.support import oracle
+from tests.support.token_batches import ragged
+
+READ_OPS = ("_local_scalar_dense", "nonzero", "equal", "item", "is_nonzero", "masked_select")
+READ_FUNCTIONS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__")
+
+
+class Ops(TorchDispatchMode):
+    """Notes the ops that ask a tensor for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READ_OPS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Notes the methods that ask a tensor for a value, also those that reach no op on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READ_FUNCTIONS:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def reads(model: nn.Module, data: dict[str, Any]) -> int:
+    """How often a call asks a tensor for a value."""
+    with Ops() as ops, Functions() as functions:
+        model(**data)
+    return max(len(ops.seen), len(functions.seen))
+
+
+def compiled(plan: Any = None, **options: Any) -> nn.Module:
+    """A compiled model whose calls run what surrounds compiled code, and no compiled code."""
+    model = oracle.llama(layers=1)
+    plan = plan or slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", **options)
+    model.forward.compiled = lambda *args, **kwargs: kwargs  # type: ignore[union-attr]
+    return model
+
+
+def lists_of(model: nn.Module, data: dict[str, Any]) -> list[Tensor]:
+    model(**data)
+    phase = get_runtime(model).trace_inputs
+    return [*phase.tokens, *phase.labels]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sink_tokens": 2}, {"sparse_outputs": 0.5}], ids=str)
+def test_a_sparse_step_reads_once_and_counted_batches_not_at_all(options: Any, trim: bool) -> None:
+    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1, **options)
+    model = compiled(plan, trim_logits=trim)
+    data = ragged()
+    assert reads(model, dict(data)) == 1
+    counted = slx.count_tokens(model, dict(data))
+    assert set(counted) == {*data, KEY}
+    assert reads(model, counted) == 0
+    for got, expected in zip(lists_of(model, counted), lists_of(model, data), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_every_token_sparse_asks_nothing() -> None:
+    model = compiled(slx.SparsityPlan(0.5, tokens="all", start_step=0))
+    assert reads(model, ragged()) == 0
+
+
+def test_no_step_of_the_dense_phase_reads_twice() -> None:
+    model = oracle.llama(layers=1)
+    slx.compile(model, plan=slx.SparsityPlan(0.5, start_step=5), backend="eager")
+    model.forward.compiled = lambda *args, **kwargs: kwargs  # type: ignore[union-attr]
+    slx.step(model, 0, 10)
+    data = ragged()
+    assert reads(model, dict(data)) == 1
+    assert reads(model, slx.count_tokens(model, dict(data))) == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spare", [0, 40])
+def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
+    """Whatever the room: tokens in order, -1 behind them, and the inverse beside them."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, columns in [(1, 1), (1, 16), (3, 17), (4, 32), (2, 200)]:
+        data = oracle.batch(rows, columns, padding=0)
+        data["labels"][torch.rand(rows, columns, generator=generator) < 0.6] = -100
+        if padded:
+            data["attention_mask"][:, columns // 2 :] = 0
+        plan = slx.SparsityPlan(0.5, sink_tokens=1)
+        tokens = split_tokens(plan, data, shift=True)
+        assert tokens is not None
+        tokens = type(tokens)(tokens.sparse, tokens.dense, tokens.split, padded)
+        labelled = labelled_tokens(tokens, data, shift=True)
+        counts = count(tokens, labelled)
+        asked = {"split": True, "padded": padded, "labelled": True}
+        lengths = [n + spare for n in list_lengths(counts, (rows, columns), **asked)]
+        lists = token_lists(tokens, labelled, lengths, counts.unlike)
+        real = tokens.sparse | tokens.dense
+        masks = [tokens.sparse, tokens.dense, *([real, ~tokens.sparse] if padded else [])]
+        flat = [*lists.tokens[1:], *lists.labelled]
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        assert lists.tokens[0] is tokens.sparse and len(pairs) == len(masks) + 1
+        for mask, (idx, pos) in zip([*masks, labelled], pairs, strict=True):
+            expected = mask.flatten().nonzero().flatten()
+            assert torch.equal(idx[: len(expected)], expected)
+            assert bool((idx[len(expected) :] == -1).all())
+            assert torch.equal(pos.flatten()[expected], torch.arange(len(expected)))
+            assert bool((pos[~mask] == -1).all())
+        sizes = {len(idx) for idx, _ in pairs}
+        assert len(sizes) == len({id(idx) for idx, _ in pairs}) and not sizes & {
+            0,
+            1,
+            rows,
+            columns,
+            rows * columns,
+        }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("labels"),
+        lambda data: data.pop("attention_mask"),
+        lambda data: data.update({k: v[:2] for k, v in data.items() if k != KEY}),
+    ],
+    ids=["labels-gone", "mask-gone", "fewer-samples"],
+)
+def test_counts_of_another_batch_are_not_used(change: Any) -> None:
+    model = compiled()
+    data = slx.count_tokens(model, ragged())
+    change(data)
+    assert len(lists_of(model, dict(data))) == len(lists_of(model, {**data, KEY: None}))
+    for got, expected in zip(
+        lists_of(model, dict(data)), lists_of(model, {**data, KEY: None}), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_a_batch_that_was_changed_after_it_was_counted_is_refused() -> None:
+    """Its lists would leave tokens out."""
+    model = compiled()
+    data = slx.count_tokens(model, ragged())
+    data["labels"] = torch.where(data["labels"] == -100, 5, data["labels"])
+    with pytest.raises(RuntimeError, match="changed after its tokens were counted"):
+        model(**data)
+
+
+def test_a_function_of_the_users_is_asked_once() -> None:
+    """It may draw lots: what it said of the batch on the CPU need not hold in the step."""
+    calls = []
+
+    def policy(arguments: Any) -> Tensor:
+        calls.append(1)
+        return torch.rand(arguments["input_ids"].shape) < 0.5
+
+    model = compiled(slx.SparsityPlan(0.5, start_step=0, tokens=policy))
+    data = slx.count_tokens(model, ragged())
+    assert KEY not in data and not calls
+    model(**data)
+    assert len(calls) == 1
+
+
+def test_evaluation_never_sees_the_counts() -> None:
+    model = compiled().eval()
+    data = ragged()
+    with torch.no_grad():
+        got = model(**slx.count_tokens(model, dict(data))).logits
+        assert torch.equal(got, model(**data).logits)
+
+
+class Stream(IterableDataset):
+    """Rows that come one by one; accelerate dispatches their batches."""
+
+    def __init__(self, rows: list[dict[str, Tensor]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(("workers", "stream"), [(0, False), (1, False), (0, True)])
+def test_the_trainers_data_loader_counts(
+    workers: int, stream: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = compiled()
+    asked = []
+
+    def counting(state: Any, tokens: Any, labelled: Any, arguments: Any, counted: Any) -> Any:
+        fits = counted is not None and counted.fits(state.plan, arguments, state.trace_inputs.shift)
+        asked.append(fits)
+        return step_counts(state, tokens, labelled, arguments, counted)
+
+    monkeypatch.setattr("sparselora_fx.forward.step_counts", counting)
+    model.forward.compiled = model.forward.original  # type: ignore[union-attr]
+    rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, gradient_accumulation_steps=2, dataloader_num_workers=workers,
+        save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    Trainer(
+        model=model, args=arguments, train_dataset=Stream(rows * 2) if stream else rows,
+        eval_dataset=rows[:3], callbacks=[slx.SparsityCallback()],
+    ).train()  # fmt: skip
+    assert asked == [not stream] * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_step_on_a_gpu_never_waits(trim: bool) -> None:
+    """With counted batches, nothing between a step's begin and its backward waits for the GPU."""
+    plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
+    model = oracle.llama(layers=2).cuda()
+    slx.compile(model, oracle.estimator_of(model), plan=plan, trim_logits=trim)
+
+    def moved() -> dict[str, Any]:
+        data = slx.count_tokens(model, ragged())
+        return {name: value.to("cuda") for name, value in data.items()}
+
+    for _ in range(3):
+        model(**moved()).loss.backward()
+    data = moved()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**data).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
