@@ -15,7 +15,7 @@ Lengths = tuple[int, ...]  # of each list of a step
 
 CLASSES = 8  # of a token grid, the one for outliers among them
 WATCHED = 24  # batches, before classes are made
-_ALIKE = 3  # batches of equal lengths at the beginning: they will stay so
+_ALIKE = 3  # batches of equal lengths, one after the other: they will stay so
 _SPARE = 0.01  # more than the longest of a class, where lengths differ
 _OUTLIERS = 0.03  # the same for the class that is to hold whatever comes
 _FILLER = 0.3  # of a step's rows: with more, a step is better taken as it is
@@ -53,7 +53,8 @@ class Capacities:
     def _watched(self, wanted: Lengths) -> bool:
         """Note a batch; whether there are classes."""
         self.seen.append(wanted)
-        alike = len(self.seen) == _ALIKE and len(set(self.seen)) == 1
+        latest = list(self.seen)[-_ALIKE:]
+        alike = len(latest) == _ALIKE and len(set(latest)) == 1
         if not self.classes and (alike or len(self.seen) >= WATCHED):
             self.classes = classes_of(self.seen, CLASSES - 1)
             if not alike:
