@@ -82,7 +82,7 @@ class ScoreGraph:
         plan = slx.SparsityPlan(0.5, tokens="all", start_step=0, channel_multiple=1)
         state = Runtime(module, plan, {w.name: Sparsity(0.5, 0.5) for w in frozen}, frozen)
         factors, vectors = _parts(module, estimator, score)
-        state.mark(factors, vectors)
+        state.attached.mark(factors, vectors)
         state.set_sparsity_scale(1.0)
         x = torch.zeros(3, 5, region.producers[next(iter(region.producers))][0].shape[1])
         counted = torch.ones(3, 5, dtype=torch.bool)
@@ -92,7 +92,7 @@ class ScoreGraph:
         torch.compiler.reset()
         with torch.no_grad():
             torch.compile(module.forward, backend=self._backend(held), dynamic=False)(x)
-        state.unmark()
+        state.attached.unmark()
 
     def _backend(self, held: dict[int, str]) -> Callable[..., Any]:
         def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:

@@ -213,7 +213,7 @@ def capture(
     inputs = {name: value.to("meta") for name, value in batch.items()}
     state = _marked(model, batch, plan, rank) if plan else None
     if state is not None and trim_logits:
-        state.mark_model(model.get_output_embeddings())  # type: ignore[operator]
+        state.attached.mark_model(model.get_output_embeddings())  # type: ignore[operator]
         state.trace_inputs.labels = _label_list(state, batch, inputs["labels"])
     try:
         torch.compiler.reset()
@@ -221,7 +221,7 @@ def capture(
         step(**inputs).loss.backward()
     finally:
         if state is not None:
-            state.unmark()
+            state.attached.unmark()
         torch.compiler.reset()
     return forwards, backwards
 
@@ -267,7 +267,7 @@ def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank
         for w in frozen
     }
     norms = {w.canonical: {"norms": torch.empty(w.in_features, device="meta")} for w in frozen}
-    state.mark(factors, norms)
+    state.attached.mark(factors, norms)
     tokens = split_tokens(plan, batch, shift=True)
     assert tokens is not None
     state.set_sparsity_scale(1.0)
