@@ -30,7 +30,7 @@ class Listener(Protocol):
         the model's call; raises `OtherConvention` if that call must begin anew."""
 
     def replayable(
-        self, compiled: Callable[..., Any], inputs: Sequence[Any], extra: int
+        self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
     ) -> Callable[..., Any]:
         """What to run in place of a compiled graph: the same, or CUDA graphs of it. ``extra``: so
         many outputs beyond the model's own."""
@@ -64,7 +64,7 @@ def make_backend(
             compiled = compile_piecewise(gm, inputs, repeated, compile_graph)
         else:
             compiled = compile_graph(gm, inputs)
-        compiled = listener.replayable(compiled, inputs, report.extra if report else 0)
+        compiled = listener.replayable(compiled, gm, inputs, report.extra if report else 0)
         return compiled if report is None else _Rewritten(compiled, report, listener)
 
     return backend

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparselora_fx.compiler.capacities import Capacities, Lengths
 from sparselora_fx.compiler.capture_engine import CudaEngine, Engine
@@ -29,6 +29,7 @@ from sparselora_fx.compiler.replay_check import replays_differently
 from sparselora_fx.errors import CompileError
 
 Function = Callable[..., Any]
+_SMALL = 32  # calls in a graph: with fewer it is left as it is
 _CALLS = 3  # as usual at each combination of sizes, before it is captured
 _CAPTURES = 12  # of one compiled graph
 _SIZES = 48  # combinations of a compiled graph; with more, batches are too unlike each other
@@ -53,6 +54,14 @@ class CudaGraphs:
         self.reason = ""
         self.warned = False
         self.capacities: dict[tuple[int, ...], Capacities] = {}
+
+    def is_small(self, gm: fx.GraphModule) -> bool:
+        """Whether a graph is too small to gain by a capture. A graph break leaves such a graph in
+        front of the one that matters, which would then run as usual: it may not be replayed while
+        another one's backward is due."""
+        graphs = (part.graph for part in gm.modules() if isinstance(part, fx.GraphModule))
+        calls = [node for graph in graphs for node in graph.nodes if node.op.startswith("call")]
+        return len(calls) < _SMALL
 
     def wrap(self, compiled: Function, inputs: Sequence[Any], extra: int) -> Function:
         """A compiled graph that is replayed where that can be done. The last ``extra`` of its

@@ -173,11 +173,13 @@ class Runtime:
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
 
     def replayable(
-        self, compiled: Callable[..., Any], inputs: Sequence[Any], extra: int
+        self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
     ) -> Callable[..., Any]:
         """The same as CUDA graphs, if wanted; see `backend.Listener`."""
         graphs = self.cuda_graphs
-        return compiled if graphs is None else graphs.wrap(compiled, inputs, extra)
+        if graphs is None or graphs.is_small(gm):
+            return compiled
+        return graphs.wrap(compiled, inputs, extra)
 
     def graph_ran(
         self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor], *, first: bool
