@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m benchmarks.demo.run $(ARGS)
+	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
 
 # Two processes of one thread each: tracing, where most of the time goes, runs on one core.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2

@@ -1,4 +1,4 @@
-"""The models that `benchmarks.evidence.step_time` and `benchmarks.evidence.gpu_suite` compare."""
+"""The models that `benchmarks.step_time` and `benchmarks.gpu_suite` compare."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _in_one_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build(preset: Preset) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Every peer of `benchmarks.evidence.step_time` that can run here, and why the others
+    """Every peer of `benchmarks.step_time` that can run here, and why the others
     cannot."""
     absent = missing(preset)
     family = Family(preset)

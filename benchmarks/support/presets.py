@@ -1,4 +1,4 @@
-"""What `benchmarks.evidence.step_time` times: model shapes, plans and batches.
+"""What `benchmarks.step_time` times: model shapes, plans and batches.
 
 GPU presets have the paper's batches: (samples, length, output tokens).
 """

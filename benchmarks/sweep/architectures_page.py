@@ -11,7 +11,7 @@ _HEAD = """# Architectures
 
 What the matcher does on every architecture of five of transformers' auto-mappings, each as a tiny
 random model with LoRA on its linears. Made by
-`python -m benchmarks.sweep.architectures --json --page` from
+`python -m benchmarks.architectures --json --page` from
 [the results](../benchmarks/results/architectures.json); do not edit.
 
 - **plain**: whether `torch.compile` alone trains the model.
@@ -25,7 +25,7 @@ random model with LoRA on its linears. Made by
   Rows made with `--quick --backend eager` are compared with the model's own eager step first, whose
   bits that backend should keep, and with plain `torch.compile` if they differ.
 - Rows of the result file carry a hash of the library's sources at their run (`code`) and the
-  backend; `python -m benchmarks.sweep.architectures` repeats those of other sources.
+  backend; `python -m benchmarks.architectures` repeats those of other sources.
 - A note that begins with `CompileError` is a refusal: the step raises it, with the remedy.
 """
 

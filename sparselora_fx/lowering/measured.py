@@ -2,7 +2,7 @@
 
 ``measured.json`` beside this file maps a GPU's name to points: the sizes of a matmul, and the time
 of the template, with the tile that `configs.pick` takes, over that of gather + cuBLAS. ``python -m
-benchmarks.evidence.gpu`` measures them. ``SPARSELORA_KERNEL_TABLE`` names another file of that
+benchmarks.gpu`` measures them. ``SPARSELORA_KERNEL_TABLE`` names another file of that
 form.
 
     {"_provenance": {"NVIDIA H200": {"commit": "b8e6301", "torch": "2.11.0", ...}},
@@ -86,6 +86,6 @@ def _table() -> dict[str, list[dict[str, Any]]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CompileError(
             f"{path} is no table of measured kernels: {error!r}; make it with "
-            f"'python -m benchmarks.evidence.gpu', or unset {KERNEL_TABLE}"
+            f"'python -m benchmarks.gpu', or unset {KERNEL_TABLE}"
         ) from error
     return table  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence import compile_time
+from benchmarks import compile_time
 
 SECONDS = {"plain": 1.0, "whole": 0.25, "regional": 0.1}  # a layer; ours also start at 10
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import sparselora_fx as slx
-from benchmarks.evidence import estimator_quality, quality_loss, quality_plot, score_cost
-from benchmarks.evidence.quality import Ffn, ScoreGraph, judge
+from benchmarks import estimator_quality, quality_loss, score_cost
+from benchmarks.support import quality_plot
 from benchmarks.support.activations import FeedForward, Seen
+from benchmarks.support.quality import Ffn, ScoreGraph, judge
 from sparselora_fx.plan.score import parse_score
 
 K, N, M = 16, 48, 64

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.evidence.flops import DENSE, FACE, Counter, row
+from benchmarks.flops import DENSE, FACE, Counter, row
 from benchmarks.support.graphs import Counted, llama
 from benchmarks.support.published import LORA_RANK, MODELS, PLANS, RANK, Published
 from tests.support.flop_models import BATCH, SHAPE

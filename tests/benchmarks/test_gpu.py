@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.evidence import gpu, gpu_regions
-from benchmarks.evidence.gpu_regions import Shape
+from benchmarks import gpu
+from benchmarks.support import gpu_regions
+from benchmarks.support.gpu_regions import Shape
 from sparselora_fx.lowering import measured
 
 SHAPE = Shape(hidden=48, ffn=192, heads=8, kv_heads=4, head_dim=32, length=9)

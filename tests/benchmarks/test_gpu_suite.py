@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.evidence import gpu_suite, suite_case, suite_correctness
-from benchmarks.evidence.gpu_suite import Suite, parsed
-from benchmarks.evidence.suite_case import MARK
-from benchmarks.evidence.suite_jobs import (
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import Suite, parsed
+from benchmarks.support import measuring, suite_case, suite_correctness
+from benchmarks.support.peers import Family, dense, random_estimator, why_not
+from benchmarks.support.presets import PRESETS
+from benchmarks.support.stepping import Peer
+from benchmarks.support.suite_case import MARK
+from benchmarks.support.suite_jobs import (
     CORRECTNESS,
     Job,
     compile_until,
@@ -26,11 +30,7 @@ from benchmarks.evidence.suite_jobs import (
     memory_need,
     peers_of,
 )
-from benchmarks.evidence.suite_presets import SUITE, flop_share, preset_of, thinned
-from benchmarks.support import measuring
-from benchmarks.support.peers import Family, dense, random_estimator, why_not
-from benchmarks.support.presets import PRESETS
-from benchmarks.support.stepping import Peer
+from benchmarks.support.suite_presets import SUITE, flop_share, preset_of, thinned
 
 # ---------------------------------------------------------------- presets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.evidence.online_calibration import cost
+from benchmarks.online_calibration import cost
 from benchmarks.support.presets import PRESETS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import step_time
+from benchmarks import step_time
 from benchmarks.support import measuring, peers, stepping
 from benchmarks.support.presets import PRESETS
 

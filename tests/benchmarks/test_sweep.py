@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sweep import architectures, check_model, tiny_models
+from benchmarks import architectures
+from benchmarks.sweep import check_model, tiny_models
 from benchmarks.sweep.architectures_page import page, ran, refused, summary, whole
 
 # (task, model, attentions sliced, FFN linears sliced); -1: as many as there are.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.evidence import gpu
+from benchmarks import gpu
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.model.weight_layout import GatherLayout
 from tests.support import gpu_regions

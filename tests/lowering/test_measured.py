@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks.evidence import gpu
+from benchmarks import gpu
 from sparselora_fx import _torch
 from sparselora_fx.lowering import constraints, measured, triton
 from sparselora_fx.lowering.constraints import Problem

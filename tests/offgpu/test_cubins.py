@@ -55,7 +55,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
     """Rows of a fresh compilation. Triton's interpreter, which the other tests use, cannot
     compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.evidence.cubins", "--json", *arguments]
+    command = [sys.executable, "-m", "benchmarks.cubins", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

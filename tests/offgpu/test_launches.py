@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import launches
+from benchmarks import launches
 
 pytestmark = pytest.mark.offgpu
 

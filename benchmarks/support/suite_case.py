@@ -1,4 +1,4 @@
-"""One preset of `benchmarks.evidence.gpu_suite`, in a process of its own.
+"""One preset of `benchmarks.gpu_suite`, in a process of its own.
 
 It compiles its peers, says ``ready`` and waits for a line on its standard input: the device is then
 its own. Whatever it finds out is a line of JSON on its standard output that begins with `MARK`.
@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence import suite_correctness
-from benchmarks.evidence.suite_presets import flop_share, matmul_parameters, preset_of
-from benchmarks.support import measuring
+from benchmarks.support import measuring, suite_correctness
 from benchmarks.support.peers import Family, why_not
 from benchmarks.support.presets import Preset
 from benchmarks.support.stepping import STEPS_OF_A_TURN, Peer, ratio, take_turns
+from benchmarks.support.suite_presets import flop_share, matmul_parameters, preset_of
 
 MARK = "@suite "
 WARM_STEPS = 3
@@ -122,7 +121,7 @@ def describe(preset: Preset) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run in a process of its own; `benchmarks.evidence.gpu_suite` starts it."""
+    """Run in a process of its own; `benchmarks.gpu_suite` starts it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a preset of the suite, or 'correctness'")
     parser.add_argument("--peers", nargs="+", default=["peft+compile", "ours"])

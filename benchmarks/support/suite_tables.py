@@ -1,4 +1,4 @@
-"""What `benchmarks.evidence.gpu_suite` found, as Markdown."""
+"""What `benchmarks.gpu_suite` found, as Markdown."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Sweep every architecture of transformers' auto-mappings: ``python -m
-benchmarks.sweep.architectures``.
+benchmarks.architectures``.
 
 Each model runs in a process of its own, so that a crash or a hang is a row with its reason. Rows
 are kept in ``out/architectures.jsonl`` and are not computed again unless the library has changed
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "out" / "architectures.jsonl"
 RESULT = ROOT / "benchmarks" / "results" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"

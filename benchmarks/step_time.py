@@ -1,6 +1,6 @@
 """Time one training step of sparse LoRA against what a user would run instead.
 
-    python -m benchmarks.evidence.step_time --preset cpu-small --json F [--details F] [--pairs N]
+    python -m benchmarks.step_time --preset cpu-small --json F [--details F] [--pairs N]
     [--task T]
 
 Every peer trains the same LoRA on the same frozen weights, batches and optimizer:
@@ -17,7 +17,7 @@ median over turns of (baseline's time / peer's time): above 1 is faster than the
 weights: time depends on shapes alone. `benchmarks.support.stepping` says how a step is run and
 timed: on a GPU under autocast, and without waiting inside it. Peak memory is that of one step, all
 weights of the peer included. ``flop_ratio`` is dense over sparse FLOPs, counted as
-`benchmarks.evidence.flops` does, and ``realised`` is ``ratio / flop_ratio``. ``estimator_share`` is
+`benchmarks.flops` does, and ``realised`` is ``ratio / flop_ratio``. ``estimator_share`` is
 the time of the nodes that choose channels, compiled by themselves, over the time of the sparse
 step.
 """
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.flops import DENSE, Counter
+from benchmarks.flops import DENSE, Counter
 from benchmarks.support import measuring, peers
 from benchmarks.support.presets import PRESETS, Preset
 from benchmarks.support.stepping import PHASES, Peer, ratio, take_turns

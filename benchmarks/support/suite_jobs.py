@@ -1,4 +1,4 @@
-"""The processes that `benchmarks.evidence.gpu_suite` runs: what they are called with, need and have
+"""The processes that `benchmarks.gpu_suite` runs: what they are called with, need and have
 said."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.suite_presets import matmul_parameters, preset_of
+from benchmarks.support.suite_presets import matmul_parameters, preset_of
 
 BASELINE = "peft+compile"
 # What the first presets compare; the others, for want of time and memory, have the short lists.
@@ -83,7 +83,7 @@ def peers_of(name: str, arguments: argparse.Namespace) -> list[str]:
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     """The processes that a command line asks for, checks first."""
-    case, tiny = [sys.executable, "-m", "benchmarks.evidence.suite_case"], arguments.tiny
+    case, tiny = [sys.executable, "-m", "benchmarks.support.suite_case"], arguments.tiny
     common = ["--backend", arguments.backend or ("aot_eager" if tiny else "inductor")]
     common += ["--tiny"] if tiny else []
     jobs = [Job(CORRECTNESS, [*case, CORRECTNESS, *common], 0 if tiny else 12.0)]

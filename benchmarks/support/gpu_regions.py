@@ -1,4 +1,4 @@
-"""The two kinds of region that `benchmarks.evidence.gpu` times, sliced and at full width.
+"""The two kinds of region that `benchmarks.gpu` times, sliced and at full width.
 
 Written with the ops as the passes write them. Weights are frozen; an attention's choice is over kv
 channels, as in the product: the query rows of a group follow their kv head.

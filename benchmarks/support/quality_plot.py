@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.evidence.estimator_quality`: output error over sparsity at one
+"""The picture of `benchmarks.estimator_quality`: output error over sparsity at one
 rank."""
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Time the sliced matmuls on an NVIDIA GPU: template (with the tile that benchmarks best, and with
 the one that a rule picks), fallback (index_select + cuBLAS) and dense.
 
-    python -m benchmarks.evidence.gpu                 adds this card in under 90 seconds: what
+    python -m benchmarks.gpu                 adds this card in under 90 seconds: what
                                              decides first, then as many other cells as the time
                                              allows
-    python -m benchmarks.evidence.gpu --minutes 8     everything; what is not reached stays "not
+    python -m benchmarks.gpu --minutes 8     everything; what is not reached stays "not
     measured"
 
 It writes ``benchmarks/results/gpu.json`` and ``gpu.md``, and to
@@ -38,11 +38,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.evidence.gpu_regions import MODELS, build, kept
+from benchmarks.support.gpu_regions import MODELS, build, kept
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import inductor, inductor_backend, measured
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 LONGEST = 20.0  # seconds that benchmarking every tile of one row may take
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)

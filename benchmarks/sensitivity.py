@@ -5,7 +5,7 @@ on the model as it is before fine-tuning, one after a dense start. All variants 
 adapters, see the same batches in the same order for the same number of steps, and are judged by
 the dense model's loss on the answers of wordings that training has never shown.
 
-    python -m benchmarks.evidence.sensitivity --json benchmarks/results/sensitivity.json
+    python -m benchmarks.sensitivity --json benchmarks/results/sensitivity.json
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import transformers
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.run import MODEL, RANK, collate, encode, load_model
-from benchmarks.demo.run import test_loss as answer_loss
+from benchmarks.demo.__main__ import MODEL, RANK, collate, encode, load_model
+from benchmarks.demo.__main__ import test_loss as answer_loss
 from benchmarks.demo.word_problems import generate
 from sparselora_fx.model.frozen_weights import frozen_weights
 

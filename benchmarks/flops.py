@@ -1,6 +1,6 @@
 """FLOPs of a sparse training step, as a share of dense LoRA's, for every published plan.
 
-    python -m benchmarks.evidence.flops --json F [--details F] [--plan Llama-3-8B/Math10K ...]
+    python -m benchmarks.flops --json F [--details F] [--plan Llama-3-8B/Math10K ...]
 
 Counted from the graphs that `sparselora_fx` rewrote, forward and backward, estimator included, on
 meta tensors: no weight is allocated and nothing is executed. Every matmul and attention product

@@ -1,6 +1,6 @@
 """How much of what matters do estimators and scores find? Output errors on held-out text.
 
-    python -m benchmarks.evidence.estimator_quality --json F [--details F] [--plot F.png] [--loss]
+    python -m benchmarks.estimator_quality --json F [--details F] [--plot F.png] [--loss]
         [--cost large] [--no-measure]
 
 Rows, one per model, estimator, score, sparsity and rank, averaged over the feed-forward regions and
@@ -8,7 +8,7 @@ the test batches; channels are chosen batch by batch, as in training. ``svd``: f
 weights alone, the paper's; ``calibrated``: factors and prior from calibration; ``static``: the
 prior alone; ``random``: the mean of several draws; ``oracle``: the channels whose dense activations
 contribute most to the output, ``|h_n| |w_n|``. ``overlap`` is with the oracle's choice; for errors
-see `quality.judge`. ``loss`` is the mean over seeds of `benchmarks.evidence.quality_loss` with that
+see `quality.judge`. ``loss`` is the mean over seeds of `benchmarks.quality_loss` with that
 choice (plan's tokens "context"), from ``<F>_loss.json`` where that is; ``--loss`` does missing runs
 first.
 """
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 import sparselora_fx as slx
-from benchmarks.evidence import quality_loss, score_cost
-from benchmarks.evidence.quality import ScoreGraph, judge, true_scores
-from benchmarks.evidence.quality_plot import plot
-from benchmarks.evidence.track_adapter import batches_of
+from benchmarks import quality_loss, score_cost
 from benchmarks.support import activations, measuring
 from benchmarks.support.activations import FeedForward, Seen
+from benchmarks.support.quality import ScoreGraph, judge, true_scores
+from benchmarks.support.quality_plot import plot
+from benchmarks.track_adapter import batches_of
 from sparselora_fx.analysis.regions import kept_channels
 from sparselora_fx.plan.score import parse_score
 

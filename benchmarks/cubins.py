@@ -1,7 +1,7 @@
 """Compile the templates for NVIDIA GPUs, without one, and record what the compiler made of them.
 
-    python -m benchmarks.evidence.cubins            prints a table and writes
-    benchmarks/results/cubins.json python -m benchmarks.evidence.cubins --tile 128x128x64/s3/w8
+    python -m benchmarks.cubins            prints a table and writes
+    benchmarks/results/cubins.json python -m benchmarks.cubins --tile 128x128x64/s3/w8
     --arch 90     one tile; writes nothing
 
 Each kernel is what Inductor generates for one op alone on bf16 tensors of `SHAPE`, weights
@@ -24,7 +24,7 @@ from sparselora_fx.lowering.configs import TILES, Tile
 from sparselora_fx.lowering.triton import FAMILIES
 from tests.support.offgpu_backend import FakeGPU, compile_kernel
 
-RESULTS = Path(__file__).parents[1] / "results" / "cubins.json"
+RESULTS = Path(__file__).parent / "results" / "cubins.json"
 ARCHITECTURES = (80, 90, 100)
 SHAPE = {"tokens": 4096, "inputs": 4096, "outputs": 14336, "kept": 1408}
 

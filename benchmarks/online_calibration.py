@@ -1,6 +1,6 @@
 """What calibrating in the dense phase costs, and how good the channels are that come of it.
 
-    python -m benchmarks.evidence.online_calibration --json F [--parts cost quality drift] [--seeds
+    python -m benchmarks.online_calibration --json F [--parts cost quality drift] [--seeds
     0 1 2]
 
 What is measured replaces what the file says of the same part and seed.
@@ -34,11 +34,11 @@ import torch
 from torch import nn
 
 import sparselora_fx as slx
-from benchmarks.evidence.track_adapter import RANK, batches_of, load
 from benchmarks.support import measuring
 from benchmarks.support.overlap import overlaps
 from benchmarks.support.peers import dense, random_estimator
 from benchmarks.support.presets import PRESETS, Preset
+from benchmarks.track_adapter import RANK, batches_of, load
 from sparselora_fx.estimator.online import Collector
 from sparselora_fx.estimator.sample_rows import ROWS
 from sparselora_fx.runtime.runtime import get_runtime

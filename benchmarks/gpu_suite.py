@@ -1,15 +1,15 @@
 """One command where a GPU is at hand: correctness, then what a step costs, within some minutes.
 
-    python -m benchmarks.evidence.gpu_suite --minutes 8 --out DIR
-    python -m benchmarks.evidence.gpu_suite --minutes 8 --out DIR --presets 8b-math10k 1b-default \
+    python -m benchmarks.gpu_suite --minutes 8 --out DIR
+    python -m benchmarks.gpu_suite --minutes 8 --out DIR --presets 8b-math10k 1b-default \
         --options ours ours+trim ours+whole ours+whole+trim ours+cudagraphs
-    python -m benchmarks.evidence.gpu_suite --tiny --minutes 3 --out DIR          on a CPU: toy
+    python -m benchmarks.gpu_suite --tiny --minutes 3 --out DIR          on a CPU: toy
     sizes
 
-1. Correctness (`benchmarks.evidence.suite_correctness`, and tests marked gpu), while
+1. Correctness (`benchmarks.support.suite_correctness`, and tests marked gpu), while
 2. every preset compiles its peers in a process of its own, side by side. Then
 3. the presets are timed in turn, one process on the device at a time
-(`benchmarks.evidence.suite_case`):
+(`benchmarks.support.suite_case`):
    peers in turns A B A B, `ratio` the median over turns of the baseline's time over the peer's.
 
 Steps run as `benchmarks.support.stepping` says: under autocast, fused AdamW, no waiting inside a
@@ -39,12 +39,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.suite_case import MARK
-from benchmarks.evidence.suite_jobs import BASELINE, BASELINES, TESTS, Job, compile_until, jobs_of
-from benchmarks.evidence.suite_presets import SUITE
-from benchmarks.evidence.suite_tables import tables
 from benchmarks.support import measuring
 from benchmarks.support.peers import OPTIONS
+from benchmarks.support.suite_case import MARK
+from benchmarks.support.suite_jobs import BASELINE, BASELINES, TESTS, Job, compile_until, jobs_of
+from benchmarks.support.suite_presets import SUITE
+from benchmarks.support.suite_tables import tables
 
 
 class Suite:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import sparselora_fx as slx
-from benchmarks.evidence.quality import ScoreGraph
 from benchmarks.support.activations import FeedForward, Seen
 from benchmarks.support.measuring import now
+from benchmarks.support.quality import ScoreGraph
 from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.estimator.statistics import Statistics
 from sparselora_fx.plan.score import parse_score

@@ -1,6 +1,6 @@
 """Does the choice of channels show in the fine-tuning loss? The shipped model, equal steps.
 
-    python -m benchmarks.evidence.quality_loss --json benchmarks/results/estimator_quality_loss.json
+    python -m benchmarks.quality_loss --json benchmarks/results/estimator_quality_loss.json
 
 Every run starts from the same adapters (per seed), sees the same batches in the same order, skips
 the same share of the channels of all feed-forward regions but the first, and is judged by the dense
@@ -24,11 +24,11 @@ import torch
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.run import MODEL, RANK, load_model
-from benchmarks.demo.run import test_loss as answer_loss
-from benchmarks.evidence.sensitivity import POLICY, about, train
-from benchmarks.evidence.track_adapter import batches_of
+from benchmarks.demo.__main__ import MODEL, RANK, load_model
+from benchmarks.demo.__main__ import test_loss as answer_loss
+from benchmarks.sensitivity import POLICY, about, train
 from benchmarks.support.activations import calibration_batches
+from benchmarks.track_adapter import batches_of
 from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.plan.score import DEFAULT_CALIBRATED
 

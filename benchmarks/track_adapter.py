@@ -1,6 +1,6 @@
 """Does a predictor that follows the adapter choose better channels after training?
 
-    python -m benchmarks.evidence.track_adapter --json F
+    python -m benchmarks.track_adapter --json F
 
 The shipped model is fine-tuned densely with LoRA on all its linears; then its feed-forward regions
 choose channels at several sparsities, with and without `track_adapter`, by the paper's estimator
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import sparselora_fx as slx
-from benchmarks.demo.run import MODEL, Batch, collate, encode
+from benchmarks.demo.__main__ import MODEL, Batch, collate, encode
 from benchmarks.demo.word_problems import generate
 from benchmarks.support.overlap import overlaps
 

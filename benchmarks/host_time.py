@@ -4,7 +4,7 @@ Compiled graphs run (with the backend "eager", which compiles nothing) but are n
 left of a forward is ours (token lists, the schedule, reports) and Dynamo's (guards, the call of the
 graph). The clock is the CPU time of the thread; a figure is the median of several calls.
 
-    python -m benchmarks.evidence.host_time --json benchmarks/results/host_time.json
+    python -m benchmarks.host_time --json benchmarks/results/host_time.json
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import sparselora_fx as slx
-from benchmarks.evidence.compile_time import build
+from benchmarks.compile_time import build
 from sparselora_fx.compiler import backend
 
 Function = Callable[..., Any]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import sparselora_fx as slx
-from benchmarks.evidence.suite_presets import preset_of
 from benchmarks.support import reference
 from benchmarks.support.peers import dense, random_estimator, takes
 from benchmarks.support.presets import Level, Preset
 from benchmarks.support.stepping import Peer
+from benchmarks.support.suite_presets import preset_of
 
 # name of a preset, dtype of the base, and the bound: in fp32 of the relative difference, in bf16 of
 # our error over the eager step's own

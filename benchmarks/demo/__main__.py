@@ -5,7 +5,7 @@ same way (`torch.compile(model.forward)` against `sparselora_fx.compile`). Answe
 greedily by the dense model in eval mode and compared as numbers, on wordings that training has
 never shown. Step time is forward + backward of one batch, measured dense, sparse, dense, sparse.
 
-    python -m benchmarks.demo.run
+    python -m benchmarks.demo
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `benchmarks.evidence.gpu_suite` times: some blocks of a model in place of all, in its
+"""What `benchmarks.gpu_suite` times: some blocks of a model in place of all, in its
 proportions."""
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def flop_share(preset: Preset, *, trim: bool = False) -> float:
     """Sparse over dense FLOPs of the matmuls of a step: frozen linears, head, attention products.
 
     By formula; adapters and the choice of channels (about 1 %) are not in it.
-    `benchmarks.evidence.flops` counts the rewritten graphs.
+    `benchmarks.flops` counts the rewritten graphs.
     """
     shape, (_, length, outputs) = preset.shape, preset.batch
     hidden, wide = int(shape["hidden_size"]), int(shape["intermediate_size"])

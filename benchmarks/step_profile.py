@@ -1,6 +1,6 @@
 """Where the time of one compiled training step goes, dense and sparse, by kind of work.
 
-    python -m benchmarks.evidence.step_profile --preset cpu-small --json F
+    python -m benchmarks.step_profile --preset cpu-small --json F
 
 Kinds: ``matmul`` of frozen weights and the output head, ``small matmul`` (adapters and predictor:
 one dimension is no more than four times the LoRA rank), ``attention`` (scaled dot product),
@@ -22,7 +22,7 @@ from typing import Any
 import torch._inductor.config as inductor_config
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.evidence.step_time import BASELINE, OURS
+from benchmarks.step_time import BASELINE, OURS
 from benchmarks.support import measuring, peers
 from benchmarks.support.presets import PRESETS
 from benchmarks.support.stepping import Peer

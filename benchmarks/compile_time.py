@@ -5,7 +5,7 @@ process and its children (tracing, passes, code generation, the C++ compiler), s
 machine does not show as slow compilation; Inductor compiles in the process itself. A figure is
 what the first step (forward and backward) costs beyond the second.
 
-    python -m benchmarks.evidence.compile_time --json benchmarks/results/compile_time.json
+    python -m benchmarks.compile_time --json benchmarks/results/compile_time.json
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def fresh(variant: str, layers: int, caches: str) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.evidence.compile_time",
+        "benchmarks.compile_time",
         "--one",
         variant,
         str(layers),

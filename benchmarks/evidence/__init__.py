@@ -1,1 +1,0 @@
-"""One file for each claim of the documentation that is a number."""
