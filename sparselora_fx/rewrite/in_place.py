@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.mutation import shares_memory
-from sparselora_fx.graph.nodes import argument, given_place, op_name, tensor
+from sparselora_fx.graph.nodes import argument, changes_input, given_place, op_name, tensor
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.rewrite.respell import called
 
@@ -31,14 +32,19 @@ def as_new(node: fx.Node) -> fx.Node | None:
     h *= g, h.mul_(g), relu_(h), relu(h, inplace=True)  ->  mul(h, g), ..., relu(h)
     """
     base = argument(node, 0, "input")
-    if not isinstance(base, fx.Node) or tensor(base) is None or not _is_own(base, node, ()):
+    if not changes_input(node) or not isinstance(base, fx.Node) or tensor(base) is None:
+        return None
+    if not _is_own(base, node, ()):
         return None
     with node.graph.inserting_before(node):
         new = _functional(node)
     if new is None:
         return None
     before, after = tensor(base), tensor(new)
-    same = after is not None and (after.shape, after.dtype) == (before.shape, before.dtype)  # type: ignore[union-attr]
+    if after is None or before is None:
+        node.graph.erase_node(new)
+        return None
+    same = same_shape(after.shape, before.shape) and after.dtype == before.dtype
     if not same or not (is_pointwise(new) or op_name(new) in ("dropout", "rrelu")):
         node.graph.erase_node(new)
         return None
@@ -66,7 +72,9 @@ def as_sum(node: fx.Node) -> fx.Node | None:
     if [*part.users] != [total] or [*total.users] != [node] or node.users:
         return None
     given, read = tensor(other), tensor(part)
-    if given is None or read is None or (given.shape, given.dtype) != (read.shape, read.dtype):
+    if given is None or read is None or given.dtype != read.dtype:
+        return None
+    if not same_shape(given.shape, read.shape):
         return None
     start, stop, step = bounds
     if step != 1 or not _is_own(base, node, (part,)):

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import argument, axis_argument, changes_input, op_name, tensor, value
 from sparselora_fx.graph.pointwise import is_pointwise
 
@@ -145,9 +146,9 @@ def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
     """Whether a pointwise call has its result's shape by its other operands alone."""
     made = tensor(user)
     others = [tensor(n) for n in user.all_input_nodes if n is not operand]
-    alike = any(other is not None and made is not None and other.shape == made.shape
-                for other in others)  # fmt: skip
-    return alike and is_pointwise(user)
+    if made is None or not any(o is not None and same_shape(o.shape, made.shape) for o in others):
+        return False
+    return is_pointwise(user)
 
 
 def as_added(node: fx.Node) -> fx.Node | None:
@@ -176,7 +177,7 @@ def as_added(node: fx.Node) -> fx.Node | None:
 
 def _is_like(other: Any, node: fx.Node) -> bool:
     a, b = tensor(other), tensor(node)
-    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+    return a is not None and b is not None and a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
 def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:

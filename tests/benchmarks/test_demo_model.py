@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.demo import pretrain, run
+from benchmarks.demo import __main__ as run
+from benchmarks.demo import pretrain
 from benchmarks.demo.word_problems import generate
 
 FOLDER = pretrain.HERE / "model"

@@ -7,12 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 import sparselora_fx as slx
-from sparselora_fx.ir.token_lists import Tokens
 from sparselora_fx.runtime.runtime import get_runtime
-from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
 
 
@@ -73,11 +70,3 @@ def test_the_share_is_the_plans() -> None:
 def test_a_share_out_of_range_is_refused(bad: Any) -> None:
     with pytest.raises(slx.PlanError, match="min_sparse"):
         slx.SparsityPlan(0.5, min_sparse=bad)
-
-
-def test_the_counts_are_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that is decided by counting is decided by one transfer, made once."""
-    tokens = split_tokens(slx.SparsityPlan(0.5), labelled(prompt=20), shift=True)
-    assert isinstance(tokens, Tokens) and tokens.counts == (40, 40)
-    monkeypatch.setattr(torch.Tensor, "tolist", None)
-    assert tokens.counts == (40, 40)

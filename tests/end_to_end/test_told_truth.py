@@ -280,4 +280,4 @@ def test_calls_without_sparse_tokens_are_named() -> None:
     model = Labelled(directly).double().train()
     compiled(model, tokens=lambda arguments: torch.zeros(2, 9, dtype=torch.bool))
     model(batch(), labels=batch()).backward()
-    assert "dense in every training call so far (no token was sparse)" in middle_row(model)
+    assert "dense: hardly a token was sparse in any step so far" in middle_row(model)

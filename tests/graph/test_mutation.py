@@ -95,7 +95,7 @@ def test_reads_stay_behind_writes(
 ) -> None:
     model = Model(written, inside).double().train()
     data = ragged() if padding else oracle.batch(padding=0)
-    got = oracle.run_compiled(model, data, PLAN)
+    got = oracle.run_compiled(model, data, PLAN, shift=True)
     assert set(got.record.sites) == {"up", "down"}
     with_padding_dense = predicting(data) | (data["attention_mask"] == 0)
     by_token(model, got.record, with_padding_dense, "dense")
