@@ -119,8 +119,11 @@ def without_autocast(device: str) -> AbstractContextManager[None]:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
 
 
-def storage_key(tensor: torch.Tensor) -> int:
-    """What a tensor and its views have in common, fake or not. Torch 2.11 to 2.13."""
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What a tensor and its views have in common, fake or not; None inside a function that is
+    mapped over tensors (`torch.vmap`), where they have no storage to see. Torch 2.11 to 2.14."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
     return int(tensor.untyped_storage()._cdata)
 
 

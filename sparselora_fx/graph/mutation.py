@@ -63,9 +63,10 @@ def _is_view(made: fx.Node, source: fx.Node) -> bool:
 
 def shares_memory(a: fx.Node, b: fx.Node) -> bool:
     """Whether the values of two nodes are in the same memory, as far as tracing has told."""
-    return not _storages(a).isdisjoint(_storages(b))
+    first, second = _storages(a), _storages(b)
+    return None in first | second or not first.isdisjoint(second)
 
 
-def _storages(node: fx.Node) -> set[int]:
+def _storages(node: fx.Node) -> set[int | None]:
     leaves = tree_leaves(node.meta.get("example_value"))
     return {_torch.storage_key(leaf) for leaf in leaves if isinstance(leaf, Tensor)}

@@ -36,14 +36,15 @@ def capped(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("body", [plain, capped])
 def test_flex_attention_is_sliced(body: Callable[..., Tensor]) -> None:
     model, x = build(attention(body))
-    model, x = model.float(), x.float()
+    model, x = model.float().requires_grad_(False), x.float()
+    for name in "qkvo":  # without adapters: what trains would ask for the backward
+        setattr(model, name, getattr(model, name).base)
     slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.5), backend="aot_eager")
-    model.requires_grad_(False)  # flex_attention has no backward on CPU
     with slx.record(model) as record:
         got = model(x)
     table = slx.explain(model)
     slx.restore(model)
-    assert set(record.sites) == {f"{name}.base" for name in "qkvo"}, table
+    assert set(record.sites) == set("qkvo"), table
     with torch.no_grad(), oracle.masked_reference(model, record):
         expected = model(x)
     assert oracle.difference(got, expected) <= 1e-6

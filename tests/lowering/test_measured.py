@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from sparselora_fx import _torch
-from sparselora_fx.lowering import constraints, measured, triton
+from sparselora_fx.lowering import constraints, inductor, measured, triton
 from sparselora_fx.lowering.constraints import Problem
 
 H200 = "NVIDIA H200"
@@ -68,7 +67,7 @@ def test_the_lowering_asks_for_the_name_of_the_card() -> None:
     properties = type("Properties", (), {"name": H200})()
     with (
         patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
-        patch.object(_torch, "size_hint", int),
+        patch.object(inductor, "size_hint", int),
     ):
         family = triton.FAMILIES["sliced_linear"]
         assert triton.measured_ratio(family, problem("sliced_linear", 144)) == 0.625
