@@ -263,7 +263,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
 
 TOKEN_LISTS = set("012345678")  # places in the list that hooks read, dynamic in their length
-MARKS = {"a", "b", "statistics", "param", "spec", "cell_contents"}  # what a hook holds of its module
+MARKS = {"a", "b", "statistics", "param", "spec", "cell_contents"}  # what hooks hold of a module
 BEYOND_PLAIN = {
     "TENSOR_MATCH": TOKEN_LISTS
     | {"_sparselora_a_weight", "_sparselora_b_weight", "_sparselora_norms_weight"},
