@@ -78,15 +78,15 @@ def test_a_linear_on_something_else_than_tokens(tokens: str) -> None:
     got = oracle.run_compiled(model, data, plan, restore=False)
     table = slx.explain(model)
     slx.restore(model)
+    assert set(got.record.sites) == {"up.base", "down.base"}, table
+    why = reasons(table)
+    assert set(why) == {"pool_up.base", "pool_down.base"}
+    # Without a mask nothing is padding; yet which of a mean's rows would be cannot be told.
+    said = "padding cannot be told" if tokens == "all" else "token grid"
+    assert all(said in reason for reason in why.values()), why
     if tokens == "all":
-        assert len(got.record.sites) == 4, table
         with oracle.masked_reference(model, got.record):
             oracle.assert_close(got, oracle.step(model, data), 1e-9)
-    else:
-        assert set(got.record.sites) == {"up.base", "down.base"}, table
-        why = reasons(table)
-        assert set(why) == {"pool_up.base", "pool_down.base"}
-        assert all("token grid" in reason for reason in why.values()), why
 
 
 class TimeMajor(nn.Module):
@@ -145,7 +145,7 @@ def test_tokens_with_a_dimension_more_are_sliced() -> None:
     ids = oracle.batch(padding=0)["input_ids"]
     data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
     plan = slx.SparsityPlan(0.5, tokens="context", start_step=0, channel_multiple=1)
-    got = oracle.run_compiled(model, data, plan, restore=False)
+    got = oracle.run_compiled(model, data, plan, restore=False, shift=True)
     table = slx.explain(model)
     slx.restore(model)
     assert set(got.record.sites) == {"up.base", "down.base"}, table

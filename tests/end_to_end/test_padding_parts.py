@@ -156,7 +156,7 @@ def test_a_loss_that_no_graph_sees() -> None:
     data, model = batch(), Outside()
     reference = copy.deepcopy(model)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
-    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", shift=True)
     with slx.record(model) as record:
         got = model(**data)
     step_of = oracle.Step(got, {}, record)

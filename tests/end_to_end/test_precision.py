@@ -45,7 +45,8 @@ class Net(nn.Module):
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1, **options)
-    return slx.compile(model, oracle.estimator_of(model), plan=plan, backend="aot_eager")
+    estimator = oracle.estimator_of(model)
+    return slx.compile(model, estimator, plan=plan, backend="aot_eager", shift=True)
 
 
 def half_labelled() -> dict[str, Any]:
