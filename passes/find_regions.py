@@ -9,6 +9,7 @@ from torch import fx
 from sparselora_fx.analysis.channel_flow import propagate
 from sparselora_fx.analysis.channel_values import Channels, Port, Values, attention_of
 from sparselora_fx.analysis.readers import lost_in, outside_reader, roots_of
+from sparselora_fx.analysis.reasons import CACHED, NO_TOKENS, OTHER_GRID, UNORDERED
 from sparselora_fx.analysis.regions import (
     IN_ORDER,
     Attention,
@@ -223,7 +224,7 @@ def _check_readers(region: Region, values: Values) -> None:
     if reader is not None:
         # What a graph returns of an attention's keys and values is a cache, if anything.
         kept = region.attention is not None and reader == "the graph's output"
-        cache = " (a KV cache? use_cache=False in training calls)" if kept else ""
+        cache = CACHED if kept else ""
         raise NoRegion(f"its channels are also read by {reader}{cache}")
 
 
@@ -242,9 +243,9 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
         if not site.tokens or sees_grid(site, site.tokens[0]):
             continue
         if site.split is not None and sees_grid(replace(site, order=IN_ORDER), site.tokens[0]):
-            raise NoRegion("nothing shows that its rows are the batch's tokens in their order")
+            raise NoRegion(UNORDERED)
         if site.split is not None:
-            raise NoRegion("its tokens are not the token grid of the labels")
+            raise NoRegion(OTHER_GRID)
         if site is region.consumer.site:
             continue  # it is not scored by its input
         rows = token_rows(rewrite.graph, rewrite.batch, rewrite.passed)
@@ -252,7 +253,7 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
         if site.x not in rows:
             site.tokens = ()  # no tokens of the batch: every row counts
         elif site.token_rows is None:
-            raise NoRegion("its rows are not the batch's tokens, so padding cannot be told there")
+            raise NoRegion(NO_TOKENS)
 
 
 def _choose_kept(region: Region, rewrite: Rewrite) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparselora_fx.analysis.linears import linear_parts, linear_uses
+from sparselora_fx.analysis.branches import LINEAR_CASTS
+from sparselora_fx.analysis.linears import linear_parts, products
+from sparselora_fx.analysis.reasons import WITHOUT
 from sparselora_fx.analysis.regions import UNKNOWN, Site, Skip, is_trainable
 from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.layout import same_shape
@@ -14,11 +16,9 @@ from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.markers import DENSE, WITHOUT_GRADIENTS, SiteSpec
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.ir.score_ops import ACROSS
-from sparselora_fx.rewrite.respell import as_addition
 from sparselora_fx.rewrite.rewrite import Rewrite
-
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"}
-_MAX_BRANCH = 64  # nodes; a LoRA branch is a handful
+from sparselora_fx.rewrite.site_outputs import complete_site
+from sparselora_fx.rewrite.token_split import cast_of
 
 
 def find_sites(rewrite: Rewrite) -> int:
@@ -31,7 +31,7 @@ def find_sites(rewrite: Rewrite) -> int:
              Site(y, x, w, ..., z)
     Keeps:   every value bit for bit; where a branch is added in another spelling (``y += l``,
              ``addmm(y, h, B)``: `spellings`) up to the rounding of its scale.
-    Skips:   a weight that is used twice, not as a linear, or that trains.
+    Skips:   a weight that is used on two inputs, not as a linear, or that trains.
     """
     marks = [n for n in rewrite.graph.nodes if n.target is OPS.site.default or n.target is OPS.site]
     by_weight: dict[fx.Node, list[fx.Node]] = {}
@@ -48,7 +48,7 @@ def find_sites(rewrite: Rewrite) -> int:
             continue  # computed in the graph (a parametrization): no frozen weight any more
         found = _site(weight, args, len(by_weight[weight]))
         if isinstance(found, Site):
-            found.padding_unread = found.node in rewrite.padding_unread
+            found.padding_unread = {found.node, *found.more} <= rewrite.padding_unread
             found.order = orders.get(weight, UNKNOWN)
         if args[5] == DENSE:
             rewrite.dense += [] if isinstance(found, Skip) else [found]
@@ -59,21 +59,21 @@ def find_sites(rewrite: Rewrite) -> int:
     for site in rewrite.sites:
         _turn_factors(site)
         _cast_factors(site)
-        _find_adapter(site, rewrite.frozen - {site.weight})
+        complete_site(site, rewrite.frozen - {site.weight})
     return len(rewrite.sites)
 
 
 def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ignore[type-arg]
-    uses = linear_uses(weight)
+    uses = sorted(products(weight), key=lambda use: use[0])  # in the order of the graph
     if is_trainable(weight):
         return Skip(weight, "the weight trains")
     if args[5] == WITHOUT_GRADIENTS:
         return Skip(
             weight,
-            "it runs without gradients inside a training step (a reversible layer, say): a "
-            "backward that runs it again would not be sliced",
+            f"{WITHOUT} (a reversible layer, say): a backward that runs it again would not be "
+            "sliced",
         )
-    if calls > 1 or len(uses) > 1:
+    if calls > 1 or not _share_input(uses):
         return Skip(
             weight,
             "the weight is used more than once in this graph, and its uses would have to share one "
@@ -99,20 +99,36 @@ def _site(weight: fx.Node, args: tuple, calls: int) -> Site | Skip:  # type: ign
         return Skip(weight, why)
     spec = SiteSpec.decode(args[5])
     statistics = dict(zip(spec.statistics, (args[6] or ()) if len(args) > 6 else (), strict=True))
-    factors = (args[2], args[3])
-    return Site(
-        node,
-        x,
-        weight,
-        transposed,
-        bias,
-        factors,
-        tuple(args[4]),
-        spec,
-        n,
-        k,
-        statistics=statistics,
-    )
+    site = Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
+    site.statistics = statistics
+    for again, its_view, _ in uses[1:]:
+        found = linear_parts(again, its_view)
+        assert found is not None
+        site.more[again] = found[0]
+    return site
+
+
+def _share_input(uses: list[tuple[fx.Node, fx.Node, bool]]) -> bool:
+    """Whether all products read one input, through dropouts and casts perhaps, as DoRA's do: they
+    share a choice of channels."""
+    if len(uses) < 2:
+        return True
+    parts = [linear_parts(node, view) for node, view, _ in uses]
+    if any(
+        op_name(node) != "linear" or part is None or part[2]
+        for (node, *_), part in zip(uses, parts, strict=True)
+    ):
+        return False
+    turned = {turned for *_, turned in uses}
+    read = {_undropped(part[0]) for part in parts if part is not None}
+    unbiased = all(part is not None and part[1] is None for part in parts[1:])
+    return len(read) == len(turned) == 1 and unbiased
+
+
+def _undropped(x: fx.Node) -> fx.Node:
+    while op_name(x) in ("dropout", *LINEAR_CASTS) and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x
 
 
 def _turn_factors(site: Site) -> None:
@@ -128,9 +144,10 @@ def _turn_factors(site: Site) -> None:
 
 def _cast_factors(site: Site) -> None:
     """Where the model casts a weight before it multiplies, its factors are cast alike."""
-    if site.cast is not None:
+    cast = cast_of(site, site.node, site.x)
+    if cast is not None:
         a, b = site.factors
-        site.factors = (_at_start(a, "to", site.cast), _at_start(b, "to", site.cast))
+        site.factors = (_at_start(a, "to", cast), _at_start(b, "to", cast))
 
 
 def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
@@ -142,74 +159,5 @@ def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
     return new
 
 
-def _find_adapter(site: Site, frozen: frozenset[fx.Node]) -> None:
-    """Follow a site's output through views and casts to the additions of bias and LoRA branches.
-    Nothing that reads another frozen weight is one."""
-    node = site.node
-    while as_addition(node) or len(node.users) == 1:
-        user = next(iter(node.users))
-        name = op_name(user)
-        if name in ("add", "__add__", "__radd__") and len(user.args) == 2 and not user.kwargs:
-            other: Any = user.args[1] if user.args[0] is node else user.args[0]
-            if _is_bias(other, site):
-                site.bias_adds.add(user)
-            else:
-                branch = adapter_branch(other, site.x) if isinstance(other, fx.Node) else None
-                if branch is None or _reads(branch, frozen):
-                    break
-                site.adapter_adds[user] = other
-                site.adapter_nodes |= branch
-                read = {n for inner in branch for n in inner.all_input_nodes}
-                site.adapter_weights |= {n for n in read if is_trainable(n)}
-        elif name not in _CASTS and name not in ("view", "reshape", "flatten", "unflatten"):
-            break
-        node = user
-
-
 def _ends_with(value: Tensor, channels: int) -> bool:
     return same_shape(value.shape[-1:], (channels,))
-
-
-def _reads(branch: set[fx.Node], weights: frozenset[fx.Node]) -> bool:
-    return any(source in weights for node in branch for source in node.all_input_nodes)
-
-
-def _is_bias(node: Any, site: Site) -> bool:
-    example = tensor(node)
-    held = isinstance(node, fx.Node) and node.op == "placeholder"
-    return held and example is not None and same_shape(example.shape, (site.out_features,))
-
-
-def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:
-    """The nodes of an expression that is computed from x and small weights alone (a LoRA branch),
-    or None.
-
-    Recognises any spelling (modules, `F.linear`, `@`, einsum, scaling, dropout, casts): the leaves
-    decide, not the shape.
-    """
-    branch: set[fx.Node] = set()
-    todo, reads_x, has_weight = [node], False, False
-    sources = _before_views(x)
-    while todo:
-        current = todo.pop()
-        if current in sources:
-            reads_x = True
-        elif current.op == "placeholder":
-            example = tensor(current)
-            has_weight |= example is not None and example.dim() >= 2 and is_trainable(current)
-        elif current not in branch:
-            branch.add(current)
-            if len(branch) > _MAX_BRANCH:
-                return None
-            todo += current.all_input_nodes
-    return branch if reads_x and has_weight else None
-
-
-def _before_views(x: fx.Node) -> set[fx.Node]:
-    """x, and what it was before views and casts (a Conv1D flattens its input; its LoRA branch
-    reads the unflattened one)."""
-    nodes = {x}
-    while op_name(x) in (*_CASTS, "view", "reshape", "flatten") and isinstance(x.args[0], fx.Node):
-        x = x.args[0]
-        nodes.add(x)
-    return nodes

@@ -41,7 +41,8 @@ def sink_producers(rewrite: Rewrite) -> int:
 
 def _sink(rewrite: Rewrite, region: Region, first: fx.Node, last: fx.Node) -> bool:
     """Move the nodes from first on that read producers to after last, in their order."""
-    own = {site.node for site in region.sites}
+    own = {node for site in region.sites for node in (site.node, *site.more)}
+    unread = {factor for site in rewrite.sites for factor in site.factors}  # so far
     moved: list[fx.Node] = []
     reading = set(own)
     node = first
@@ -49,7 +50,7 @@ def _sink(rewrite: Rewrite, region: Region, first: fx.Node, last: fx.Node) -> bo
         if node in own or any(source in reading for source in node.all_input_nodes):
             reading.add(node)
             moved.append(node)
-        elif has_side_effect(node):
+        elif has_side_effect(node) and node not in unread:
             return False
         if node is last:
             break

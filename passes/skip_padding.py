@@ -12,6 +12,7 @@ from sparselora_fx.analysis.regions import Site
 from sparselora_fx.graph.emit import shaped
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import (
+    cast_of,
     filled,
     gathered_rows,
     in_shape,
@@ -49,7 +50,7 @@ def _skip(graph: fx.Graph, site: Site) -> None:
     old, x = site.node, _input(site)
     with graph.inserting_before(old):
         rows = gathered_rows(graph, x, site.unpadded)
-        weight = logical_weight(graph, site, cast=True)
+        weight = logical_weight(graph, site, cast_of(site, old, site.x))
         dense = graph.call_function(torch.nn.functional.linear, (rows, weight, site.bias))
         shaped(dense, old)
         whole = filled(graph, dense, site.unpadded, like=old)

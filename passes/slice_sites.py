@@ -12,7 +12,9 @@ from sparselora_fx.graph.emit import set_value, shaped, with_stand_in
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.score_subgraph import channel_rows
-from sparselora_fx.rewrite.token_split import gathered, logical_weight, merged
+from sparselora_fx.rewrite.token_split import cast_of, gathered, logical_weight, merged
+
+_Sliced = Callable[[fx.Node, fx.Node], fx.Node]  # of an input, and of the product it replaces
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -51,17 +53,16 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
             parts += [channel_rows(graph, choice.selection, pick) for pick in picks]
         rows = parts[0] if len(parts) == 1 else graph.call_function(torch.cat, (parts,))
         region.rows[site] = rows
-        weight = logical_weight(graph, site, cast=False)
+        weight = logical_weight(graph, site)
 
-        def sliced(x: fx.Node) -> fx.Node:
-            kept = graph.call_function(OPS.sliced_linear.default, (x, weight, rows))
-            full = _scatter(graph, kept, rows, site.out_features, like=site.node)
-            if site.split is None:
-                return full
-            return with_stand_in(full, site.node, rank=2, channels=site.out_features)
+    def sliced(x: fx.Node, like: fx.Node) -> fx.Node:
+        kept = graph.call_function(OPS.sliced_linear.default, (x, weight, rows))
+        full = _scatter(graph, kept, rows, site.out_features, like=like)
+        if site.split is None:
+            return full
+        return with_stand_in(full, like, rank=2, channels=site.out_features)
 
-        result = _add_bias(graph, _by_token(graph, site, sliced), site)
-    _replace(site.node, result)
+    _replace_products(graph, site, sliced)
     if rewrite.options.lora_branch == "sparse":
         for addition, branch in site.adapter_adds.items():
             with graph.inserting_before(addition):
@@ -75,29 +76,39 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
     with graph.inserting_before(site.node):
         columns = channel_rows(graph, selection, region.consumer)
         region.rows[site] = columns
-        weight = logical_weight(graph, site, cast=False)
+        weight = logical_weight(graph, site)
 
-        def sliced(h: fx.Node) -> fx.Node:
-            kept = graph.call_function(OPS.gather_channels.default, (h, columns))
-            return graph.call_function(OPS.sliced_linear_in.default, (kept, weight, columns))
+    def sliced(h: fx.Node, _: fx.Node) -> fx.Node:
+        kept = graph.call_function(OPS.gather_channels.default, (h, columns))
+        return graph.call_function(OPS.sliced_linear_in.default, (kept, weight, columns))
 
-        result = _add_bias(graph, _by_token(graph, site, sliced), site)
-    _replace(site.node, result)
+    _replace_products(graph, site, sliced)
     if rewrite.options.lora_branch == "sparse":
         _mask_adapter_input(region, graph, columns)
 
 
-def _by_token(graph: fx.Graph, site: Site, sliced: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """The sliced linear on context tokens and the dense one on output tokens; all tokens sliced if
+def _replace_products(graph: fx.Graph, site: Site, sliced: _Sliced) -> None:
+    """Put sliced products in the place of all that read the site's weight; a bias is the first
+    one's."""
+    for node, x in [(site.node, site.x), *site.more.items()]:
+        with graph.inserting_before(node):
+            result = _by_token(graph, site, node, x, sliced)
+            if node is site.node:
+                result = _add_bias(graph, result, site)
+        _replace(node, result)
+
+
+def _by_token(graph: fx.Graph, site: Site, node: fx.Node, x: fx.Node, sliced: _Sliced) -> fx.Node:
+    """The sliced product on context tokens and the dense one on output tokens; all tokens sliced if
     there is no split."""
     if site.split is None:
-        return sliced(site.x)
-    parts = gathered(graph, site.x, site.split)
-    weight = logical_weight(graph, site, cast=True)
+        return sliced(x, node)
+    parts = gathered(graph, x, site.split)
+    weight = logical_weight(graph, site, cast_of(site, node, x))
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
-    with_stand_in(dense, site.node, rank=2, channels=site.out_features)
-    halves = sliced(parts[0]), dense
-    return merged(graph, *halves, site.split, like=site.node, sizes_of=site.x)
+    with_stand_in(dense, node, rank=2, channels=site.out_features)
+    halves = sliced(parts[0], node), dense
+    return merged(graph, *halves, site.split, like=node, sizes_of=x)
 
 
 def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:

@@ -51,7 +51,7 @@ _IN_PLACE = {
 def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
     """The value of every node that holds sites' channels. Attention nodes become sources of their
     own."""
-    starts = {site.node: site for site in sites}
+    starts = {node: site for site in sites for node in (site.node, *site.more)}
     branches = {node for site in sites for node in site.adapter_nodes}
     values: Values = {}
     for node in graph.nodes:
@@ -125,7 +125,7 @@ def _pointwise(node: fx.Node, values: Values) -> Value | None:
     inputs = [values[n] for n in node.all_input_nodes if n in values]
     if not is_pointwise(node):
         return None
-    if len(inputs) == 1 and completes_site(node, inputs[0]):
+    if all(held == inputs[0] for held in inputs) and completes_site(node, inputs[0]):
         return inputs[0]
     scores = [value for value in inputs if isinstance(value, AttentionLogits)]
     if scores:

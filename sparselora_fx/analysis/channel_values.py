@@ -52,9 +52,10 @@ Values = dict[fx.Node, Value]
 
 
 def completes_site(node: fx.Node, value: Value) -> bool:
-    """Whether a node adds a site's bias or LoRA branch: the channels stay where they are."""
+    """Whether a node adds a site's bias or LoRA branch, or scales its rows as the weight says: the
+    channels stay where they are."""
     sites = [root for root in sources_of(value) if isinstance(root, Site)]
-    return any(node in site.adapter_adds or node in site.bias_adds for site in sites)
+    return any(node in parts for s in sites for parts in (s.adapter_adds, s.bias_adds, s.scaling))
 
 
 def sources_of(value: Value | None) -> frozenset[Source]:

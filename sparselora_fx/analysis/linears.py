@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.pointwise import is_pointwise
 
 WEIGHT_VIEWS = {
     "t",
@@ -18,6 +19,7 @@ WEIGHT_VIEWS = {
     "type_as",
 }
 TRANSPOSED = ("T", "mT")  # attributes
+ROW_NORMS = {"norm", "linalg_norm", "linalg_vector_norm", "vector_norm", "sum", "mean"}
 
 
 def linear_uses(
@@ -37,11 +39,38 @@ def linear_uses(
     return uses
 
 
+def products(weight: fx.Node) -> list[tuple[fx.Node, fx.Node, bool]]:
+    """The uses of a weight that matter to its channels, as `linear_uses` gives them: all, or its
+    linears alone where nothing else is made of it but a value for each row (the norms of DoRA)."""
+    uses = linear_uses(weight)
+    linears = [use for use in uses if linear_parts(*use[:2]) is not None]
+    others = [use for use in uses if use not in linears]
+    shape = tensor(weight)
+    if not linears or shape is None or shape.dim() != 2:
+        return uses
+    return linears if all(_is_read_by_row(node, weight) for node, *_ in others) else uses
+
+
+def _is_read_by_row(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether what is computed from a weight and others of its shape, element by element, ends in
+    vectors."""
+    made, shape = tensor(node), tensor(weight)
+    if made is None or shape is None:
+        return False
+    if op_name(node) in ROW_NORMS and made.dim() == 1:
+        return True
+    sizes = (shape.shape, shape.shape[::-1])
+    if made.shape not in sizes or not (op_name(node) in WEIGHT_VIEWS or is_pointwise(node)):
+        return False
+    return all(_is_read_by_row(user, weight) for user in node.users)
+
+
 def stored_kn(weight: fx.Node) -> bool | None:
     """Whether a weight is stored [K, N], by its use; None: it is no single linear's."""
-    uses = [use for use in linear_uses(weight) if use[0].users]
-    parts = linear_parts(*uses[0][:2]) if len(uses) == 1 else None
-    return None if parts is None else uses[0][2] != parts[2]
+    uses = [use for use in products(weight) if use[0].users]
+    parts = [linear_parts(*use[:2]) for use in uses]
+    stored = {None if p is None else use[2] != p[2] for use, p in zip(uses, parts, strict=True)}
+    return stored.pop() if len(stored) == 1 else None
 
 
 def linear_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node | None, bool] | None:

@@ -16,7 +16,7 @@ def outside_reader(region: Region, values: Values) -> str | None:
     if region.attention is not None:
         inside.add(region.attention)
     consumer = region.consumer.site
-    allowed = consumer.adapter_nodes | {consumer.node}
+    allowed = consumer.adapter_nodes | {consumer.node, *consumer.more}
     for node, value in values.items():
         if not inside & sources_of(value) or node in allowed:
             continue

@@ -32,9 +32,8 @@ class Site:
     transposed: bool  # stored [K, N]
     bias: fx.Node | None
     factors: tuple[fx.Node, fx.Node]
-    tokens: tuple[
-        fx.Node, ...
-    ]  # counted tokens, perhaps (idx, pos) of context and output tokens, perhaps of two more
+    # Counted tokens, perhaps (idx, pos) of context and output tokens, perhaps of two more.
+    tokens: tuple[fx.Node, ...]
     spec: SiteSpec
     out_features: int
     in_features: int
@@ -46,15 +45,10 @@ class Site:
         default_factory=dict
     )  # addition -> the LoRA branch it adds
     bias_adds: set[fx.Node] = field(default_factory=set)  # additions of a bias outside the linear
+    more: dict[fx.Node, fx.Node] = field(default_factory=dict)  # further products: their inputs
+    scaling: set[fx.Node] = field(default_factory=set)  # nodes that scale its rows, with the weight
     adapter_nodes: set[fx.Node] = field(default_factory=set)  # every node of the LoRA branches
     adapter_weights: set[fx.Node] = field(default_factory=set)  # trained matrices they read
-
-    @property
-    def cast(self) -> torch.dtype | None:
-        """The dtype that the model itself casts the weight to before the linear, or None."""
-        x, weight = self.x.meta["example_value"], self.weight.meta["example_value"]
-        viewed = self.weight not in self.node.all_input_nodes
-        return x.dtype if viewed and x.dtype != weight.dtype else None
 
     @property
     def token_weight(self) -> fx.Node | None:

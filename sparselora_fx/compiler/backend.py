@@ -26,8 +26,12 @@ class Listener(Protocol):
     calls: int  # how often the model was called
 
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
-        """A graph is about to be compiled. Returns whether labels are shifted, and what is known of
-        the model's call; raises `OtherConvention` if that call must begin anew."""
+        """A graph was traced. Returns whether labels are shifted, and what is known of the model's
+        call; raises `OtherConvention` if that call must begin anew."""
+
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> None:
+        """A graph is about to be compiled: what the passes did to it; None for one that is left as
+        it was. Raises `NothingSparse` if the model's call must begin anew, dense."""
 
     def replayable(
         self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
@@ -59,6 +63,7 @@ def make_backend(
         now = replace(options, shift=shift)
         report = run(gm, inputs, now, passes, switched_on(WHOLE_GRAPH), call)
         rewritten = report is not None and not observed
+        listener.graph_rewritten(report if rewritten else None, inputs)
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
         if rewritten:
             compiled = compile_piecewise(gm, inputs, repeated, compile_graph)

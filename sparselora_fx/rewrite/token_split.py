@@ -29,10 +29,17 @@ def gathered_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[Any]) -> fx.Node
     return with_stand_in(take, x, rank=2, channels=int(x.meta["example_value"].shape[-1]))
 
 
-def logical_weight(graph: fx.Graph, site: Site, *, cast: bool) -> fx.Node:
-    """A site's weight as ``[N, K]``; with ``cast`` in the dtype that the model casts it to."""
+def logical_weight(graph: fx.Graph, site: Site, cast: torch.dtype | None = None) -> fx.Node:
+    """A site's weight as ``[N, K]``, in another dtype if given."""
     weight = graph.call_function(torch.t, (site.weight,)) if site.transposed else site.weight
-    return graph.call_method("to", (weight, site.cast)) if cast and site.cast else weight
+    return graph.call_method("to", (weight, cast)) if cast else weight
+
+
+def cast_of(site: Site, node: fx.Node, x: fx.Node) -> torch.dtype | None:
+    """The dtype that the model itself casts the weight to before one of its products, or None."""
+    read, weight = x.meta["example_value"], site.weight.meta["example_value"]
+    viewed = site.weight not in node.all_input_nodes
+    return read.dtype if viewed and read.dtype != weight.dtype else None
 
 
 def merged(

@@ -25,6 +25,7 @@ from sparselora_fx.runtime.caching import (
 from sparselora_fx.runtime.copies import StandIn
 from sparselora_fx.runtime.counting import KEY, CountedBatch
 from sparselora_fx.runtime.devices import check_devices
+from sparselora_fx.runtime.giving_up import note_call
 from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
 from sparselora_fx.runtime.runtime import Runtime
 from sparselora_fx.runtime.step_tokens import is_worth_it, step_counts, step_lists
@@ -142,6 +143,8 @@ class CompiledForward(StandIn):
             if self.untrimmed and not runtime.convention.retry:
                 runtime.tally.warn_untrimmed()
             runtime.stepped |= runtime.specs_set is not None and runtime.specs_set[0] > 0
+            if not runtime.convention.retry:
+                note_call(runtime)
             return result
         finally:
             trace_inputs.inside = False
@@ -202,9 +205,10 @@ class CompiledForward(StandIn):
         trace_inputs.arguments = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
         training = self.model.training and torch.is_grad_enabled()
-        sparsity_scale = runtime.sparsity_scale() if training else 0.0
+        sparsity_scale = runtime.sparsity_scale() if training and not runtime.given_up else 0.0
         sparsity_scale = 1.0 if runtime.measured else sparsity_scale
         calibrating = runtime.collector is not None and self.model.training and not runtime.measured
+        calibrating = calibrating and not runtime.given_up
         shift = self._shift(arguments)
         tokens = labelled = counts = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
@@ -214,7 +218,7 @@ class CompiledForward(StandIn):
         if tokens is not None and (tokens.split or calibrating or labelled is not None):
             counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
-        if self.model.training and not sparse and runtime.forced is None:
+        if self.model.training and not (sparse or runtime.given_up) and runtime.forced is None:
             runtime.dense_calls.add(
                 "no token was sparse" if sparsity_scale else "the schedule was dense"
             )

@@ -24,6 +24,7 @@ from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
 from sparselora_fx.rewrite.rewrite import TracedCall
 from sparselora_fx.runtime.attachment import Attachment
 from sparselora_fx.runtime.copies import OWNER
+from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
@@ -63,6 +64,7 @@ class Runtime:
     specs_set: tuple[float, bool] | None = None
     told: set[str] = field(default_factory=set)  # what `warn_once` has said
     stepped: bool = False  # a sparse training call has run to its end
+    given_up: bool = False  # nothing can be sliced: training is dense (`giving_up`)
 
     def __post_init__(self) -> None:
         self.names = self._names()
@@ -162,15 +164,21 @@ class Runtime:
             self.collector.add(names, extra[seen.rows], taken)
 
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
-        """Count a graph, and learn from it how labels are predicted; see `backend.Listener`."""
+        """Learn from a graph how labels are predicted; see `backend.Listener`."""
         convention, traced = self.convention, self.trace_inputs
         if convention.learn(shown_conventions(gm.graph)) and traced.tokens:
             convention.retry = True
             raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
-        self.recompiles.compiling()
         own = {id(weight.weight) for weight in self.frozen}
         frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
+
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> None:
+        """Count a graph, unless it shows that nothing can be sliced; see `backend.Listener`."""
+        if report is not None and slices_nothing(self, report, inputs):
+            self.convention.retry = True
+            raise NothingSparse("the call begins anew, dense")
+        self.recompiles.compiling()
 
     def replayable(
         self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int

@@ -30,8 +30,10 @@ from sparselora_fx.plan.score import Score
 from sparselora_fx.rewrite.rewrite import Options
 from sparselora_fx.runtime.copies import put, stop_watching, take_off, watch_unloading
 from sparselora_fx.runtime.forward import CompiledForward
+from sparselora_fx.runtime.giving_up import is_hopeless
 from sparselora_fx.runtime.regional import compile_blocks, repeated_blocks, restore_blocks
 from sparselora_fx.runtime.runtime import ATTRIBUTE, Runtime, get_runtime, marked_by
+from sparselora_fx.runtime.tracing_dora import restore_dora, trace_dora
 from sparselora_fx.runtime.uncompiled import leave_uncompiled, restore_uncompiled
 from sparselora_fx.user.keywords import refuse_unknown
 
@@ -101,9 +103,11 @@ def _attach(
     model.__dict__[ATTRIBUTE] = runtime
     try:
         compile_apart()
-        runtime.attached.mark(estimator.factors, estimator.vectors(runtime.frozen, score))
-        runtime.attached.mark_model(head)
+        if not is_hopeless(runtime):  # a hook would only cut a model's graphs in more places
+            runtime.attached.mark(estimator.factors, estimator.vectors(runtime.frozen, score))
+            runtime.attached.mark_model(head)
         leave_uncompiled(model)
+        trace_dora(model)
         put(model, "forward", forward)
         watch_unloading(model, partial(_restore_if, runtime))
     except BaseException:
@@ -128,6 +132,7 @@ def restore(model: nn.Module) -> nn.Module:
     runtime.active = False
     restore_blocks(runtime)
     restore_uncompiled(model)
+    restore_dora(model)
     runtime.attached.unmark()
     take_off(model, "forward")
     stop_watching(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparselora_fx.model.adapter_kinds import UNTRACEABLE, WHY, adapter_kind, adapter_words
 from sparselora_fx.model.frozen_weights import FrozenWeight, frozen_stacks
 from sparselora_fx.model.opaque import opaque_modules
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
@@ -63,10 +64,11 @@ def _row(runtime: Runtime, weight: FrozenWeight) -> tuple[str, str, str, str, st
     seen = runtime.seen.get(name)
     if max(runtime.sparsity[name]) == 0:
         return name, shape, "-", "-", "dense: the plan keeps it dense (sparsity 0)"
+    adapter = adapter_words(adapter_kind(runtime.model, weight))
     if seen is None:
         return name, shape, "-", "-", _why_unseen(runtime, weight)
     if not seen.sliced:
-        return name, shape, "-", "-", f"dense: {seen.report.reason}"
+        return name, shape, "-", "-", f"dense: {seen.report.reason}{adapter}"
     status = f"rewritten ({'rows' if seen.report.role == 'out' else 'columns'})"
     uses = seen.sliced + len(seen.dense)
     if seen.dense:
@@ -81,6 +83,9 @@ def _why_unseen(runtime: Runtime, weight: FrozenWeight) -> str:
     if runtime.blocks and not any(weight.name.startswith(f"{block}.") for block in runtime.blocks):
         return "dense: outside the blocks that regional=True compiles"
     phase, held = runtime.trace_inputs, id(weight.weight)
+    kind = adapter_kind(runtime.model, weight)
+    if kind in UNTRACEABLE:
+        return f"dense: its adapter, {kind}, {WHY[kind]}"
     if runtime.stepped or runtime.seen:
         why = _EAGER if held in phase.eager else _UNREACHED
         return f"dense: no compiled graph multiplies with it ({why})"
