@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from sparselora_fx.compiler.patience import told_if_slow
 from sparselora_fx.compiler.piecewise import compile_piecewise
 from sparselora_fx.compiler.pipeline import run
 from sparselora_fx.compiler.report import GraphReport
@@ -65,10 +66,12 @@ def make_backend(
         rewritten = report is not None and not observed
         listener.graph_rewritten(report if rewritten else None, inputs)
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
-        if rewritten:
-            compiled = compile_piecewise(gm, inputs, repeated, compile_graph)
-        else:
-            compiled = compile_graph(gm, inputs)
+        kind = "a sparse" if rewritten else "a dense"
+        with told_if_slow(f"compiling {kind} graph, once for each kind of step"):
+            if rewritten:
+                compiled = compile_piecewise(gm, inputs, repeated, compile_graph)
+            else:
+                compiled = compile_graph(gm, inputs)
         compiled = listener.replayable(compiled, gm, inputs, report.extra if report else 0)
         return compiled if report is None else _Rewritten(compiled, report, listener)
 
