@@ -1,7 +1,7 @@
 """Every code block of README and docs runs, page by page from top to bottom, or quotes our code.
 
-README's blocks run as they stand. A page of docs/ speaks of `model`, `estimator`, `batches` and
-`batch`, which are a tiny model's here.
+README's blocks run as they stand. A page of docs/ speaks of `model` (compiled), `estimator`,
+`batches`, `batch` and its tensors, which are a tiny model's here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def given() -> dict[str, Any]:
     labels[:, :10] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     estimator = slx.SVDEstimator.build(model, rank=8, progress=False)
+    slx.compile(model, estimator, plan=slx.SparsityPlan(0.5, start_step=0), backend="eager")
+    completion, seen = labels != -100, batch["attention_mask"]
     return {
+        "completion": completion, "ids": ids, "seen": seen,
         "slx": slx, "torch": torch, "model": model, "estimator": estimator, "batches": [batch],
         "batch": batch,
     }  # fmt: skip
