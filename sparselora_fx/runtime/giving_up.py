@@ -34,6 +34,8 @@ class Judged(Protocol):
     specs_set: tuple[float, bool] | None
     given_up: bool
 
+    @property
+    def graphs(self) -> int: ...
     def sparsity_scales(self) -> list[float]: ...
     def name_of(self, weight: Tensor) -> str | None: ...
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None: ...
@@ -62,6 +64,8 @@ def slices_nothing(runtime: Judged, report: GraphReport, inputs: Sequence[Any]) 
 def note_call(runtime: Judged) -> None:
     """After a sparse training call: if none of its graphs sliced anything, later ones are dense."""
     reasons = [seen.report.reason for seen in runtime.seen.values()]
+    if not runtime.graphs:  # the compiler is switched off for now
+        return
     if _is_decisive(runtime) and not any(map(_is_of_call, reasons)):
         give_up(runtime)
 

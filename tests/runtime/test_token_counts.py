@@ -219,7 +219,7 @@ def test_the_trainers_data_loader_counts(
         asked.append(fits)
         return step_counts(state, tokens, labelled, arguments, counted)
 
-    monkeypatch.setattr("sparselora_fx.forward.step_counts", counting)
+    monkeypatch.setattr("sparselora_fx.runtime.forward.step_counts", counting)
     model.forward.compiled = model.forward.original  # type: ignore[union-attr]
     rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
     arguments = TrainingArguments(
