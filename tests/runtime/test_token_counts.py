@@ -214,10 +214,11 @@ def test_the_trainers_data_loader_counts(
     model = compiled()
     asked = []
 
-    def counting(state: Any, tokens: Any, labelled: Any, arguments: Any, counted: Any) -> Any:
-        fits = counted is not None and counted.fits(state.plan, arguments, state.trace_inputs.shift)
-        asked.append(fits)
-        return step_counts(state, tokens, labelled, arguments, counted)
+    def counting(
+        state: Any, tokens: Any, labelled: Any, arguments: Any, counted: Any, shift: Any
+    ) -> Any:
+        asked.append(counted is not None and counted.fits(state.plan, arguments, shift))
+        return step_counts(state, tokens, labelled, arguments, counted, shift)
 
     monkeypatch.setattr("sparselora_fx.runtime.forward.step_counts", counting)
     model.forward.compiled = model.forward.original  # type: ignore[union-attr]
