@@ -88,22 +88,6 @@ def test_a_linear_that_is_trained_whole_leaves_its_region_dense() -> None:
 
 
 @pytest.mark.slow
-def test_dora_is_right_and_says_why_it_is_dense() -> None:
-    record, table = compare(adapted(llama(), use_dora=True))
-    assert record.sites == {}, table
-    lines = [line for line in table.splitlines() if "base_layer" in line]
-    assert len(lines) == SITES and all("dense: the weight is" in line for line in lines), table
-
-
-@pytest.mark.slow
-def test_dora_on_attention_only_leaves_the_ffn_sliced() -> None:
-    model = adapted(llama(), use_dora=True, target_modules=["q_proj", "v_proj"])
-    record, table = compare(model)
-    assert len(record.sites) == 3, table
-    assert {name.split(".")[-1] for name in record.sites} == {"gate_proj", "up_proj", "down_proj"}
-
-
-@pytest.mark.slow
 def test_adapters_on_parameters_leave_those_dense() -> None:
     """`target_parameters`: the weight that is multiplied is computed in the graph."""
     torch.manual_seed(0)
@@ -121,7 +105,7 @@ def test_an_adapter_on_a_linears_weight_parameter() -> None:
     model = adapted(llama(), target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
     record, table = compare(model)
     assert len(record.sites) == 4, table
-    assert "dense: no compiled graph multiplies with it" in table, table
+    assert "dense: its adapter, target_parameters, gives the linear another weight" in table, table
 
 
 # ---------------------------------------------------------------- no LoRA at all
