@@ -20,7 +20,7 @@ EXPERTS = {
     "Qwen2Moe": {
         "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     },
-    "Olmoe": {"num_experts": 4},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
