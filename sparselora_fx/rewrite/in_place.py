@@ -41,10 +41,8 @@ def as_new(node: fx.Node) -> fx.Node | None:
     if new is None:
         return None
     before, after = tensor(base), tensor(new)
-    if after is None or before is None:
-        node.graph.erase_node(new)
-        return None
-    same = same_shape(after.shape, before.shape) and after.dtype == before.dtype
+    same = after is not None and before is not None and after.dtype == before.dtype
+    same = same and same_shape(after.shape, before.shape)  # type: ignore[union-attr]
     if not same or not (is_pointwise(new) or op_name(new) in ("dropout", "rrelu")):
         node.graph.erase_node(new)
         return None
