@@ -38,7 +38,6 @@ import sparselora_fx as slx
 from benchmarks.support import measuring
 from benchmarks.support.peers import random_estimator
 from benchmarks.support.published import BATCHES, LORA_RANK, LORA_TARGETS, MODELS, plan_of
-from sparselora_fx import _torch
 from sparselora_fx.compiler import piecewise
 from sparselora_fx.lowering import inductor_backend, measured
 from tests.support.offgpu_backend import FakeGPU
@@ -104,7 +103,7 @@ def generated_for(gpu: FakeGPU) -> Iterator[None]:
 
     on_card = partial(measured.ratio, CARD)
     with (
-        patch.object(_torch, "backend_compile", generate),
+        patch.object(inductor_backend, "backend_compile", generate),
         patch.object(piecewise, "cut", lambda *_: None),
         patch.object(measured, "ratio", lambda _, *sizes: on_card(*sizes)),
     ):
