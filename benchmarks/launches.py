@@ -104,7 +104,7 @@ def generated_for(gpu: FakeGPU) -> Iterator[None]:
     on_card = partial(measured.ratio, CARD)
     with (
         patch.object(inductor_backend, "backend_compile", generate),
-        patch.object(piecewise, "cut", lambda *_: None),
+        patch.object(piecewise, "partition", lambda *_: None),
         patch.object(measured, "ratio", lambda _, *sizes: on_card(*sizes)),
     ):
         yield

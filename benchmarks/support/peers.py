@@ -146,7 +146,7 @@ def _in_one_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def whole(*args: Any, **kwargs: Any) -> Any:
-        with patch.object(piecewise, "cut", lambda *_: None):
+        with patch.object(piecewise, "partition", lambda *_: None):
             return forward(*args, **kwargs)
 
     return whole
