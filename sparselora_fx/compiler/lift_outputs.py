@@ -12,11 +12,13 @@ from torch import fx
 from sparselora_fx.analysis.regions import Observed, Region
 from sparselora_fx.compiler.report import GraphReport, ObservedReport, RegionReport, SiteReport
 from sparselora_fx.graph.bodies import bodies
+from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.nodes import value
 from sparselora_fx.rewrite.rewrite import Rewrite
 
 
 @dataclass
-class _Lifted:
+class Lifted:
     """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to
     return."""
 
@@ -35,11 +37,11 @@ class _Lifted:
 def lift_outputs(
     gm: fx.GraphModule,
     rewrites: dict[fx.GraphModule, Rewrite],
-    done: dict[fx.GraphModule, _Lifted],
-) -> _Lifted:
+    done: dict[fx.GraphModule, Lifted],
+) -> Lifted:
     """Return a graph's selections and rows from its bodies, so that they are nodes of this
     graph."""
-    lifted = done[gm] = _Lifted()
+    lifted = done[gm] = Lifted()
     own = rewrites.get(gm)
     if own is not None:
         for region in own.regions:
@@ -60,8 +62,8 @@ def lift_outputs(
 def _lift_body(
     body: fx.GraphModule,
     rewrites: dict[fx.GraphModule, Rewrite],
-    done: dict[fx.GraphModule, _Lifted],
-) -> _Lifted:
+    done: dict[fx.GraphModule, Lifted],
+) -> Lifted:
     inner = lift_outputs(body, rewrites, done)
     output = body.graph.output_node()
     own = output.args[0]
@@ -76,10 +78,12 @@ def _lift_call(
     call: fx.Node,
     body: fx.GraphModule,
     operands: list[Any],
-    inner: _Lifted,
-    outer: _Lifted,
+    inner: Lifted,
+    outer: Lifted,
 ) -> None:
     inputs = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    returned = body.graph.output_node().args[0]
+    set_value(call, fx.map_arg(returned, value))
     places = itertools.count(body.meta["sparselora_own_outputs"])
     after = call.next
 
@@ -97,7 +101,7 @@ def _lift_call(
 
 
 def report_of(
-    gm: fx.GraphModule, lifted: _Lifted, rewrites: dict[fx.GraphModule, Rewrite]
+    gm: fx.GraphModule, lifted: Lifted, rewrites: dict[fx.GraphModule, Rewrite]
 ) -> GraphReport:
     """Make every selection an output of the top graph and describe it by index."""
     index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}

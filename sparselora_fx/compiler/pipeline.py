@@ -15,9 +15,10 @@ from torch import fx
 
 from sparselora_fx.analysis.token_order import token_inputs, token_orders
 from sparselora_fx.compiler import checkpointing, spec
-from sparselora_fx.compiler.lift_outputs import lift_outputs, report_of
+from sparselora_fx.compiler.lift_outputs import Lifted, lift_outputs, report_of
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.graph.bodies import bodies
+from sparselora_fx.graph.emit import complete
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.ir.ops import MARKERS
 from sparselora_fx.rewrite.rewrite import Options, Program, Rewrite, TracedCall
@@ -52,11 +53,15 @@ def run(
     _rewrite_all(gm, program, frozen, passes, rewrites, len(whole))
     if not rewrites:
         return None
-    lifted = lift_outputs(gm, rewrites, {})
+    for module in rewrites:
+        complete(module.graph)
+    lifted_of: dict[fx.GraphModule, Lifted] = {}
+    lifted = lift_outputs(gm, rewrites, lifted_of)
     report = report_of(gm, lifted, rewrites)
-    _finish(gm)
-    for body in rewrites:
-        _finish(body)
+    for module in lifted_of:
+        complete(module.graph)
+        module.graph.lint()
+        module.recompile()
     checkpointing.save_selections(gm)
     return report
 
@@ -115,8 +120,3 @@ def _difference(before: Counter[str], after: Counter[str]) -> str:
     changed = sorted(name for name in {*before, *after} if before[name] != after[name])
     lines = [f"{n}: {before[n]} -> {after[n]} ({after[n] - before[n]:+d})" for n in changed]
     return ", ".join(lines) or "graph unchanged"
-
-
-def _finish(gm: fx.GraphModule) -> None:
-    gm.graph.lint()
-    gm.recompile()
