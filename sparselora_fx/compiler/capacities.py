@@ -2,23 +2,24 @@
 
 A CUDA graph runs at the sizes that it was captured with, and token lists have other lengths in each
 batch. Lists may be longer than their tokens: the rest repeats a row, and nobody reads it. So the
-first batches are watched, and the lengths they had are merged, cheapest pair first, into a few
-classes; a later batch takes the smallest class that holds it.
+first batches are watched, and a few classes are made for batches that vary as they do; a later
+batch takes the smallest class that holds it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 Lengths = tuple[int, ...]  # of each list of a step
 
 CLASSES = 8  # of a token grid, the one for outliers among them
 WATCHED = 24  # batches, before classes are made
 _ALIKE = 3  # batches of equal lengths, one after the other: they will stay so
-_SPARE = 0.01  # more than the longest of a class, where lengths differ
-_OUTLIERS = 0.03  # the same for the class that is to hold whatever comes
-_FILLER = 0.3  # of a step's rows: with more, a step is better taken as it is
+_OUTLIERS = 0.03  # more than the longest seen, in the class that is to hold whatever comes
+_FILLER = 0.2  # of a step's rows: with more, a step is better taken as it is
 _MISSES = 8  # batches that no class holds, until the class for outliers is made anew
 _REMADE = 3  # times
 
@@ -56,9 +57,7 @@ class Capacities:
         latest = list(self.seen)[-_ALIKE:]
         alike = len(latest) == _ALIKE and len(set(latest)) == 1
         if not self.classes and (alike or len(self.seen) >= WATCHED):
-            self.classes = classes_of(self.seen, CLASSES - 1)
-            if not alike:
-                self._make_outliers()
+            self.classes = classes_of(list(self.seen), CLASSES)
         return bool(self.classes)
 
     def _make_outliers(self) -> None:
@@ -68,32 +67,67 @@ class Capacities:
         self.misses, self.made = 0, self.made + 1
 
 
-def classes_of(seen: Iterable[Lengths], limit: int) -> list[Lengths]:
-    """At most ``limit`` classes that hold all that was seen, with little filler: the two whose
-    merger costs least become one, until few enough are left."""
-    counts: dict[Lengths, int] = {}
-    for lengths in seen:
-        counts[lengths] = counts.get(lengths, 0) + 1
-    groups = [(lengths, lengths, n) for lengths, n in counts.items()]  # least, most, batches
-    while len(groups) > limit:
-        pairs = [(a, b) for i, a in enumerate(groups) for b in groups[:i]]
-        one, other = min(pairs, key=lambda pair: _cost(*pair))
-        groups = [group for group in groups if group is not one and group is not other]
-        least = tuple(map(min, one[0], other[0]))
-        groups.append((least, _both(one[1], other[1]), one[2] + other[2]))
+def classes_of(seen: Sequence[Lengths], limit: int) -> list[Lengths]:
+    """At most ``limit`` classes that hold most batches like those seen, with little filler: a box
+    around all of them is cut in two where that saves most, then one of the two, and so on. What is
+    cut are not the few batches that were seen but many that vary as they do."""
+    if len(set(seen)) <= limit:
+        return sorted(set(seen))
+    groups = [_varied(seen)]
+    while len(groups) < limit:
+        cuts = [(_filler(group) - cut[0], i, cut) for i, group in enumerate(groups)
+                if (cut := _best_cut(group)) is not None]  # fmt: skip
+        if not cuts:
+            break
+        _, place, (_, low, high) = max(cuts, key=lambda found: found[0])
+        groups[place : place + 1] = [low, high]
+    return [_box(group) for group in groups]
+
+
+def _varied(seen: Sequence[Lengths]) -> list[Lengths]:
+    """Batches with the mean and the covariance of those seen: their mean, and the differences of
+    any two, which vary twice as much. A batch's lengths are sums over its samples, and nearly
+    normal, as such differences are; and what lists have in common (one is the sum of two) stays."""
+    means = [sum(column) / len(seen) for column in zip(*seen, strict=True)]
     return [
         tuple(
-            high if low == high else _more(high, _SPARE)
-            for low, high in zip(least, most, strict=True)
+            max(1, round(mean + (a - b) / math.sqrt(2)))
+            for mean, a, b in zip(means, one, other, strict=True)
         )
-        for least, most, _ in groups
+        for one, other in itertools.permutations(seen, 2)
     ]
 
 
-def _cost(one: tuple[Lengths, Lengths, int], other: tuple[Lengths, Lengths, int]) -> int:
-    """Filler that a merger of two groups adds."""
-    merged = sum(_both(one[1], other[1]))
-    return one[2] * (merged - sum(one[1])) + other[2] * (merged - sum(other[1]))
+def _best_cut(group: list[Lengths]) -> tuple[int, list[Lengths], list[Lengths]] | None:
+    """Filler after the best cut of a group by one of the lengths, and its two parts; None if all
+    are alike."""
+    best: tuple[int, int, list[Lengths]] | None = None
+    for place in range(len(group[0])):
+        ordered = sorted(group, key=lambda lengths: lengths[place])
+        low, high = _fillers(ordered), _fillers(ordered[::-1])[::-1]
+        for i in range(1, len(ordered)):
+            if ordered[i - 1][place] < ordered[i][place]:
+                filler = low[i - 1] + high[i]
+                if best is None or filler < best[0]:
+                    best = filler, i, ordered
+    return None if best is None else (best[0], best[2][: best[1]], best[2][best[1] :])
+
+
+def _fillers(ordered: list[Lengths]) -> list[int]:
+    """The filler of a box around the first, the first two, ... of some batches."""
+    found, most, rows = [], ordered[0], 0
+    for count, lengths in enumerate(ordered, 1):
+        most, rows = _both(most, lengths), rows + sum(lengths)
+        found.append(sum(most) * count - rows)
+    return found
+
+
+def _filler(group: list[Lengths]) -> int:
+    return _fillers(group)[-1]
+
+
+def _box(group: list[Lengths]) -> Lengths:
+    return tuple(map(max, zip(*group, strict=True)))
 
 
 def _both(one: Lengths, other: Lengths) -> Lengths:
