@@ -29,6 +29,15 @@ def fresh_dynamo() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Forget the precision and devices that a Trainer or an Accelerator has set for the process:
+    the next test's choice of another would be refused."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Tests in offgpu/ run kernels in Triton's interpreter, which has to be chosen before any test
     module imports triton."""
