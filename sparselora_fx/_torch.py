@@ -46,10 +46,11 @@ def in_transform() -> bool:
 
 
 def mark_dynamic(tensor: torch.Tensor) -> None:
-    """Let the first dimension vary without a recompile, where the compiler can."""
+    """Let a tensor's sizes vary without a recompile, where the compiler can."""
     import torch._dynamo
 
-    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for axis in range(tensor.dim()):
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def python_dispatcher() -> AbstractContextManager[None]:

@@ -109,6 +109,9 @@ def token_lists(
     taken: set[int] = set()
     lists = [_token_list(m, n, taken) for m, n in zip(masks, lengths, strict=True)]
     last = [] if labelled is None else lists.pop() if apart else lists[1]
+    # A list that no call had before would else be taken to be as large for ever, and with it, by
+    # comparison, the batch.
+    mark_dynamic(tokens.sparse)
     return TokenLists([tokens.sparse, *(tensor for pair in lists for tensor in pair)], last)
 
 
@@ -124,9 +127,12 @@ def _token_list(mask: Tensor, length: int, taken: set[int]) -> list[Tensor]:
         size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
     taken.add(size)
     flat = mask.flatten()
-    idx = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze(1)
+    # Views of nothing: the compiler would ask for the sizes of what is behind them, too.
+    idx = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze_(1)
+    inverse = torch.where(mask, flat.cumsum(0).view(rows, columns) - 1, -1)
     mark_dynamic(idx)
-    return [idx, torch.where(flat, flat.cumsum(0) - 1, -1).view(rows, columns)]
+    mark_dynamic(inverse)
+    return [idx, inverse]
 
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy

@@ -7,10 +7,12 @@ time does not grow with depth. What lies outside the blocks runs as the model wr
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparselora_fx import _torch
 from sparselora_fx.errors import CompileError
@@ -20,6 +22,21 @@ from sparselora_fx.runtime.copies import StandIn, put, take_off
 
 if TYPE_CHECKING:
     from sparselora_fx.runtime.runtime import Runtime
+
+
+class _WithGradient(torch.autograd.Function):
+    """A copy of a tensor that requires a gradient, and drops it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+_ASKS = torch.zeros((), requires_grad=True)
 
 
 class CompiledBlock(StandIn):
@@ -34,12 +51,39 @@ class CompiledBlock(StandIn):
         self.runtime = runtime
         self.compiled = compiled
         self.original: Callable[..., Any] = block.forward
+        self.first = next(iter(inspect.signature(block.forward).parameters), "")  # argument's name
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.runtime.active and (self.runtime.trace_inputs.inside or _torch.in_backward()):
+        if not (self.runtime.active and (self.runtime.trace_inputs.inside or _torch.in_backward())):
+            return self.original(*args, **kwargs)
+        x: Any = args[0] if args else kwargs.get(self.first)
+        if not self._opens(x):
             return self.compiled(*args, **kwargs)
-        return self.original(*args, **kwargs)
+        copy: Tensor = _WithGradient.apply(x, _ASKS)  # type: ignore[no-untyped-call]
+        version = copy._version
+        if args:
+            result = self.compiled(copy, *args[1:], **kwargs)
+        else:
+            result = self.compiled(**{**kwargs, self.first: copy})
+        if copy._version != version:  # the block writes to what it is given
+            x.copy_(copy)
+        return result
+
+    def _opens(self, x: Any) -> bool:
+        """Whether a sparse call's first block with adapters, whose input needs no gradient, gets
+        one that asks for it: it then runs the graph of all other blocks, not one of its own. That
+        gradient is a small part of one block's backward; a graph is a large part of the first
+        step."""
+        words = self.runtime.specs_set
+        sparse = words is not None and words[0] > 0
+        if not (sparse and torch.is_grad_enabled() and isinstance(x, Tensor)):
+            return False
+        return (
+            x.is_floating_point()
+            and not x.requires_grad
+            and any(p.requires_grad for p in self.block.parameters())
+        )
 
 
 def repeated_blocks(frozen: list[FrozenWeight]) -> list[str]:

@@ -44,20 +44,28 @@ def step_lists(
     if tokens is None:
         return TokenLists([], [])
     if counts is None:
-        return TokenLists([tokens.sparse], [])
+        return token_lists(tokens, None, [], 0)
     grid = tokens.sparse.shape
-    if tokens.split:
+    if tokens.split and (runtime.blocks or runtime.measured is not None):
+        # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
+        tokens, counts = _padding_as_dense(tokens, counts)
+    elif tokens.split:
         # Once and for all: a graph for batches without padding would be one more to compile.
         runtime.padded |= counts.sparse + counts.dense < grid.numel()
         tokens = replace(tokens, padded=runtime.padded)
-    # Blocks that are compiled one by one do not see who reads their rows.
-    whole = not runtime.blocks and runtime.measured is None
-    runtime.trace_inputs.padded = whole and tokens.padded
+    runtime.trace_inputs.padded = tokens.padded
     asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
     lengths = tuple(list_lengths(counts, grid, **asked))
     if runtime.cuda_graphs is not None:
         lengths = runtime.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
     return token_lists(tokens, labelled, lengths, counts.unlike)
+
+
+def _padding_as_dense(tokens: Tokens, counts: TokenCounts) -> tuple[Tokens, TokenCounts]:
+    """The same tokens with padding among the dense ones, and their counts."""
+    padding = tokens.sparse.numel() - counts.sparse - counts.dense
+    counts = replace(counts, dense=counts.dense + padding, unlike=counts.unlike + padding)
+    return replace(tokens, dense=~tokens.sparse), counts
 
 
 def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | None) -> bool:

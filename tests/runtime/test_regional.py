@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparselora_fx as slx
 from sparselora_fx.runtime.regional import CompiledBlock
 from sparselora_fx.runtime.runtime import get_runtime
-from tests.support import layered_models, oracle
+from tests.support import adapted_nets, layered_models, oracle
 
 
 def compiled(model: nn.Module, plan: Any = None, **options: Any) -> nn.Module:
@@ -40,14 +40,76 @@ def test_layers_do_not_share_choices(plan: dict[str, float], checkpointing: bool
 
 
 def test_graphs_do_not_grow_with_depth() -> None:
-    """One graph for the first block, whose input needs no gradient, and one for all others."""
-    assert graphs(2) == graphs(5) == 2
+    """One graph for all blocks, also for the first, whose input needs no gradient."""
+    assert graphs(2) == graphs(5) == 1
 
 
 def test_dense_and_sparse_blocks_have_their_own_graphs() -> None:
-    """The first block (dense), dense blocks, sparse blocks: three graphs at any depth."""
+    """Dense blocks, sparse blocks: two graphs at any depth."""
     plan = oracle.plan_of({"layers.1.mlp": 0.5, "layers.3.mlp": 0.5})
-    assert graphs(5, plan) == 3
+    assert graphs(5, plan) == 2
+
+
+def test_blocks_below_the_first_adapter_get_no_backward() -> None:
+    """Only a block with adapters is given an input that asks for a gradient."""
+    model = oracle.llama(layers=3, targets=r".*layers\.[12]\.(mlp|self_attn)\..*_proj")
+    compiled(model)
+    asked = []
+
+    def note(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        asked.append(output.requires_grad)
+
+    for block in model.get_base_model().model.layers:
+        block.register_forward_hook(note)
+    oracle.step(model, oracle.batch())
+    assert asked == [False, True, True]
+    assert get_runtime(model).graphs == 2
+
+
+class WritesItsInput(nn.Module):
+    """A feed-forward block that adds its output to its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = adapted_nets.Adapted(adapted_nets.WIDTH, 32)
+        self.down = adapted_nets.Adapted(32, adapted_nets.WIDTH)
+
+    def forward(self, x: Tensor) -> None:
+        x += self.down(self.up(x * 0.7).relu())
+
+
+class Written(nn.Module):
+    """A model of such blocks, which reads what they were given once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WritesItsInput() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach() * 2.0
+        for layer in self.layers:
+            layer(x)
+        return x
+
+
+def test_a_block_that_writes_its_input_writes_the_models_tensor() -> None:
+    """Also to the first one's, which is given a copy that asks for a gradient."""
+    model, x = adapted_nets.build(Written)
+
+    def step() -> oracle.Step:
+        model.zero_grad(set_to_none=True)
+        loss = adapted_nets.loss_of(model(x))
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return oracle.Step(loss.detach(), gradients)
+
+    compiled(model, oracle.plan_of(0.5))
+    with slx.record(model) as record:
+        got = step()
+    assert len(record.sites) == 4
+    slx.restore(model)
+    with oracle.masked_reference(model, record):
+        oracle.assert_close(got, step(), 1e-9)
 
 
 @pytest.mark.parametrize("regional", [True, False], ids=["regional", "broken"])
