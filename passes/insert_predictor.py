@@ -48,8 +48,6 @@ def insert_predictor(rewrite: Rewrite) -> int:
             rewrite.regions.remove(region)
             rewrite.skips += [Skip(site.weight, reason) for site in region.sites]
             continue
-        if rewrite.options.score.rope:
-            _make_even(region)
         with rewrite.graph.inserting_before(first):
             _count_rows(region, rewrite)
             for choice in region.choices:
@@ -77,10 +75,3 @@ def _count_rows(region: Region, rewrite: Rewrite) -> None:
             if rows not in done:
                 done[rows] = count_tokens(rewrite.graph, rows, site.tokens[0])
             site.tokens = (done[rows],)
-
-
-def _make_even(region: Region) -> None:
-    """Keep whole pairs of query and key channels."""
-    for choice in region.choices:
-        if choice.name == "qk":
-            choice.kept = min(choice.channels, choice.kept + choice.kept % 2)

@@ -18,6 +18,8 @@ from sparselora_fx.model.frozen_weights import FrozenWeight, shown, suffix_dista
 
 _BATCH_BYTES = 2 << 30  # of weights in float32 that are factored at once on a GPU
 _DEFAULT_RANK = 8
+_OVERSAMPLE = 8  # directions sketched and then dropped
+_ITERATIONS = 2  # of the subspace, each two more passes over a weight
 _SMALL = 1 << 22  # values of a weight; below it one CPU thread is as fast as many
 
 
@@ -29,24 +31,17 @@ class Factors(NamedTuple):
 
 
 def low_rank(
-    w: torch.Tensor,
-    rank: int,
-    *,
-    oversample: int = 8,
-    iters: int = 2,
-    generator: torch.Generator | None = None,
+    w: torch.Tensor, rank: int, *, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor ``w ~= a @ b`` by the leading ``rank`` singular triplets: ``a = U * S``, ``b = Vh``.
 
     Computed in float64 for float64 input and in float32 otherwise; returned in ``w``'s dtype, on
-    its device. If ``rank + oversample`` reaches ``min(N, K)`` the exact SVD is used.
+    its device. A sketch of eight more directions is made and iterated twice, which is enough for
+    slowly decaying spectra; where it would be as large as the weight, the exact SVD is used.
 
     Args:
         w: ``[..., N, K]``, any floating dtype and strides; leading dimensions are a batch.
         rank: ``1 <= rank <= min(N, K)``; not clamped.
-        oversample: extra directions sketched and then dropped.
-        iters: subspace iterations, each two more passes over ``w``; 2 is enough for slowly decaying
-            spectra.
         generator: a CPU generator for the sketch. The same seed gives the same sketch on every
             device, and the whole batch shares it, so batching does not change the result. None:
             seed 0.
@@ -66,8 +61,8 @@ def low_rank(
     with torch.no_grad(), _one_thread(w.numel() < _SMALL):
         full = w.detach().to(exact_dtype)
         basis, small = None, full
-        if rank + oversample < min(n, k):
-            basis = _range_basis(full, rank + oversample, iters, generator)
+        if rank + _OVERSAMPLE < min(n, k):
+            basis = _range_basis(full, rank + _OVERSAMPLE, generator)
             small = basis.mT @ full
         if not bool(torch.isfinite(small).all()):
             raise EstimatorError(
@@ -80,9 +75,7 @@ def low_rank(
         return a.to(w.dtype), vh[..., :rank, :].to(w.dtype)
 
 
-def _range_basis(
-    w: torch.Tensor, size: int, iters: int, generator: torch.Generator | None
-) -> torch.Tensor:
+def _range_basis(w: torch.Tensor, size: int, generator: torch.Generator | None) -> torch.Tensor:
     """Orthonormal ``[..., N, size]`` basis of the leading left singular directions of ``w``."""
     generator = generator or torch.Generator().manual_seed(0)
     omega = torch.randn(w.shape[-1], size, generator=generator, dtype=w.dtype).to(w.device)
@@ -90,7 +83,7 @@ def _range_basis(
     if not bool(torch.isfinite(basis).all()):
         return basis  # QR would raise an opaque error; the caller reports it
     basis = _orthonormal(basis)
-    for _ in range(iters):
+    for _ in range(_ITERATIONS):
         basis = _orthonormal(w @ _orthonormal(w.mT @ basis))
     return basis
 

@@ -24,7 +24,6 @@ INDEX_DTYPE = "idx must be int64"
 SYMBOLIC_KEPT = "the number of kept channels is symbolic; it must be fixed per region"
 SYMBOLIC_WEIGHT = "the weight's shape is symbolic"
 EMPTY = "a dimension is empty"
-NO_TRITON = "Inductor offers no Triton templates for this device"
 
 NOT_MEASURED = "no GPU of this name was measured near these sizes"
 SLOWER = "the template was slower where it was measured"

@@ -19,11 +19,8 @@ TERMS = {
     "prior": "mean of h_tn^2 over the calibration tokens; with one of the above, the mean of both",
     "weighted": "times w_n^2: what dropping channel n costs in the consumer's output",
     "normalised": "each token divided by its own sum over n of (h_tn w_n)^2",
-    "rope_half": "query and key channels d and d + D/2 kept or dropped together",
-    "rope_interleaved": "query and key channels 2d and 2d + 1 kept or dropped together",
 }
 _CONTEXT = ("pooled", "tokens", "strided")
-_ROPE = ("rope_half", "rope_interleaved")
 _SAMPLES = 64
 DEFAULT = "strided+weighted"  # for factors alone; docs/estimator.md says why
 DEFAULT_CALIBRATED = "strided+prior+weighted"  # the same page
@@ -36,7 +33,6 @@ class Score:
     Attributes:
         context: "pooled", "tokens", "strided", or "" (the prior alone).
         samples: tokens that "strided" looks at.
-        rope: "", "half" or "interleaved".
     """
 
     context: str = "pooled"
@@ -44,7 +40,6 @@ class Score:
     prior: bool = False
     weighted: bool = False
     normalised: bool = False
-    rope: str = ""
 
 
 def parse_score(text: str) -> Score:
@@ -59,8 +54,7 @@ def parse_score(text: str) -> Score:
                 "'tokens+prior+weighted'"
             )
     context = [term for term in terms if term in _CONTEXT]
-    rope = [term for term in terms if term in _ROPE]
-    if len(set(terms)) != len(terms) or len(context) > 1 or len(rope) > 1:
+    if len(set(terms)) != len(terms) or len(context) > 1:
         raise PlanError(f"score {text!r} says a thing twice; name one of {', '.join(_CONTEXT)}")
     if not context and "prior" not in terms:
         raise PlanError(f"score {text!r} looks at nothing; add one of {', '.join(_CONTEXT)}, prior")
@@ -77,7 +71,6 @@ def parse_score(text: str) -> Score:
         "prior" in terms,
         "weighted" in terms,
         "normalised" in terms,
-        rope[0].partition("_")[2] if rope else "",
     )
 
 

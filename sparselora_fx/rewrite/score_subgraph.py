@@ -27,9 +27,6 @@ def lacking(region: Region, options: Options) -> str | None:
     term = "prior" if region.kind == "ffn" else "output"
     if score.prior and any(term not in site.statistics for site in known):
         return "calibration did not reach it, so that it has no prior"
-    attention = region.attention
-    if score.rope and attention is not None and attention.head_dim % 2:
-        return f"its heads have {attention.head_dim} channels, which do not pair up"
     return None
 
 
@@ -63,8 +60,6 @@ def head_scores(region: Region, choice: ChannelChoice, rewrite: Rewrite) -> fx.N
             norms = _plain_norms(graph, pick, rows)
         else:
             energy = _pick_energy(graph, pick, rows, weights, options)
-            if options.score.rope and choice.name == "qk":
-                energy = _paired(graph, energy, region, options.score.rope)
             norms = graph.call_method("sqrt", (energy,))
         norms = graph.call_method("view", (norms, len(pick.maps), choice.channels))
         norms = graph.call_method("mean", (norms, 0))
@@ -147,17 +142,6 @@ def _share(graph: fx.Graph, prior: fx.Node, weights: fx.Node | None) -> fx.Node:
     whole = prior if weights is None else _times_square(graph, prior, weights)
     total = graph.call_function(torch.sum, (whole,))
     return graph.call_function(torch.div, (prior, total))
-
-
-def _paired(graph: fx.Graph, energy: fx.Node, region: Region, rope: str) -> fx.Node:
-    """Give both channels of each rotated pair their sum, which the rotation does not change."""
-    assert region.attention is not None
-    half = region.attention.head_dim // 2
-    shape, axis = ((-1, 2, half), 1) if rope == "half" else ((-1, half, 2), 2)
-    pairs = graph.call_method("view", (energy, *shape))
-    total = graph.call_method("sum", (pairs, axis), {"keepdim": True})
-    both = graph.call_method("expand_as", (total, pairs))
-    return graph.call_method("reshape", (both, -1))
 
 
 def _column_weights(region: Region, every: fx.Node, graph: fx.Graph) -> fx.Node | None:

@@ -20,7 +20,7 @@ MLP, ATTENTION = "base_model.model.model.layers.0.mlp", "base_model.model.model.
 SCORES = (
     "pooled", "pooled+weighted", "tokens", "tokens+normalised", "strided:5", "prior",
     "prior+weighted+normalised", "tokens+prior+weighted", "strided:7+prior+weighted",
-    "tokens+prior+weighted+normalised", "tokens+rope_half", "strided:6+weighted+rope_interleaved",
+    "tokens+prior+weighted+normalised", "strided:6+weighted",
 )  # fmt: skip
 HEADS, KV_HEADS, DIM = 6, 2, 8
 
@@ -100,7 +100,6 @@ def test_words_in_any_order() -> None:
         (3, "allowed: one of"),
         ("pooled+tokens", "says a thing twice"),
         ("prior+prior", "says a thing twice"),
-        ("rope_half+tokens+rope_interleaved", "says a thing twice"),
         ("weighted", "looks at nothing"),
         ("tokens:4", "only 'strided' takes a count"),
         ("strided:0", "only 'strided' takes a count"),
@@ -234,10 +233,6 @@ class Plain:
         ones = torch.ones((), dtype=x.dtype)
         q = self.head("q", x, mask, ones).view(KV_HEADS, HEADS // KV_HEADS, DIM)
         k = self.head("k", x, mask, ones).view(KV_HEADS, DIM)
-        if self.score.rope == "half":
-            q, k = (torch.cat([t[..., :4] + t[..., 4:]] * 2, dim=-1) for t in (q, k))
-        if self.score.rope == "interleaved":
-            q, k = ((t[..., ::2] + t[..., 1::2]).repeat_interleave(2, dim=-1) for t in (q, k))
         return (q.sqrt().mean(dim=1) * k.sqrt()).flatten()
 
     def v(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -334,14 +329,6 @@ def test_the_default_follows_the_estimator() -> None:
             for score in (None, words)
         )
         assert default == named
-
-
-def test_rotated_pairs_stay_together() -> None:
-    model, data = oracle.llama(dtype=torch.float64), oracle.batch()
-    plan = plan_of("tokens+rope_half", ATTENTION, channel_multiple=1)
-    kept = chosen(model, oracle.estimator_of(model), data, plan)[ATTENTION]["qk"].view(-1)
-    pairs = {(int(c) // DIM, int(c) % DIM % 4) for c in kept}
-    assert len(kept) == 2 * len(pairs)
 
 
 # ------------------------------------------------------------------------------ equality
