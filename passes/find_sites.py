@@ -10,7 +10,6 @@ from sparselora_fx.analysis.branches import LINEAR_CASTS
 from sparselora_fx.analysis.linears import linear_parts, products
 from sparselora_fx.analysis.reasons import WITHOUT
 from sparselora_fx.analysis.regions import UNKNOWN, Site, Skip, is_trainable
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.markers import DENSE, WITHOUT_GRADIENTS, SiteSpec
@@ -154,9 +153,7 @@ def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
     """A method of a factor, called before all else."""
     graph = factor.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        new = graph.call_method(method, (factor, *args))
-    set_value(new, getattr(factor.meta["example_value"], method)(*args))
-    return new
+        return graph.call_method(method, (factor, *args))
 
 
 def _ends_with(value: Tensor, channels: int) -> bool:

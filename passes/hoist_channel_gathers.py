@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.graph.emit import with_stand_in
+from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import argument, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.rewrite.gather_motion import Moved, dropout_mask, hoist_all, keeps_last, slice_of
+from sparselora_fx.rewrite.gather_motion import (
+    Moved,
+    channel_gather_of,
+    dropout_mask,
+    hoist_all,
+    keeps_last,
+    share,
+    slice_of,
+)
 from sparselora_fx.rewrite.rewrite import Rewrite
 
 _GATHER = OPS.gather_channels.default
@@ -25,7 +33,7 @@ def hoist_channel_gathers(rewrite: Rewrite) -> int:
     """Push every `gather_channels` towards what it gathers from. Returns the moves made.
 
     Before:  h: [T, N] = silu(scatter(c, s) + b);            d: [T, k] = gather(h, s)
-    After:   d: [T, k] = silu(c + gather(b, s))              when nothing else reads h
+    After:   d: [T, k] = silu(c + gather(b, s))              when nothing but gathers reads h
     Rules:   gather(f(a, b))       -> f(gather(a), gather(b))            f pointwise
              gather(scatter(c, s)) -> c, or the part of c that is asked  (the round trip)
              gather(linear(z, B))  -> sliced_linear(z, B)                (a LoRA branch's
@@ -33,11 +41,13 @@ def hoist_channel_gathers(rewrite: Rewrite) -> int:
              gather(x[..., a:b:c]) -> gather(x) at the composed rows     (halves of a fused
              projection)
              gather(dropout(a, p)) -> gather(a) * gather(dropout(1, p))  (the same random mask)
+             gather(h, s), again   -> the first of them                  (two linears read h, say)
     Keeps:   every value; moves a gather only past a node that nothing but gathers reads, so work
              never grows.
     """
     graph = rewrite.graph
-    return hoist_all(graph, _GATHER, lambda gather, source: _hoist(graph, gather, source))
+    shared = share(graph, _GATHER)
+    return shared + hoist_all(graph, _GATHER, lambda gather, source: _hoist(graph, gather, source))
 
 
 def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
@@ -61,19 +71,6 @@ def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
     return None
 
 
-def _gathered(graph: fx.Graph, node: fx.Node, idx: fx.Node) -> fx.Node:
-    return _sized(graph.call_function(_GATHER, (node, idx)), node, idx)
-
-
-def _sized(new: fx.Node, like: fx.Node, idx: fx.Node) -> fx.Node:
-    example = tensor(like)
-    return (
-        new
-        if example is None
-        else with_stand_in(new, like, rank=example.dim(), channels=_width(idx))
-    )
-
-
 def _through_pointwise(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved:
     out = tensor(source)
     assert out is not None
@@ -84,21 +81,19 @@ def _through_pointwise(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved:
         if example is None or not same_shape(example.shape[-1:], out.shape[-1:]):
             return node
         if node not in gathers:
-            gathers[node] = _gathered(graph, node, idx)
+            gathers[node] = channel_gather_of(graph, node, idx)
         return gathers[node]
 
-    new = graph.node_copy(source, gathered)
-    new.meta = {}
-    return Moved(_sized(new, source, idx), list(gathers.values()))
+    return Moved(copied(source, gathered), list(gathers.values()))
 
 
 def _through_view(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | None:
     sizes = source.args[1:] if len(source.args) > 2 else argument(source, 1, "shape")
     if not isinstance(sizes, tuple | list) or not isinstance(source.args[0], fx.Node):
         return None
-    gather = _gathered(graph, source.args[0], idx)
+    gather = channel_gather_of(graph, source.args[0], idx)
     new = graph.call_method("reshape", (gather, (*sizes[:-1], _width(idx))))
-    return Moved(_sized(new, source, idx), [gather])
+    return Moved(new, [gather])
 
 
 def _width(idx: fx.Node) -> int:
@@ -119,7 +114,7 @@ def _through_linear(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved:
     if bias is not None:
         part = graph.call_function(_GATHER, (bias, idx))
         kept = graph.call_function(torch.add, (kept, part))
-    return Moved(_sized(kept, source, idx), [])
+    return Moved(kept, [])
 
 
 def _through_dropout(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | None:
@@ -127,9 +122,9 @@ def _through_dropout(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | 
     if mask is None:
         return None
     assert isinstance(source.args[0], fx.Node)
-    values = _gathered(graph, source.args[0], idx)
-    new = graph.call_function(torch.mul, (values, _gathered(graph, mask, idx)))
-    return Moved(_sized(new, source, idx), [values])
+    values = channel_gather_of(graph, source.args[0], idx)
+    new = graph.call_function(torch.mul, (values, channel_gather_of(graph, mask, idx)))
+    return Moved(new, [values])
 
 
 def _round_trip(graph: fx.Graph, gather: fx.Node, source: fx.Node, idx: fx.Node) -> Moved | None:
@@ -138,7 +133,7 @@ def _round_trip(graph: fx.Graph, gather: fx.Node, source: fx.Node, idx: fx.Node)
     kept, rows = source.args[0], source.args[1]
     assert isinstance(kept, fx.Node) and isinstance(rows, fx.Node)
     if rows is idx:
-        return Moved(_sized(kept, source, idx), [])
+        return Moved(kept, [])
     base, inner, stride, offsets = _as_rows(idx)
     other, *strides, available = _as_rows(rows)
     if base is not other or strides != [inner, stride] or offsets[0] not in available:
@@ -149,7 +144,7 @@ def _round_trip(graph: fx.Graph, gather: fx.Node, source: fx.Node, idx: fx.Node)
     with graph.inserting_before(gather):
         count = _width(base)
         part = graph.call_function(torch.narrow, (kept, -1, at * count, len(offsets) * count))
-    return Moved(_sized(part, source, idx), [])
+    return Moved(part, [])
 
 
 def _as_rows(idx: fx.Node) -> tuple[fx.Node, int, int, list[int]]:
@@ -160,13 +155,23 @@ def _as_rows(idx: fx.Node) -> tuple[fx.Node, int, int, list[int]]:
     return idx, 1, 1, [0]
 
 
+def _rows(graph: fx.Graph, base: fx.Node, stride: int, offsets: list[int]) -> fx.Node:
+    """``channel_rows(base, 1, stride, offsets)``, one for all readers, right after the channels."""
+    args = (base, 1, stride, offsets)
+    known = next((user for user in base.users if user.target is _ROWS and user.args == args), None)
+    if known is not None:
+        base.append(known)
+        return known
+    with graph.inserting_after(base):
+        return graph.call_function(_ROWS, args)
+
+
 def _through_slice(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | None:
     found = slice_of(source)
     base, inner, stride, offsets = _as_rows(idx)
     if found is None or inner != 1:
         return None
     parent, start, step = found
-    args = (base, 1, stride * step, [start + step * offset for offset in offsets])
-    rows = graph.call_function(_ROWS, args)
-    new = _gathered(graph, parent, rows)
+    rows = _rows(graph, base, stride * step, [start + step * offset for offset in offsets])
+    new = channel_gather_of(graph, parent, rows)
     return Moved(new, [new])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparselora_fx.graph.emit import set_value, with_stand_in
+from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import argument, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS, NORMS
@@ -87,13 +87,7 @@ def _hoist(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
 
 
 def _taken(graph: fx.Graph, node: fx.Node, lists: Lists) -> fx.Node:
-    return _sized(token_gather_of(graph, node, lists), node)
-
-
-def _sized(new: fx.Node, like: fx.Node) -> fx.Node:
-    example = tensor(like)
-    assert example is not None
-    return with_stand_in(new, like, rank=2, channels=int(example.shape[-1]))
+    return token_gather_of(graph, node, lists)
 
 
 def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -112,14 +106,10 @@ def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved 
         if kind == "channels":
             example = tensor(node)
             assert example is not None
-            flat = graph.call_method("reshape", (node, (example.shape[-1],)))
-            set_value(flat, torch.empty(int(example.shape[-1]), dtype=example.dtype, device="meta"))
-            return flat
+            return graph.call_method("reshape", (node, (example.shape[-1],)))
         return node
 
-    new = graph.node_copy(source, taken)
-    new.meta = {}
-    return Moved(_sized(new, source), list(takes.values()))
+    return Moved(copied(source, taken), list(takes.values()))
 
 
 def _kind(node: fx.Node, out: torch.Tensor) -> str:
@@ -142,7 +132,7 @@ def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | No
     take = _taken(graph, parent, lists)
     key: Any = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
     new = graph.call_function(operator.getitem, (take, key))
-    return Moved(_sized(new, source), [take])
+    return Moved(new, [take])
 
 
 def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -155,7 +145,7 @@ def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | N
         return None
     take = _taken(graph, x, lists)
     new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))
-    return Moved(_sized(new, source), [take])
+    return Moved(new, [take])
 
 
 def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -178,7 +168,7 @@ def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | 
         args, kwargs = [x], {**kwargs, "dim": -1, "keepdim": True}
     take = _taken(graph, x, lists)
     new = graph.create_node(source.op, source.target, (take, *args[1:]), kwargs)
-    return Moved(_sized(new, source), [take])
+    return Moved(new, [take])
 
 
 def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -188,4 +178,4 @@ def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | 
     assert isinstance(source.args[0], fx.Node)
     values = _taken(graph, source.args[0], lists)
     new = graph.call_function(torch.mul, (values, _taken(graph, mask, lists)))
-    return Moved(_sized(new, source), [values])
+    return Moved(new, [values])

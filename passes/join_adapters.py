@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from sparselora_fx.analysis.lora import adapter_weights, is_down_projection
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.nodes import argument, has_side_effect, op_name
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.ir.ops import LIBRARY
@@ -68,7 +67,6 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
         for node, weight in zip(group, weights, strict=True):
             width = int(weight.meta["example_value"].shape[0])
             part = graph.call_function(torch.narrow, (joint, -1, start, width))
-            set_value(part, node.meta.get("example_value"))
             node.replace_all_uses_with(part)
             start += width
     for node in group:

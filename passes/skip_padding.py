@@ -9,7 +9,6 @@ from torch import fx
 
 from sparselora_fx._torch import is_erased
 from sparselora_fx.analysis.regions import Site
-from sparselora_fx.graph.emit import shaped
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import (
     cast_of,
@@ -52,10 +51,9 @@ def _skip(graph: fx.Graph, site: Site) -> None:
         rows = gathered_rows(graph, x, site.unpadded)
         weight = logical_weight(graph, site, cast_of(site, old, site.x))
         dense = graph.call_function(torch.nn.functional.linear, (rows, weight, site.bias))
-        shaped(dense, old)
-        whole = filled(graph, dense, site.unpadded, like=old)
+        whole = filled(graph, dense, site.unpadded)
         new = in_shape(graph, whole, site.unpadded[1], like=old, sizes_of=x)
-    old.replace_all_uses_with(shaped(new, old))
+    old.replace_all_uses_with(new)
     graph.erase_node(old)
 
 

@@ -9,7 +9,6 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from sparselora_fx.analysis.lora import adapter_weights, is_down_projection
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import argument, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS
@@ -75,7 +74,6 @@ def _slice(graph: fx.Graph, node: fx.Node, zeros: _Zeros) -> None:
             dense = graph.call_function(torch.nn.functional.linear, (output, weight))
             parts = sliced(context), dense
             new = merged(graph, *parts, zeros.split, like=node, sizes_of=x)
-    set_value(new, node.meta["example_value"])
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

@@ -8,13 +8,12 @@ import torch
 from torch import fx
 
 from sparselora_fx.analysis.regions import Region, Site
-from sparselora_fx.graph.emit import set_value, shaped, with_stand_in
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.score_subgraph import channel_rows
 from sparselora_fx.rewrite.token_split import cast_of, gathered, logical_weight, merged
 
-_Sliced = Callable[[fx.Node, fx.Node], fx.Node]  # of an input, and of the product it replaces
+_Sliced = Callable[[fx.Node], fx.Node]
 
 
 def slice_sites(rewrite: Rewrite) -> int:
@@ -55,12 +54,9 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
         region.rows[site] = rows
         weight = logical_weight(graph, site)
 
-    def sliced(x: fx.Node, like: fx.Node) -> fx.Node:
+    def sliced(x: fx.Node) -> fx.Node:
         kept = graph.call_function(OPS.sliced_linear.default, (x, weight, rows))
-        full = _scatter(graph, kept, rows, site.out_features, like=like)
-        if site.split is None:
-            return full
-        return with_stand_in(full, like, rank=2, channels=site.out_features)
+        return _scatter(graph, kept, rows, site.out_features)
 
     _replace_products(graph, site, sliced)
     if rewrite.options.lora_branch == "sparse":
@@ -78,7 +74,7 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
         region.rows[site] = columns
         weight = logical_weight(graph, site)
 
-    def sliced(h: fx.Node, _: fx.Node) -> fx.Node:
+    def sliced(h: fx.Node) -> fx.Node:
         kept = graph.call_function(OPS.gather_channels.default, (h, columns))
         return graph.call_function(OPS.sliced_linear_in.default, (kept, weight, columns))
 
@@ -102,13 +98,11 @@ def _by_token(graph: fx.Graph, site: Site, node: fx.Node, x: fx.Node, sliced: _S
     """The sliced product on context tokens and the dense one on output tokens; all tokens sliced if
     there is no split."""
     if site.split is None:
-        return sliced(x, node)
+        return sliced(x)
     parts = gathered(graph, x, site.split)
     weight = logical_weight(graph, site, cast_of(site, node, x))
     dense = graph.call_function(torch.nn.functional.linear, (parts[1], weight))
-    with_stand_in(dense, node, rank=2, channels=site.out_features)
-    halves = sliced(parts[0], node), dense
-    return merged(graph, *halves, site.split, like=node, sizes_of=x)
+    return merged(graph, sliced(parts[0]), dense, site.split, like=node, sizes_of=x)
 
 
 def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:
@@ -136,7 +130,6 @@ def _mask_branch(graph: fx.Graph, branch: fx.Node, site: Site, rows: fx.Node) ->
     if axis == example.dim() - 1:
         return _mask(graph, branch, site, rows)
     flat = graph.call_method("flatten", (branch, axis))
-    set_value(flat, example.flatten(axis))
     return graph.call_method("view_as", (_mask(graph, flat, site, rows), branch))
 
 
@@ -147,7 +140,7 @@ def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
 
     def masked(part: fx.Node) -> fx.Node:
         kept = graph.call_function(OPS.gather_channels.default, (part, idx))
-        return _scatter(graph, kept, idx, n, like=part)
+        return _scatter(graph, kept, idx, n)
 
     if site.split is None:
         return masked(x)
@@ -155,9 +148,8 @@ def _mask(graph: fx.Graph, x: fx.Node, site: Site, idx: fx.Node) -> fx.Node:
     return merged(graph, masked(parts[0]), parts[1], site.split, like=x, sizes_of=x)
 
 
-def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int, *, like: fx.Node) -> fx.Node:
-    full = graph.call_function(OPS.scatter_channels.default, (y, idx, n))
-    return shaped(full, like)
+def _scatter(graph: fx.Graph, y: fx.Node, idx: fx.Node, n: int) -> fx.Node:
+    return graph.call_function(OPS.scatter_channels.default, (y, idx, n))
 
 
 def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
@@ -167,12 +159,11 @@ def _add_bias(graph: fx.Graph, y: fx.Node, site: Site) -> fx.Node:
     bias, dtype = site.bias, site.node.meta["example_value"].dtype
     if bias.meta["example_value"].dtype != dtype:
         bias = graph.call_method("to", (bias, dtype))
-        set_value(bias, site.bias.meta["example_value"].to(dtype))
     return graph.call_function(torch.add, (y, bias))
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:
     """Put a node in the place of a dense linear. The linear must go at once: as a reader of its
     input, it would keep the later passes from moving gathers past that input."""
-    old.replace_all_uses_with(shaped(new, old))
+    old.replace_all_uses_with(new)
     old.graph.erase_node(old)

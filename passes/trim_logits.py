@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from sparselora_fx.analysis.losses import RESHAPES, ignores_unlabelled, labels_of
-from sparselora_fx.graph.emit import with_stand_in
 from sparselora_fx.graph.nodes import argument, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.graph.pointwise import is_pointwise
@@ -93,7 +92,6 @@ def _trim(graph: fx.Graph, loss: fx.Node, between: list[fx.Node], mark: fx.Node)
     assert example is not None
     with graph.inserting_before(loss):
         take = graph.call_function(OPS.gather_tokens.default, (logits, idx, pos))
-        with_stand_in(take, logits, rank=2, channels=int(example.shape[-1]))
         place = graph.call_method("clamp", (idx,), {"min": 0})
         held = graph.call_function(torch.ge, (idx, 0))
         labels = graph.call_method("index_select", (target, 0, place))

@@ -13,7 +13,6 @@ from sparselora_fx.analysis.token_liveness import (
     gathered_by,
     read_rows,
 )
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.mutation import is_mutated
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.rewrite.gather_motion import token_gather_of
@@ -57,9 +56,8 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
 
 def _trim(graph: fx.Graph, node: fx.Node, lists: Lists) -> None:
     take = token_gather_of(graph, node, lists)
-    set_value(take, node.meta["example_value"])
     users = [user for user in graph.nodes if user in node.users and user is not take]
     with graph.inserting_before(users[0]):
-        trimmed = filled(graph, take, lists, like=node)
+        trimmed = filled(graph, take, lists)
     for user in users:
         user.replace_input_with(node, trimmed)

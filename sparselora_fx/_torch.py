@@ -131,3 +131,25 @@ def storage_key(tensor: torch.Tensor) -> int | None:
 def storage_at(address: int, device: torch.device, nbytes: int) -> Any:
     """A storage over memory that it does not own. Run on 2.11."""
     return torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+
+
+def watch_new_nodes(gm: fx.GraphModule, watcher: Callable[[fx.Node], None]) -> None:
+    """Call a function with each node that is made in a graph, before it is put in its place; once
+    for each, however often it is asked for. Run on 2.13; read in 2.14."""
+    if watcher not in gm._create_node_hooks:
+        gm._register_create_node_hook(watcher)
+
+
+def unwatch_new_nodes(gm: fx.GraphModule, watcher: Callable[[fx.Node], None]) -> None:
+    """Undo `watch_new_nodes`. Run on 2.13; read in 2.14."""
+    if watcher in gm._create_node_hooks:
+        gm._unregister_create_node_hook(watcher)
+
+
+def inserts_after(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a node that is made now comes after one that is there. Run on 2.13."""
+    insert: Any = graph._insert  # a method of the node that the new one goes to
+    at = insert.__self__
+    if at is graph._root or at is node:
+        return at is graph._root or insert.__name__ == "append"
+    return bool(node < at)

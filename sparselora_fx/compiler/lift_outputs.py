@@ -12,7 +12,7 @@ from torch import fx
 from sparselora_fx.analysis.regions import Observed, Region
 from sparselora_fx.compiler.report import GraphReport, ObservedReport, RegionReport, SiteReport
 from sparselora_fx.graph.bodies import bodies
-from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.emit import set_value, watch
 from sparselora_fx.graph.nodes import value
 from sparselora_fx.rewrite.rewrite import Rewrite
 
@@ -42,6 +42,7 @@ def lift_outputs(
     """Return a graph's selections and rows from its bodies, so that they are nodes of this
     graph."""
     lifted = done[gm] = Lifted()
+    watch(gm)  # a graph without a site of its own is not watched yet
     own = rewrites.get(gm)
     if own is not None:
         for region in own.regions:

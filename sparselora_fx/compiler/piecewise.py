@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from sparselora_fx import _torch
 from sparselora_fx.compiler.cut_points import partition
-from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.emit import mode_of, propagate, set_value
 from sparselora_fx.graph.nodes import value
 
 log = logging.getLogger(__name__)
@@ -73,13 +72,10 @@ def compile_piecewise(
 def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] | None:
     """What each piece computes from what; equal keys may share one compiled function. Fills
     ``env``; None if something else than tensors and sizes goes from piece to piece."""
-    mode = next((found for fake in env.values() if (found := _mode(fake)) is not None), None)
-    if mode is None:
+    if mode_of(list(env.values())) is None:
         return None
-    runner = fx.Interpreter(gm, garbage_collect_values=False)
-    runner.env = env
     for node in gm.graph.find_nodes(op="get_attr"):
-        env[node] = runner.run_node(node)
+        env[node] = attrgetter(str(node.target))(gm)
     keys: list[Any] = []
     results: dict[Any, list[Any]] = {}
     for run in runs:
@@ -88,8 +84,7 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] 
         if key in results:
             fakes = results[key]
         else:
-            with mode, _torch.python_dispatcher():
-                _propagate(runner, run)
+            propagate(gm, run, env)
             fakes = results[key] = [env[node] for node in piece.outputs]
         if not all(isinstance(fake, torch.SymInt) or _is_plain(fake) for fake in fakes):
             return None
@@ -99,22 +94,9 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] 
     return keys
 
 
-def _propagate(runner: fx.Interpreter, nodes: list[fx.Node]) -> None:
-    """Compute nodes with fake values, and leave these on them: AOTAutograd's cache wants the type
-    of whatever a method is called on."""
-    for node in nodes:
-        runner.env[node] = runner.run_node(node)
-        set_value(node, runner.env[node])
-
-
-def _mode(fake: Any) -> Any:
-    """The mode in which a fake tensor is computed with; None if it is none."""
-    return getattr(fake, "fake_mode", None)
-
-
 def _is_plain(example: Any) -> bool:
     """Whether a value is a fake tensor of the common kind, whose size and strides are all of it."""
-    is_fake = isinstance(example, Tensor) and _mode(example) is not None
+    is_fake = isinstance(example, Tensor) and mode_of(example) is not None
     return is_fake and example.layout is torch.strided
 
 
@@ -123,7 +105,7 @@ def _fresh(fake: Any) -> Any:
     compiled as such."""
     if not isinstance(fake, Tensor):
         return fake
-    with _mode(fake):
+    with mode_of(fake):
         return torch.empty_strided(
             fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device,
             requires_grad=fake.requires_grad,

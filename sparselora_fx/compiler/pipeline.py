@@ -18,7 +18,7 @@ from sparselora_fx.compiler import checkpointing, spec
 from sparselora_fx.compiler.lift_outputs import Lifted, lift_outputs, report_of
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.graph.bodies import bodies
-from sparselora_fx.graph.emit import complete
+from sparselora_fx.graph.emit import unwatch
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.ir.ops import MARKERS
 from sparselora_fx.rewrite.rewrite import Options, Program, Rewrite, TracedCall
@@ -53,13 +53,11 @@ def run(
     _rewrite_all(gm, program, frozen, passes, rewrites, len(whole))
     if not rewrites:
         return None
-    for module in rewrites:
-        complete(module.graph)
     lifted_of: dict[fx.GraphModule, Lifted] = {}
     lifted = lift_outputs(gm, rewrites, lifted_of)
     report = report_of(gm, lifted, rewrites)
     for module in lifted_of:
-        complete(module.graph)
+        unwatch(module)
         module.graph.lint()
         module.recompile()
     checkpointing.save_selections(gm)

@@ -1,77 +1,113 @@
-"""The example values of new nodes: the only place that writes them.
+"""The example values of nodes: the only place that writes them.
 
-A value is what the node's op returns for the example values of its inputs: fake tensors, whose
-sizes stay symbolic.
+A value is what a node's op returns for the values of its inputs, as Dynamo leaves it: fake tensors
+(real ones in a graph that holds real ones), whose sizes stay symbolic. A graph that is watched
+gives each new node its own when it is made, so that a pass may ask a node that it has just made for
+its shape, as it may ask any other.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._pytree import tree_leaves
 
 from sparselora_fx import _torch
 
+_CALLS = ("call_function", "call_method")
+
+
+def watch(gm: fx.GraphModule) -> None:
+    """From now on each node made in this graph carries its value. Watching twice is watching
+    once."""
+    _torch.watch_new_nodes(gm, _give_value)
+
+
+def unwatch(gm: fx.GraphModule) -> None:
+    """Make new nodes without values, as usual."""
+    _torch.unwatch_new_nodes(gm, _give_value)
+
+
+def copied(node: fx.Node, replaced: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The same call of other inputs, at the graph's insertion point, with a value of its own."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), replaced)
+    return node.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+
 
 def set_value(node: fx.Node, example: Any) -> None:
-    """Give a new node an example value: a fake tensor, a symbolic integer, a tuple, or None."""
+    """Give a node the value of another one: of the same input, or of the same call with fewer or
+    more results."""
     node.meta["example_value"] = example
 
 
-def with_stand_in(node: fx.Node, model: fx.Node, *, rank: int, channels: int) -> fx.Node:
-    """Give a new node an example value that is right in rank, channels and dtype (its token count
-    is not known)."""
-    dtype = model.meta["example_value"].dtype
-    shape = (*[3] * (rank - 1), channels)
-    set_value(node, torch.empty(shape, dtype=dtype, device="meta"))
-    return node
+def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> None:
+    """Compute nodes anew, in their order, from the values that ``env`` has of what they read, and
+    leave theirs there and on them."""
+    runner = fx.Interpreter(gm, garbage_collect_values=False)
+    runner.env = env
+    mode = next((found for fake in env.values() if (found := mode_of(fake)) is not None), None)
+    with contextlib.nullcontext() if mode is None else mode, _torch.python_dispatcher():
+        for node in nodes:
+            env[node] = runner.run_node(node)
+            set_value(node, env[node])
 
 
-def shaped(node: fx.Node, like: fx.Node) -> fx.Node:
-    """Give a new node the example value of another."""
-    set_value(node, like.meta["example_value"])
-    return node
+def mode_of(value: Any) -> Any:
+    """The mode in which the first fake tensor of a value is computed with; None if it has none."""
+    fakes = (leaf for leaf in tree_leaves(value) if isinstance(leaf, FakeTensor))
+    return next((fake.fake_mode for fake in fakes), None)
 
 
-def complete(graph: fx.Graph) -> None:
-    """Give every call without an example value one, and every call whose value stands in for one.
-    AOTAutograd's cache takes no graph in which it is not known what a method is called on."""
-    mode = _mode_of(graph)
-    if mode is None:
+def mode_in(graph: fx.Graph) -> Any:
+    """The mode in which a graph's values are computed; None where they are no fake tensors."""
+    found = (mode_of(node.meta.get("example_value")) for node in graph.nodes)
+    return next((mode for mode in found if mode is not None), None)
+
+
+def _give_value(node: fx.Node) -> None:
+    """Compute a new node on what its inputs hold. A node of an input without a value has none."""
+    inputs = node.all_input_nodes
+    if node.op not in _CALLS or any("example_value" not in n.meta for n in inputs):
         return
-    for node in graph.nodes:
-        lacking = "example_value" not in node.meta or _stands_in(node.meta["example_value"])
-        if node.op in ("call_function", "call_method") and lacking:
-            with _computing(mode):
-                set_value(node, _computed(node))
-
-
-def _mode_of(graph: fx.Graph) -> Any:
-    """The mode in which a graph's fake tensors are computed with; None if it has none."""
-    examples = (node.meta.get("example_value") for node in graph.nodes)
-    return next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
-
-
-def _stands_in(example: Any) -> bool:
-    return any(
-        isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor) for t in tree_leaves(example)
-    )
+    held = ([n.meta["example_value"] for n in inputs], node.args, node.kwargs)
+    mode = mode_of(held) or mode_in(node.graph)
+    with _computing(mode), _autocast_at(node.graph):
+        set_value(node, _result(node))
 
 
 @contextlib.contextmanager
 def _computing(mode: Any) -> Iterator[None]:
-    """Compute on fake tensors; no size is decided on, and no guard added."""
-    quiet = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-    with torch.enable_grad(), mode, _torch.python_dispatcher(), quiet:
+    """Compute on fake tensors: no size is decided for good, and no guard added."""
+    shapes = getattr(mode, "shape_env", None)
+    quiet = contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
+    faked = contextlib.nullcontext() if mode is None else mode
+    with torch.enable_grad(), faked, _torch.python_dispatcher(), quiet:
         yield
 
 
-def _computed(node: fx.Node) -> Any:
+@contextlib.contextmanager
+def _autocast_at(graph: fx.Graph) -> Iterator[None]:
+    """The autocasts that a graph itself has entered, and not left, where nodes are made now."""
+    entered: list[Any] = []
+    for enter in graph.find_nodes(op="call_function", target=_enter_autocast):
+        if _torch.inserts_after(graph, enter) and not any(
+            _torch.inserts_after(graph, leave) for leave in enter.users
+        ):
+            entered.append(_enter_autocast(*enter.args))
+    try:
+        yield
+    finally:
+        for held in reversed(entered):
+            _exit_autocast(held)
+
+
+def _result(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)

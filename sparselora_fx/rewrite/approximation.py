@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparselora_fx.analysis.regions import Site
+from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Options
@@ -115,8 +116,7 @@ class Approximation:
                 done[node] = self._branch(source, site, x, done)
             else:
                 copies = {n: self._branch(n, site, x, done) for n in node.all_input_nodes}
-                done[node] = self.graph.node_copy(node, copies.__getitem__)
-                done[node].meta = {}
+                done[node] = copied(node, copies.__getitem__)
         return done[node]
 
 

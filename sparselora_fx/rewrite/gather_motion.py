@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from sparselora_fx._torch import is_erased
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.mutation import is_mutated
 from sparselora_fx.graph.nodes import argument, op_name, tensor
@@ -76,21 +75,46 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 
 
 def token_gather_of(graph: fx.Graph, node: fx.Node, lists: tuple[Any, ...]) -> fx.Node:
-    """``gather_tokens(node, *lists)``, one for all readers: it stands right after what it takes
-    from, as far as token lists are inputs of the graph and nothing writes into the node."""
-    target = torch.ops.sparselora.gather_tokens.default
-    known = next((u for u in node.users if u.target is target and u.args[1:] == lists), None)
-    early = all(n.op == "placeholder" for n in lists) and not is_mutated(node)
-    if known is not None and early:
-        after_inputs(node).append(known)
+    """``gather_tokens(node, *lists)``, one for all readers."""
+    return _gather_of(graph, OPS.gather_tokens.default, node, lists)
+
+
+def channel_gather_of(graph: fx.Graph, node: fx.Node, idx: fx.Node) -> fx.Node:
+    """``gather_channels(node, idx)``, one for all readers."""
+    return _gather_of(graph, OPS.gather_channels.default, node, (idx,))
+
+
+def _gather_of(
+    graph: fx.Graph, target: torch._ops.OpOverload, node: fx.Node, index: tuple[Any, ...]
+) -> fx.Node:
+    """A gather that stands right after what it reads, where every reader finds it; one of its own
+    at the insertion point if something writes into the node."""
+    if is_mutated(node):
+        return graph.call_function(target, (node, *index))
+    after = max(_after_inputs(n) for n in (node, *index))
+    known = next((u for u in node.users if u.target is target and u.args[1:] == index), None)
+    if known is not None:
+        after.append(known)
         return known
-    if not early:
-        return graph.call_function(target, (node, *lists))
-    with graph.inserting_after(after_inputs(node)):
-        return graph.call_function(target, (node, *lists))
+    with graph.inserting_after(after):
+        return graph.call_function(target, (node, *index))
 
 
-def after_inputs(node: fx.Node) -> fx.Node:
+def share(graph: fx.Graph, target: torch._ops.OpOverload) -> int:
+    """Let equal gathers of one value be the first of them. Returns how many went."""
+    first: dict[Any, fx.Node] = {}
+    gone = 0
+    for gather in graph.find_nodes(op="call_function", target=target):
+        source: Any = gather.args[0]
+        known = first.setdefault(gather.args, gather)
+        if known is not gather and not is_mutated(source):
+            gather.replace_all_uses_with(known)
+            graph.erase_node(gather)
+            gone += 1
+    return gone
+
+
+def _after_inputs(node: fx.Node) -> fx.Node:
     """The node itself, or for a graph's input the last input."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
@@ -158,7 +182,6 @@ def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
     with graph.inserting_before(source):
         ones = _ones_like(graph, source.args[0])
         mask = graph.call_function(source.target, (ones, *source.args[1:]), dict(source.kwargs))  # type: ignore[arg-type]
-    set_value(mask, source.meta["example_value"])
     mask.meta["sparselora_mask_of"] = source
     source.meta["sparselora_mask"] = mask
     return mask

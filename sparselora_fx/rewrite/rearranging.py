@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from sparselora_fx.analysis.channel_moves import order_of
-from sparselora_fx.graph.emit import set_value
+from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.nodes import argument, axis_argument, op_name, tensor, value
 from sparselora_fx.graph.op_families import PERMUTES
 from sparselora_fx.graph.pointwise import is_pointwise
@@ -59,8 +59,7 @@ def _permuted(node: fx.Node, order: list[int], done: dict[fx.Node, fx.Node]) -> 
     if node not in done:
         inputs = [n for n in node.all_input_nodes if not _is_number(n)]
         done |= {n: _permuted(n, order, done) for n in inputs}
-        done[node] = node.graph.node_copy(node, lambda n: done.get(n, n))
-        set_value(done[node], value(node).permute(order))
+        done[node] = copied(node, lambda n: done.get(n, n))
     return done[node]
 
 

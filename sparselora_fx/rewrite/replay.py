@@ -17,6 +17,7 @@ from torch import fx
 from sparselora_fx.analysis.channel_values import Channels, Values, completes_site
 from sparselora_fx.analysis.regions import Site
 from sparselora_fx.analysis.scorable import SEEN_THROUGH
+from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.layout import channel_map
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.ops import OPS
@@ -58,7 +59,7 @@ class Replay:
             (x,) = operands.values()
             leaky = torch.nn.functional.leaky_relu
             return self.graph.call_function(leaky, (x, rrelu_slope(node)))
-        return self.graph.node_copy(node, lambda source: operands[source])
+        return copied(node, operands.__getitem__)
 
     def _port(self, value: Channels) -> fx.Node:
         port = value.ports[0]

@@ -14,9 +14,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from sparselora_fx.graph.emit import set_value
 from sparselora_fx.graph.layout import same_shape
-from sparselora_fx.graph.nodes import argument, axis_argument, changes_input, op_name, tensor, value
+from sparselora_fx.graph.nodes import argument, axis_argument, changes_input, op_name, tensor
 from sparselora_fx.graph.pointwise import is_pointwise
 
 _IN_PLACE = {"iadd", "add_", "isub", "sub_"}
@@ -136,7 +135,6 @@ def as_constant(node: fx.Node) -> fx.Node | None:
     options: dict[str, Any] = {"dtype": example.dtype, "device": example.device}
     with node.graph.inserting_before(node):
         new = node.graph.call_function(torch.full, ((1,), number), options)
-    set_value(new, example.new_full((1,), number))
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return new
@@ -181,19 +179,11 @@ def _is_like(other: Any, node: fx.Node) -> bool:
 
 
 def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call of a function, or of a method by its name, at the graph's insertion point, with its
-    example value."""
+    """A call of a function, or of a method by its name, at the graph's insertion point."""
     graph = next(arg for arg in tree_leaves(args) if isinstance(arg, fx.Node)).graph
-    inputs, named = fx.map_arg((args, kwargs), value)
     if isinstance(function, str):
-        node = graph.call_method(function, args, kwargs)
-        run, inputs = getattr(inputs[0], function), inputs[1:]
-    else:
-        node = graph.call_function(function, args, kwargs)
-        run = function
-    with torch.enable_grad():
-        set_value(node, run(*inputs, **named))
-    return node
+        return graph.call_method(function, args, kwargs)
+    return graph.call_function(function, args, kwargs)
 
 
 def drop(node: Any) -> None:

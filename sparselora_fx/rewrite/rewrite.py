@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from sparselora_fx.analysis.channel_values import Values
 from sparselora_fx.analysis.regions import Observed, Region, Site, Skip
+from sparselora_fx.graph.emit import watch
 from sparselora_fx.graph.nodes import cuts_gradient
 from sparselora_fx.plan.score import Score
 
@@ -51,7 +52,8 @@ class Program:
 
 @dataclass(eq=False)
 class Rewrite:
-    """One graph on its way through the passes."""
+    """One graph on its way through the passes. Nodes that they make carry values
+    (`graph.emit`)."""
 
     gm: fx.GraphModule
     options: Options
@@ -71,6 +73,7 @@ class Rewrite:
     cuts_gradients: bool = False  # the model itself keeps some value's gradient from flowing back
 
     def __post_init__(self) -> None:
+        watch(self.gm)
         self.unread = frozenset(node for node in self.gm.graph.nodes if not node.users)
         self.cuts_gradients = any(cuts_gradient(node) for node in self.gm.graph.nodes)
 

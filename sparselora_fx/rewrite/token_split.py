@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, Site
-from sparselora_fx.graph.emit import shaped, with_stand_in
 from sparselora_fx.graph.layout import same_count
 from sparselora_fx.graph.nodes import before_flattening, tensor
 from sparselora_fx.ir.ops import OPS
@@ -25,8 +24,7 @@ def gathered(graph: fx.Graph, x: fx.Node, split: Split) -> list[fx.Node]:
 
 def gathered_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[Any]) -> fx.Node:
     """The rows of x for the tokens of one list ``[idx, pos]``."""
-    take = token_gather_of(graph, x, tuple(tokens))
-    return with_stand_in(take, x, rank=2, channels=int(x.meta["example_value"].shape[-1]))
+    return token_gather_of(graph, x, tuple(tokens))
 
 
 def logical_weight(graph: fx.Graph, site: Site, cast: torch.dtype | None = None) -> fx.Node:
@@ -52,29 +50,27 @@ def merged(
     return in_shape(graph, whole, context[1], like=like, sizes_of=sizes_of)
 
 
-def filled(graph: fx.Graph, y: fx.Node, tokens: Sequence[Any], *, like: fx.Node) -> fx.Node:
+def filled(graph: fx.Graph, y: fx.Node, tokens: Sequence[Any]) -> fx.Node:
     """Rows y of one list ``[idx, pos]`` in place again, as ``[B, L, N]``; elsewhere y's first row,
     without a gradient. For where nobody reads those: a row of zeros might have a norm without a
     derivative."""
     place = graph.call_function(OPS.scatter_tokens.default, (y, *tokens))
     held = graph.call_method("unsqueeze", (graph.call_function(torch.ge, (tokens[1], 0)), -1))
     filler = graph.call_method("detach", (graph.call_method("narrow", (y, 0, 0, 1)),))
-    whole = graph.call_function(torch.where, (held, place, filler))
-    return shaped(whole, shaped(place, like))
+    return graph.call_function(torch.where, (held, place, filler))
 
 
 def in_shape(
     graph: fx.Graph, whole: fx.Node, grid_node: Any, *, like: fx.Node, sizes_of: fx.Node
 ) -> fx.Node:
     """``whole[B, L, N]`` in the shape of ``like``, as `merged` says."""
-    shaped(whole, like)
     shape, grid = tensor(like), tensor(grid_node)
     assert shape is not None and grid is not None
     if shape.dim() == 2:  # a linear on flattened tokens
-        return shaped(graph.call_method("flatten", (whole, 0, -2)), like)
+        return graph.call_method("flatten", (whole, 0, -2))
     if shape.dim() != 3 or not all(map(same_count, zip(shape.shape[:-1]), zip(grid.shape))):
         sizes = [graph.call_method("size", (sizes_of, i)) for i in range(shape.dim() - 1)]
-        return shaped(graph.call_method("reshape", (whole, *sizes, shape.shape[-1])), like)
+        return graph.call_method("reshape", (whole, *sizes, shape.shape[-1]))
     return whole
 
 
