@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from sparselora_fx.graph.emit import has_value
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.rewrite.rewrite import Rewrite
 
@@ -16,10 +17,14 @@ _VIEWS = {"t", "transpose", "permute", "to", "getattr"}
 def check(rewrite: Rewrite, ran: str) -> None:
     """Raise AssertionError, naming the pass that has just run, if its graph is not as it must be.
 
-    Once sites are found, no marker of one is left. Once they are sliced, no dense linear reads a
-    sliced weight, but for the tokens that a token split keeps dense.
+    What a pass has made carries a real value (`graph.emit`). Once sites are found, no marker of
+    one is left. Once they are sliced, no dense linear reads a sliced weight, but for the tokens
+    that a token split keeps dense.
     """
     rewrite.graph.lint()
+    new = [node for node in rewrite.graph.nodes if node not in rewrite.traced]
+    unreal = sorted(node.name for node in new if not has_value(node))
+    assert not unreal, f"after {ran}: {unreal} have no value"
     if rewrite.counts.get("find_sites") is not None:
         left = [node for node in rewrite.graph.nodes if op_name(node) == "site"]
         assert not left, f"after {ran}: the markers {left} are still in the graph"

@@ -18,6 +18,7 @@ from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.estimator.orientation import as_listed, oriented
 from sparselora_fx.estimator.statistics import Moment, Statistics, aware_factors, column_norms
 from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.model.preserve import kept_modes
 from sparselora_fx.model.weight_layout import likely_consumers
 
 _MOMENT_BYTES = 1 << 30  # of full second moments held at once, unless `layers_per_pass` says
@@ -227,11 +228,6 @@ def _without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        yield

@@ -46,6 +46,13 @@ def set_value(node: fx.Node, example: Any) -> None:
     node.meta["example_value"] = example
 
 
+def has_value(node: fx.Node) -> bool:
+    """Whether a node has the value of a call: only calls of what Dynamo left without one have
+    none."""
+    inputs = node.all_input_nodes
+    return "example_value" in node.meta or any("example_value" not in n.meta for n in inputs)
+
+
 def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> None:
     """Compute nodes anew, in their order, from the values that ``env`` has of what they read, and
     leave theirs there and on them."""

@@ -69,13 +69,15 @@ class Rewrite:
     observed: list[Observed] = field(default_factory=list)
     values: Values = field(default_factory=dict)  # set by find_regions
     counts: dict[str, int] = field(default_factory=dict)  # changes made, by pass
-    unread: frozenset[fx.Node] = frozenset()  # nodes nobody read before any pass ran
+    traced: frozenset[fx.Node] = frozenset()  # nodes that were there before any pass ran
+    unread: frozenset[fx.Node] = frozenset()  # those of them that nobody read
     cuts_gradients: bool = False  # the model itself keeps some value's gradient from flowing back
 
     def __post_init__(self) -> None:
         watch(self.gm)
-        self.unread = frozenset(node for node in self.gm.graph.nodes if not node.users)
-        self.cuts_gradients = any(cuts_gradient(node) for node in self.gm.graph.nodes)
+        self.traced = frozenset(self.gm.graph.nodes)
+        self.unread = frozenset(node for node in self.traced if not node.users)
+        self.cuts_gradients = any(cuts_gradient(node) for node in self.traced)
 
     @property
     def graph(self) -> fx.Graph:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparselora_fx.errors import CompileError
+from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
 
 
@@ -35,15 +35,11 @@ def warm_up(model: nn.Module, batch: Mapping[str, Any]) -> int:
         CompileError: the model is not compiled, or its checkpointing is reentrant.
     """
     runtime = get_runtime(model)
-    before, modes = runtime.graphs, {module: module.training for module in model.modules()}
-    try:
+    before = runtime.graphs
+    with kept_modes(model), torch.enable_grad():
         if not model.training:
             model.train()
-        with torch.enable_grad():
-            warm_up_levels(runtime, lambda: model(**batch))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        warm_up_levels(runtime, lambda: model(**batch))
     return runtime.graphs - before
 
 
@@ -51,9 +47,10 @@ def warm_up_levels(runtime: Runtime, call: Callable[[], Any]) -> None:
     """Make ``call`` and its backward once at each level of the schedule, and leave no trace."""
     runtime.warm_up_next = False
     parameters = [p for p in runtime.model.parameters() if p.requires_grad]
+    ours = {id(module._buffers[name]) for module, name in runtime.attached.buffers}
     recorders, runtime.recorders = runtime.recorders, []
     try:
-        with _unchanged(runtime):
+        with kept_random_numbers(runtime.model), kept_buffers(runtime.model, ours):
             for sparsity_scale in runtime.sparsity_scales():
                 runtime.forced = sparsity_scale
                 _backward(call(), parameters)
@@ -77,20 +74,3 @@ def _backward(out: Any, parameters: list[nn.Parameter]) -> None:
             "compiling ahead needs a backward of its own, which reentrant checkpointing forbids; "
             "pass gradient_checkpointing_kwargs={'use_reentrant': False}, or do not compile ahead"
         ) from error
-
-
-@contextlib.contextmanager
-def _unchanged(runtime: Runtime) -> Iterator[None]:
-    """Random numbers and the model's own buffers are afterwards what they were."""
-    model = runtime.model
-    ours = {id(module._buffers[name]) for module, name in runtime.attached.buffers}
-    kept = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in ours]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(index for index in devices if index is not None)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in kept:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)

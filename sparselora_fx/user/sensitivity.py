@@ -16,6 +16,7 @@ from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir.token_lists import IGNORED
 from sparselora_fx.model.blocks import block_names
 from sparselora_fx.model.frozen_weights import canonical_path, frozen_weights
+from sparselora_fx.model.preserve import kept_modes, kept_random_numbers
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
 from sparselora_fx.runtime.runtime import ATTRIBUTE, Runtime, get_runtime
@@ -208,17 +209,13 @@ def _keys(where: str, sites: list[str], names: list[str]) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, random numbers and the model's own forward back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(index for index in devices if index is not None)):
+    with kept_random_numbers(model), kept_modes(model):
         try:
             model.eval()
             yield
         finally:
             if ATTRIBUTE in model.__dict__:
                 restore(model)
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _check_levels(levels: Iterable[float]) -> list[float]:
