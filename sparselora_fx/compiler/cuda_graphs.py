@@ -15,7 +15,6 @@ outputs, a second backward) computes its forward again.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from sparselora_fx.compiler.capture_engine import CudaEngine, Engine
 from sparselora_fx.compiler.captures import Capture, Pool, replayed
 from sparselora_fx.compiler.replay_check import replays_differently
 from sparselora_fx.errors import CompileError
+from sparselora_fx.notices import Notices
 
 Function = Callable[..., Any]
 _SMALL = 32  # calls in a graph: with fewer it is left as it is
@@ -52,7 +52,7 @@ class CudaGraphs:
         self.used = False
         self.captures = self.usual = 0
         self.reason = ""
-        self.warned = False
+        self.notices = Notices()
         self.capacities: dict[tuple[int, ...], Capacities] = {}
 
     def is_small(self, gm: fx.GraphModule) -> bool:
@@ -95,9 +95,9 @@ class CudaGraphs:
     def refuse(self, reason: str) -> None:
         """Note why a call runs as usual; say so, once, if captures were asked for."""
         self.reason = reason
-        if self.demanded and not self.warned:
-            self.warned = True
-            warnings.warn(f"cuda_graphs=True: a step runs as usual, because {reason}", stacklevel=2)
+        if self.demanded:
+            text = f"cuda_graphs=True: a step runs as usual, because {reason}"
+            self.notices.warn(text, about="cuda graphs")
 
     def describe(self) -> str:
         """One line for `explain`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sparselora_fx import _torch
+from sparselora_fx.notices import Notices
 
 _PATIENCE = 4  # a second length and a batch of one row are a recompile each; nothing else should be
 _SIZES = (
@@ -40,8 +40,7 @@ class Recompiles:
     reason: str = ""
     last: dict[Hashable, dict[str, str]] = field(default_factory=dict)
     again: Counter[Hashable] = field(default_factory=Counter)
-    warned: bool = False
-    refused: bool = False
+    notices: Notices = field(default_factory=Notices)
 
     def compiling(self) -> None:
         """Note that the backend is asked for a graph."""
@@ -73,29 +72,23 @@ class Recompiles:
     def _warn_of_recompiles(
         self, times: int, earlier: Mapping[str, str], passed: Mapping[str, str]
     ) -> None:
-        if self.warned:
-            return
-        self.warned = True
         changed, remedy = _change(earlier, passed)
         what = "; ".join(changed) or "nothing in the call's arguments"
-        warnings.warn(
+        self.notices.warn(
             f"the model was compiled again {times} times, and each time a step waited for the "
             f"compiler. What changed the last time: {what}. {_in_torchs_words(self.reason)}"
             f"What to do: {remedy}",
-            stacklevel=2,
+            about="recompiles",
         )
 
     def _warn_of_the_limit(self) -> None:
-        if self.refused:
-            return
-        self.refused = True
-        warnings.warn(
+        self.notices.warn(
             "torch compiles no more graphs for this model: it has reached its limit of recompiles."
             " From now on, calls that fit no compiled graph run uncompiled, and DENSE. "
             f"{_in_torchs_words(self.reason)}What to do: remove what changes from call to call "
             '(TORCH_LOGS="recompiles" lists it) and call sparselora_fx.compile again, in a fresh '
             "process or after torch.compiler.reset()",
-            stacklevel=2,
+            about="the limit of recompiles",
         )
 
 

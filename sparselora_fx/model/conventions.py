@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from sparselora_fx.errors import CompileError
+from sparselora_fx.notices import Notices
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
 # one.
@@ -30,7 +30,7 @@ class Convention:
     said: bool = False
     shown: set[bool] = field(default_factory=set)
     retry: bool = False  # the call under way must begin anew
-    warned: bool = False
+    notices: Notices = field(default_factory=Notices)
 
     @property
     def shift(self) -> bool | None:
@@ -44,14 +44,13 @@ class Convention:
         stands, with a warning."""
         before = self.shift
         self.shown |= shown
-        if self.said and self.shown - {self.assumed} and not self.warned:
-            self.warned = True
+        if self.said and self.shown - {self.assumed}:
             loss = "the token before it" if True in self.shown else "its own token"
-            warnings.warn(
+            self.notices.warn(
                 f"shift={self.assumed} was said, but the model's loss compares each label with the "
                 f"prediction made from {loss}: tokens that carry loss are sparse. Leave shift out, "
                 "unless the loss that counts is another one",
-                stacklevel=2,
+                about="shift",
             )
         return self.shift != before
 

@@ -87,7 +87,7 @@ class CompiledForward(StandIn):
         """One compiled call, and before it those that compile ahead."""
         runtime = self.runtime
         if _torch.in_transform():
-            runtime.warn_once(
+            runtime.notices.warn(
                 "a torch.func transform (vmap, grad, ...) is around this model's call: such calls "
                 "are dense and run the model's own forward, for nothing compiled runs inside one"
             )

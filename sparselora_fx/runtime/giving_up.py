@@ -13,6 +13,7 @@ from sparselora_fx.analysis.reasons import OF_CALL
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.model.adapter_kinds import UNTRACEABLE, WHY, adapter_kind
 from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.outcomes import SiteOutcome
@@ -33,13 +34,13 @@ class Judged(Protocol):
     measured: Mapping[str, Sparsity] | None
     specs_set: tuple[float, bool] | None
     given_up: bool
+    notices: Notices
 
     @property
     def graphs(self) -> int: ...
     def sparsity_scales(self) -> list[float]: ...
     def name_of(self, weight: Tensor) -> str | None: ...
     def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None: ...
-    def warn_once(self, text: str) -> None: ...
 
 
 class NothingSparse(Exception):
@@ -84,7 +85,7 @@ def give_up(runtime: Judged) -> None:
     runtime.given_up = True
     planned = _planned(runtime)
     text = _reasons(runtime, runtime.seen)
-    runtime.warn_once(
+    runtime.notices.warn(
         f"0 of {len(planned)} linears are sparse, because: {text}. Training is dense, as under "
         "torch.compile alone; sparselora_fx.explain(model) has a line for each linear"
     )

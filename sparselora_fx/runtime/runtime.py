@@ -3,7 +3,6 @@ reported."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from sparselora_fx.errors import CompileError
 from sparselora_fx.estimator.online import Collector
 from sparselora_fx.model.conventions import Convention, OtherConvention
 from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
 from sparselora_fx.rewrite.rewrite import TracedCall
@@ -62,7 +62,7 @@ class Runtime:
     measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
     specs_set: tuple[float, bool] | None = None
-    told: set[str] = field(default_factory=set)  # what `warn_once` has said
+    notices: Notices = field(default_factory=Notices)
     stepped: bool = False  # a sparse training call has run to its end
     given_up: bool = False  # nothing can be sliced: training is dense (`giving_up`)
 
@@ -107,18 +107,12 @@ class Runtime:
             )
             return 0.0 if sparsity_scale and self.refreshes() else sparsity_scale
         if plan.start_step or plan.end_step is not None or plan.ramp:
-            self.warn_once(
+            self.notices.warn(
                 "nothing drives the plan's schedule, so training is sparse from the first call: "
                 "add sparselora_fx.SparsityCallback() to the Trainer, call "
                 "sparselora_fx.step(model, n, total) before each step, or pass start_step=0"
             )
         return 1.0
-
-    def warn_once(self, text: str) -> None:
-        """Warn, unless this model's user has been told."""
-        if text not in self.told:
-            self.told.add(text)
-            warnings.warn(text, stacklevel=5)
 
     def refreshes(self) -> bool:
         """Whether the present step is one of those that calibrate again."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
+
+from sparselora_fx.notices import Notices
 
 _UNKNOWN = (
     "no labels of the shape of its tokens reach the model, so nobody knows which predictions carry "
@@ -24,7 +25,7 @@ class TokenTally:
     calls: int = 0
     dense_calls: int = 0  # calls that ran dense, as hardly a token was sparse
     all_sparse: int = 0  # calls in which every token was sparse
-    warned: set[str] = field(default_factory=set)
+    notices: Notices = field(default_factory=Notices)
 
     def add(self, sparse: int, real: int, *, dense: bool) -> None:
         """Count one call whose tokens are told apart."""
@@ -35,32 +36,26 @@ class TokenTally:
 
     def warn_few(self, sparse: int, real: int, least: float) -> None:
         """Say once that calls run dense, as hardly any token is sparse."""
-        self._once(
-            "few",
+        self.notices.warn(
             f"{sparse} of the {real} tokens of this batch ({sparse / max(real, 1):.1%}) would be "
             "sparse, since the predictions made from all others carry loss. A sparse step costs "
             f"more than it saves there: steps in which less than {least:.0%} of the tokens are "
             "sparse run dense (the plan's min_sparse). Set the labels of the prompt to -100, or "
             "let output tokens be sparse too: sparse_outputs=0.5 or tokens='all' in the plan",
+            about="few sparse tokens",
         )
 
     def warn_unknown(self) -> None:
         """Say once that every token is sparse because no labels tell them apart."""
-        self._once("unknown", _UNKNOWN)
+        self.notices.warn(_UNKNOWN)
 
     def warn_untrimmed(self) -> None:
         """Say once that logits are not trimmed, as it is not known which ones count."""
-        self._once(
-            "untrimmed",
+        self.notices.warn(
             "trim_logits: no traced loss shows whether labels are shifted, so every logit is "
             "computed; say shift=True or shift=False to sparselora_fx.compile, or leave "
             "trim_logits out",
         )
-
-    def _once(self, what: str, text: str) -> None:
-        if what not in self.warned:
-            self.warned.add(what)
-            warnings.warn(text, stacklevel=2)
 
     def describe(self) -> str:
         """One line for `explain`; empty before any call."""

@@ -23,7 +23,7 @@ from tests.support.source_tree import (
 # A file imports only lower ranks, or its own room; rooms of one rank never import each other.
 RANKS = (
     ("errors",),
-    ("environment", "_torch"),
+    ("environment", "notices", "_torch"),
     ("model", "graph"),
     ("plan", "ir"),
     ("estimator", "analysis"),
