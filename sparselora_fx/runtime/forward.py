@@ -22,6 +22,7 @@ from sparselora_fx.runtime.caching import (
     may_be_packed,
     takes_use_cache,
 )
+from sparselora_fx.runtime.calls import CallKind
 from sparselora_fx.runtime.copies import StandIn
 from sparselora_fx.runtime.counting import KEY, CountedBatch
 from sparselora_fx.runtime.devices import check_devices
@@ -78,8 +79,8 @@ class CompiledForward(StandIn):
         if args and args[0] is self.model:
             args = args[1:]  # bound to the model, as accelerate binds what it has unwrapped
         counted = kwargs.pop(KEY, None)
-        measured = runtime.measured is not None
-        if not runtime.active or not (self.model.training or self.compile_eval or measured):
+        compiled = self.model.training or self.compile_eval or runtime.call.is_measurement
+        if not runtime.active or not compiled:
             return self.original(*args, **kwargs)
         return self.step(counted, *args, **kwargs)
 
@@ -135,7 +136,7 @@ class CompiledForward(StandIn):
             kwargs["use_cache"] = False
         # Blocks compiled one by one run compiled in a recomputation too.
         trace_inputs.grad = torch.is_grad_enabled() and not runtime.blocks
-        trace_inputs.inside = True
+        trace_inputs.under_way = True
         runtime.calls += 1
         try:
             with runtime.recompiles.watching(self._kind(), arguments):
@@ -147,7 +148,7 @@ class CompiledForward(StandIn):
                 note_call(runtime)
             return result
         finally:
-            trace_inputs.inside = False
+            trace_inputs.under_way = False
             trace_inputs.caching = AS_CALLED
             self._allow_replay(False)
 
@@ -156,13 +157,13 @@ class CompiledForward(StandIn):
         none."""
         runtime = self.runtime
         if runtime.cuda_graphs is not None:
-            stepping = self.model.training and runtime.forced is None and runtime.measured is None
+            stepping = self.model.training and runtime.call.is_step
             runtime.cuda_graphs.allowed = begins and stepping and torch.is_grad_enabled()
 
     def _kind(self) -> Hashable:
         """What tells this call from others for which graphs of their own are compiled."""
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
-        words = runtime.specs_set or tuple((runtime.measured or {}).items())
+        words = runtime.specs_set or tuple(runtime.call.sparsity.items())
         lists = (
             len(trace_inputs.tokens),
             len(trace_inputs.picked),
@@ -191,11 +192,12 @@ class CompiledForward(StandIn):
         escape. A dense graph is left as it is: another one may be compiled to other roundings. Only
         where blocks are compiled, measured or checkpointed one by one, a cache that they write to
         makes each another graph (or, checkpointed, is switched off with a warning)."""
-        if not (self.model.training or self.runtime.measured is not None):
+        measured = self.runtime.call.is_measurement
+        if not (self.model.training or measured):
             return AS_CALLED
         if self.model.training and any(m.gradient_checkpointing for m in self.checkpoints):
             return LEFT_OUT
-        apart = bool(self.runtime.blocks) or self.runtime.measured is not None
+        apart = bool(self.runtime.blocks) or measured
         return STANDS_IN if sliced or apart else AS_CALLED
 
     def _set_trace_inputs(self, arguments: Mapping[str, Any], counted: CountedBatch | None) -> bool:
@@ -206,9 +208,9 @@ class CompiledForward(StandIn):
         # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
         training = self.model.training and torch.is_grad_enabled()
         sparsity_scale = runtime.sparsity_scale() if training and not runtime.given_up else 0.0
-        sparsity_scale = 1.0 if runtime.measured else sparsity_scale
-        calibrating = runtime.collector is not None and self.model.training and not runtime.measured
-        calibrating = calibrating and not runtime.given_up
+        sparsity_scale = 1.0 if runtime.call.sparsity else sparsity_scale
+        calibrating = runtime.collector is not None and self.model.training
+        calibrating &= not (runtime.call.is_measurement or runtime.given_up)
         shift = self._shift(arguments)
         tokens = labelled = counts = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
@@ -218,16 +220,17 @@ class CompiledForward(StandIn):
         if tokens is not None and (tokens.split or calibrating or labelled is not None):
             counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
-        if self.model.training and not (sparse or runtime.given_up) and runtime.forced is None:
+        warming = runtime.call.kind is CallKind.WARM_UP
+        if self.model.training and not (sparse or runtime.given_up or warming):
             runtime.dense_calls.add(
                 "no token was sparse" if sparsity_scale else "the schedule was dense"
             )
-        if sparsity_scale and calibrating and runtime.forced is None:
+        if sparsity_scale and calibrating and not warming:
             runtime.end_online_calibration()
         observed = calibrating and not sparse
         trace_inputs.picked = self._observe(tokens, counts, arguments) if observed else []
-        if runtime.measured and sparse:
-            runtime.set_sparsity(runtime.measured)
+        if runtime.call.sparsity and sparse:
+            runtime.set_sparsity(runtime.call.sparsity)
         else:
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
         lists = step_lists(runtime, tokens if sparse else None, labelled, counts)
@@ -245,7 +248,7 @@ class CompiledForward(StandIn):
         run the same graphs and do not count."""
         runtime = self.runtime
         assert runtime.collector is not None
-        counting = runtime.forced is None and torch.is_grad_enabled()
+        counting = runtime.call.is_step and torch.is_grad_enabled()
         if counting and runtime.step is not None and runtime.refreshes():
             runtime.collector.reopen(runtime.step[0])
         device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)

@@ -15,6 +15,7 @@ from sparselora_fx.model.adapter_kinds import UNTRACEABLE, WHY, adapter_kind
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity
+from sparselora_fx.runtime.calls import Call
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.outcomes import SiteOutcome
 
@@ -30,8 +31,7 @@ class Judged(Protocol):
     sparsity: dict[str, Sparsity]
     seen: dict[str, SiteOutcome]
     trace_inputs: TraceInputs
-    forced: float | None
-    measured: Mapping[str, Sparsity] | None
+    call: Call
     specs_set: tuple[float, bool] | None
     given_up: bool
     notices: Notices
@@ -94,7 +94,7 @@ def give_up(runtime: Judged) -> None:
 def _is_decisive(runtime: Judged) -> bool:
     """Whether the present call tells of all to come: a training call, at the schedule's last
     level."""
-    usual = runtime.forced is None and runtime.measured is None and bool(_planned(runtime))
+    usual = runtime.call.is_step and bool(_planned(runtime))
     usual = usual and not runtime.trace_inputs.sliced
     words = runtime.specs_set
     return (

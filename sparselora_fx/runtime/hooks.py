@@ -44,7 +44,7 @@ class TraceInputs:
         self.labels: list[Tensor] = []  # labels and the list of tokens that carry one, to trim
         self.arguments: dict[str, Tensor] = {}  # the tensors of the present call, by name
         self.shift = True
-        self.inside = False  # a compiled call of the model is under way
+        self.under_way = False  # a compiled call of the model has begun, and not ended
         # Ids of weights whose modules ran in plain PyTorch: inside a compiled call, and past it.
         self.eager: set[int] = set()
         self.past: set[int] = set()
@@ -91,7 +91,7 @@ def _note_eager(
     if in_backward():
         _refuse_recomputation(module, trace_inputs, marks)
     elif module.training and torch.is_grad_enabled():
-        ran = trace_inputs.eager if trace_inputs.inside else trace_inputs.past
+        ran = trace_inputs.eager if trace_inputs.under_way else trace_inputs.past
         ran.update(id(getattr(module, mark.param)) for mark in marks)
 
 

@@ -55,7 +55,8 @@ class CompiledBlock(StandIn):
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.runtime.active and (self.runtime.trace_inputs.inside or _torch.in_backward())):
+        called = self.runtime.trace_inputs.under_way or _torch.in_backward()
+        if not (self.runtime.active and called):
             return self.original(*args, **kwargs)
         x: Any = args[0] if args else kwargs.get(self.first)
         if not self._opens(x):

@@ -23,6 +23,7 @@ from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
 from sparselora_fx.rewrite.rewrite import TracedCall
 from sparselora_fx.runtime.attachment import Attachment
+from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.copies import OWNER
 from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
@@ -50,7 +51,7 @@ class Runtime:
     active: bool = True
     every_token: bool = False  # is sparse: one token grid would have to serve two stacks
     padded: bool = False  # a sparse step has had padding
-    forced: float | None = None  # the share while `warm_up_next` compiles for it
+    call: Call = field(default_factory=Call)  # what calls are for, now
     warm_up_next: bool = False  # compile the levels to come before the next training call
     blocks: dict[str, nn.Module] = field(default_factory=dict)  # those compiled one by one
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
@@ -59,7 +60,6 @@ class Runtime:
     calls: int = 0  # compiled calls of the model
     dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
-    measured: Mapping[str, Sparsity] | None = None  # by `sensitivity`: what evaluation calls skip
     # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
     specs_set: tuple[float, bool] | None = None
     notices: Notices = field(default_factory=Notices)
@@ -99,8 +99,8 @@ class Runtime:
     def sparsity_scale(self) -> float:
         """The share of the plan's sparsity that is on now: 0 is dense."""
         plan = self.plan
-        if self.forced is not None:
-            return self.forced
+        if self.call.kind is CallKind.WARM_UP:
+            return self.call.level
         if self.step is not None:
             sparsity_scale = sparsity_scale_at(
                 *self.step, plan.start_step, plan.end_step, plan.ramp

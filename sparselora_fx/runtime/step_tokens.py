@@ -71,7 +71,7 @@ def _padding_as_dense(tokens: Tokens, counts: TokenCounts) -> tuple[Tokens, Toke
 def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | None) -> bool:
     """Whether a call that the schedule makes sparse has sparse tokens enough."""
     plan = runtime.plan
-    counted = runtime.forced is None and runtime.measured is None
+    counted = runtime.call.is_step
     if tokens is None or counts is None or not tokens.split:
         if counted:
             runtime.tally.all_sparse += 1
@@ -79,10 +79,10 @@ def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | N
             runtime.tally.warn_unknown()
         return True
     real = counts.sparse + counts.dense
-    least = 0.0 if runtime.measured else plan.min_sparse
+    least = 0.0 if runtime.call.is_measurement else plan.min_sparse
     few = counts.sparse == 0 or counts.sparse < least * real
     if counted:
         runtime.tally.add(counts.sparse, real, dense=few)
-    if few and not runtime.measured:
+    if few and not runtime.call.is_measurement:
         runtime.tally.warn_few(counts.sparse, real, least)
     return not few

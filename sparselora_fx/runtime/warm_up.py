@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from sparselora_fx.errors import CompileError
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
+from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
 
 
@@ -52,10 +53,10 @@ def warm_up_levels(runtime: Runtime, call: Callable[[], Any]) -> None:
     try:
         with kept_random_numbers(runtime.model), kept_buffers(runtime.model, ours):
             for sparsity_scale in runtime.sparsity_scales():
-                runtime.forced = sparsity_scale
+                runtime.call = Call(CallKind.WARM_UP, level=sparsity_scale)
                 _backward(call(), parameters)
     finally:
-        runtime.forced, runtime.recorders, runtime.warm_up_next = None, recorders, False
+        runtime.call, runtime.recorders, runtime.warm_up_next = Call(), recorders, False
 
 
 def _backward(out: Any, parameters: list[nn.Parameter]) -> None:

@@ -19,6 +19,7 @@ from sparselora_fx.model.frozen_weights import canonical_path, frozen_weights
 from sparselora_fx.model.preserve import kept_modes, kept_random_numbers
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
+from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.runtime import ATTRIBUTE, Runtime, get_runtime
 from sparselora_fx.user.compile import compile, restore
 from sparselora_fx.user.record import record
@@ -96,12 +97,13 @@ def _measure(
     rows = []
     runs = (1 + len(regions) * len(levels)) * len(batches)
     with tqdm(total=runs, desc="sensitivity", unit="batch", disable=not show) as bar:
-        runtime.measured = {}
+        runtime.call = Call(CallKind.MEASUREMENT)
         dense, _ = _mean_loss(model, batches, bar)
         sparse_tokens = 0.0
         for region in regions:
             for level in levels:
-                runtime.measured = dict.fromkeys(region.sites, Sparsity(level, level))
+                sparsity = dict.fromkeys(region.sites, Sparsity(level, level))
+                runtime.call = Call(CallKind.MEASUREMENT, sparsity=sparsity)
                 with record(model) as used:
                     loss, sparse_tokens = _mean_loss(model, batches, bar)
                 saved = _saved(runtime, {name: len(idx) for name, (_, idx) in used.sites.items()})
@@ -177,7 +179,7 @@ def _regions(
     """What the passes rewrite, found by tracing one batch with every region sparse."""
     compile(model, estimator, backend="eager", **options)
     runtime = get_runtime(model)
-    runtime.measured = runtime.sparsity
+    runtime.call = Call(CallKind.MEASUREMENT, sparsity=runtime.sparsity)
     _loss(model, batch)
     found: dict[tuple[str, str], list[str]] = {}
     for weight in runtime.frozen:

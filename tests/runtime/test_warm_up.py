@@ -123,7 +123,7 @@ def test_a_failing_batch_leaves_the_schedule_as_it_was() -> None:
     slx.step(model, 0, 6)
     with pytest.raises(Exception, match=r".*"):
         slx.warm_up(model, {**oracle.batch(), "attention_mask": torch.ones(5, 5)})
-    assert get_runtime(model).forced is None and get_runtime(model).sparsity_scale() == 0.0
+    assert get_runtime(model).call.is_step and get_runtime(model).sparsity_scale() == 0.0
 
 
 def test_an_uncompiled_model_is_refused() -> None:

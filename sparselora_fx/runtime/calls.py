@@ -1,0 +1,41 @@
+"""What a call of a compiled model is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sparselora_fx.plan.plan import Sparsity
+
+
+class CallKind(Enum):
+    """Who makes a call, and so whether it counts."""
+
+    STEP = "step"  # the user: it follows the schedule, and is counted
+    WARM_UP = "warm-up"  # `warm_up` compiles a level of the schedule ahead of need
+    MEASUREMENT = "measurement"  # `sensitivity` evaluates with some regions sparse
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the next calls of a model are for.
+
+    Attributes:
+        level: of a warm-up: the share of the plan's sparsity that is on.
+        sparsity: of a measurement: what is sparse, by `FrozenWeight.name`; all else is dense.
+    """
+
+    kind: CallKind = CallKind.STEP
+    level: float = 0.0
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is the user's own call."""
+        return self.kind is CallKind.STEP
+
+    @property
+    def is_measurement(self) -> bool:
+        """Whether an evaluation may be sparse in it."""
+        return self.kind is CallKind.MEASUREMENT
