@@ -198,17 +198,18 @@ def capture(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         options = Options(plan.channel_multiple if plan else 16, score=SCORE)
         report = run(gm, inputs, options, PIPELINE, WHOLE_GRAPH)
+        passed = report.passed if report else tuple
         _fuse_attention(gm)
         with saving_less() if report or lean else contextlib.nullcontext():
             compiled = aot_module_simplified(
                 gm,
-                list(inputs),
+                list(passed(inputs)),
                 fw_compiler=counting(forwards),
                 bw_compiler=counting(backwards),
                 partition_fn=partition,
             )
         extra = report.extra if report else 0
-        return lambda *args: compiled(*args)[: -extra or None]
+        return lambda *args: compiled(*passed(args))[: -extra or None]
 
     inputs = {name: value.to("meta") for name, value in batch.items()}
     state = _marked(model, batch, plan, rank) if plan else None

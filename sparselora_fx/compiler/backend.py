@@ -15,7 +15,6 @@ from sparselora_fx.compiler.piecewise import compile_piecewise
 from sparselora_fx.compiler.pipeline import run
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.compiler.switches import switched_on
-from sparselora_fx.compiler.unread_inputs import drop_unread
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.lowering import inductor_backend
 from sparselora_fx.passes import ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
@@ -65,9 +64,9 @@ def make_backend(
         now = replace(options, shift=shift)
         report = run(gm, inputs, now, passes, switched_on(WHOLE_GRAPH), call)
         rewritten = report is not None and not observed
+        if report is not None:
+            inputs = report.passed(inputs)
         listener.graph_rewritten(report if rewritten else None, inputs)
-        kept = drop_unread(gm, inputs) if rewritten else list(range(len(inputs)))
-        inputs = [inputs[place] for place in kept]
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
         kind = "a sparse" if rewritten else "a dense"
         with told_if_slow(f"compiling {kind} graph, once for each kind of step"):
@@ -76,7 +75,7 @@ def make_backend(
             else:
                 compiled = compile_graph(gm, inputs)
         compiled = listener.replayable(compiled, gm, inputs, report.extra if report else 0)
-        return compiled if report is None else _Rewritten(compiled, report, listener, kept)
+        return compiled if report is None else _Rewritten(compiled, report, listener)
 
     return backend
 
@@ -92,14 +91,9 @@ class _Rewritten:
     sees them."""
 
     def __init__(
-        self,
-        compiled: Callable[..., Any],
-        report: GraphReport,
-        listener: Listener,
-        kept: Sequence[int],
+        self, compiled: Callable[..., Any], report: GraphReport, listener: Listener
     ) -> None:
         self.compiled = compiled
-        self.kept = kept  # the places of the inputs that the graph reads
         self.report = report
         self.listener = listener
         self.served: dict[int, int] = {}  # layer -> in which call of the model first
@@ -107,7 +101,8 @@ class _Rewritten:
         self.key = sites[0].weight if sites else None
 
     def __call__(self, *args: Any) -> Any:
-        outputs = self.compiled(*[args[place] for place in self.kept])
+        args = self.report.passed(args)
+        outputs = self.compiled(*args)
         own = len(outputs) - self.report.extra
         # One graph serves many layers: they differ in the weights they pass.
         now, first = self.listener.calls, False

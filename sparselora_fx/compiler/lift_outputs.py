@@ -33,6 +33,12 @@ class Lifted:
         chosen = [tensor for _, _, tensors in self.regions for tensor in tensors.values()]
         return chosen + [tensor for seen in self.observed for tensor in seen.tensors]
 
+    def weights(self) -> set[fx.Node]:
+        """The inputs that a report names."""
+        named = {weight for _, weights, _ in self.regions for weight in weights.values()}
+        named |= {weight for weight, _ in self.skips}
+        return named | {weight for seen in self.observed for weight in seen.weights}
+
 
 def lift_outputs(
     gm: fx.GraphModule,
@@ -102,9 +108,13 @@ def _lift_call(
 
 
 def report_of(
-    gm: fx.GraphModule, lifted: Lifted, rewrites: dict[fx.GraphModule, Rewrite]
+    gm: fx.GraphModule,
+    lifted: Lifted,
+    rewrites: dict[fx.GraphModule, Rewrite],
+    inputs: list[int],
 ) -> GraphReport:
-    """Make every selection an output of the top graph and describe it by index."""
+    """Make every selection an output of the top graph and describe it by index. ``inputs``: where
+    the graph's inputs were among those of the traced graph."""
     index = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     extra: dict[fx.Node, int] = {}
     for node in lifted.tensors():
@@ -137,4 +147,4 @@ def report_of(
     for rewrite in rewrites.values():
         for name, changes in rewrite.counts.items():
             counts[name] = counts.get(name, 0) + changes
-    return GraphReport(regions, dense, counts, len(extra), observed)
+    return GraphReport(regions, dense, counts, len(extra), observed, inputs)

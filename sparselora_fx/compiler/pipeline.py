@@ -17,6 +17,7 @@ from sparselora_fx.analysis.token_order import token_inputs, token_orders
 from sparselora_fx.compiler import checkpointing, spec
 from sparselora_fx.compiler.lift_outputs import Lifted, lift_outputs, report_of
 from sparselora_fx.compiler.report import GraphReport
+from sparselora_fx.compiler.unread_inputs import drop_unread
 from sparselora_fx.graph.bodies import bodies
 from sparselora_fx.graph.emit import unwatch
 from sparselora_fx.graph.nodes import op_name
@@ -55,7 +56,7 @@ def run(
         return None
     lifted_of: dict[fx.GraphModule, Lifted] = {}
     lifted = lift_outputs(gm, rewrites, lifted_of)
-    report = report_of(gm, lifted, rewrites)
+    report = report_of(gm, lifted, rewrites, drop_unread(gm, lifted.weights()))
     for module in lifted_of:
         unwatch(module)
         module.graph.lint()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,19 @@ class ObservedReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Everything the passes did to one graph. ``extra`` outputs follow the graph's own."""
+    """Everything the passes did to one graph. ``extra`` outputs follow the graph's own; ``inputs``
+    are the places that those which are left had among the inputs of the traced graph."""
 
     regions: list[RegionReport]
     dense: list[SiteReport]
     counts: dict[str, int]
     extra: int
     observed: list[ObservedReport]
+    inputs: list[int]
+
+    def passed(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What a call of the traced graph passes to this one. Dynamo leaves out itself what is no
+        input any more."""
+        if len(args) == len(self.inputs):
+            return tuple(args)
+        return tuple(args[place] for place in self.inputs)
