@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -64,7 +62,7 @@ def _input(site: Site) -> fx.Node:
     return sides[0]
 
 
-def _views(node: Any, site: Site) -> bool:
+def _views(node: object, site: Site) -> bool:
     """Whether a node is the weight, transposed or cast perhaps."""
     while isinstance(node, fx.Node) and node is not site.weight:
         node = node.args[0] if node.args else None

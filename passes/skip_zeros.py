@@ -78,7 +78,7 @@ def _slice(graph: fx.Graph, node: fx.Node, zeros: _Zeros) -> None:
     graph.erase_node(node)
 
 
-def _zeros(node: Any, answers: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
+def _zeros(node: object, answers: dict[fx.Node, _Zeros | None]) -> _Zeros | None:
     """Where a value is known to be zero; None: nowhere."""
     if not isinstance(node, fx.Node):
         return None
@@ -132,7 +132,7 @@ def _is_zero_at_zero(node: fx.Node) -> bool:
     return isinstance(result, torch.Tensor) and not result.count_nonzero()
 
 
-def _zero_for(argument: Any) -> Any:
+def _zero_for(argument: object) -> Any:
     example = tensor(argument) if isinstance(argument, fx.Node) else None
     return argument if example is None else torch.zeros([1] * example.dim(), dtype=example.dtype)
 

@@ -17,8 +17,8 @@ _RECOMPILES = 256
 
 
 def compile_callable(
-    fn: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
-) -> Callable[..., Any]:
+    fn: Callable[..., object], backend: Callable[..., object], dynamic: bool | None
+) -> Callable[..., object]:
     """``torch.compile(fn)`` that may hold more graphs than by default: one per phase and level."""
     options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -26,7 +26,7 @@ def compile_callable(
         return torch.compile(fn, **options)
     compiled = torch.compile(fn, **options)
 
-    def limited(*args: Any, **kwargs: Any) -> Any:
+    def limited(*args: object, **kwargs: object) -> object:
         import torch._dynamo.config as dynamo_config
 
         with dynamo_config.patch(recompile_limit=_RECOMPILES):
@@ -103,7 +103,7 @@ def storage_uses(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
-def size_expression(size: torch.SymInt) -> Any:
+def size_expression(size: torch.SymInt) -> object:
     """What a symbolic size stands for, in sympy. Run on 2.13."""
     return size.node.expr
 

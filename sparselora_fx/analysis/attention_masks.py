@@ -94,7 +94,7 @@ def _reshapes(node: fx.Node) -> bool:
     return not apart and bool(same_count(before.shape[-1:], after.shape[-1:]))
 
 
-def _along_last(node: Any, names: tuple[str, ...]) -> bool:
+def _along_last(node: object, names: tuple[str, ...]) -> bool:
     """Whether a node is one of some operations, along the last dimension of its input."""
     if not isinstance(node, fx.Node) or op_name(node) not in names or not node.args:
         return False

@@ -115,7 +115,7 @@ def order_of(node: fx.Node, name: str, rank: int) -> list[int] | None:
     return order
 
 
-def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
+def _index(layout: Layout, key: object, shape: Sequence[object]) -> Layout | None:
     """``x[key]`` for slices with integer steps, integers, None and Ellipsis."""
     keys = [_one_index(k) for k in (key if isinstance(key, tuple) else (key,))]
     if any(not (k is None or k is Ellipsis or isinstance(k, (int, slice, *_LIST))) for k in keys):
@@ -157,20 +157,20 @@ def _index(layout: Layout, key: Any, shape: Sequence[Any]) -> Layout | None:
     return current
 
 
-def _one_index(key: Any) -> Any:
+def _one_index(key: object) -> Any:
     """``x[[i]]`` as the slice that it equals."""
     if isinstance(key, list) and len(key) == 1 and isinstance(key[0], int):
         return slice(key[0], key[0] + 1 or None)
     return key
 
 
-def _taken(layout: Layout, axis: int, index: Any) -> Layout | None:
+def _taken(layout: Layout, axis: int, index: object) -> Layout | None:
     """``index_select(axis, index)`` for an index of numbers."""
     found = run_of(index)
     return None if found is None else layout.take(axis, *found)
 
 
-def _pick(layout: Layout, axis: int, index: Any) -> Layout | None:
+def _pick(layout: Layout, axis: int, index: object) -> Layout | None:
     if not isinstance(index, int):
         return None
     size = _static_size(layout, axis)

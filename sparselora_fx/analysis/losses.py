@@ -36,7 +36,7 @@ def _is_labels(node: fx.Node) -> bool:
     return named and example is not None and example.dim() == 2
 
 
-def labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
+def labels_of(target: object) -> tuple[fx.Node, bool, bool] | None:
     """The labels ``[B, L]`` that a loss's targets are, row by row; whether row t is label t + 1;
     and whether there is a row for every token. None for anything else, and for labels that the
     graph writes into.
@@ -53,7 +53,7 @@ def labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
     return found
 
 
-def _labels_of(target: Any) -> tuple[fx.Node, bool, bool] | None:
+def _labels_of(target: object) -> tuple[fx.Node, bool, bool] | None:
     example = tensor(target)
     if example is None or example.dim() != 1 or example.dtype.is_floating_point:
         return None

@@ -38,7 +38,7 @@ class MaskValues:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor]
+        self, gm: fx.GraphModule, inputs: Sequence[object], arguments: Mapping[str, Tensor]
     ) -> None:
         """``inputs``: those of the graph; ``arguments``: the tensors of the model's call by name,
         of which ``attention_mask[B, L]`` says which tokens are real."""
@@ -59,20 +59,20 @@ class MaskValues:
         if any(b.shown.shape[0] * b.shown.shape[1] ** 2 > _MOST for b in self.batches):
             self.batches = []
 
-    def enter(self, body: fx.GraphModule, operands: Sequence[Any]) -> None:
+    def enter(self, body: fx.GraphModule, operands: Sequence[object]) -> None:
         """From now on a body's inputs are those of one call of it."""
         self.outer |= dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
         for batch in self.batches:
             batch.known = {n: v for n, v in batch.known.items() if n.graph is not body.graph}
         self.fixed = {n: v for n, v in self.fixed.items() if n.graph is not body.graph}
 
-    def source(self, node: Any) -> Any:
+    def source(self, node: object) -> Any:
         """A node, or for an input of a body what it is called with."""
         while isinstance(node, fx.Node) and node in self.outer:
             node = self.outer[node]
         return node
 
-    def is_known(self, node: Any) -> bool:
+    def is_known(self, node: object) -> bool:
         """Whether a node is made of inputs that are no weights, by operations that no layer is made
         of, with nothing changed in place."""
         node = self.source(node)
@@ -100,11 +100,11 @@ class MaskValues:
             todo += current.all_input_nodes
         return True
 
-    def values(self, node: Any) -> list[Any]:
+    def values(self, node: object) -> list[Any]:
         """What a node that `is_known` holds, for each batch."""
         return [self._value(self.source(node), batch) for batch in self.batches]
 
-    def _value(self, node: Any, batch: _Batch) -> Any:
+    def _value(self, node: object, batch: _Batch) -> Any:
         node = self.source(node)
         if isinstance(node, torch.SymInt):
             return _torch.traced_size(node)

@@ -24,7 +24,7 @@ _REAL: Lists = ("real tokens",)
 
 
 def padding_unread(
-    gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor], shift: bool
+    gm: fx.GraphModule, inputs: Sequence[object], arguments: Mapping[str, Tensor], shift: bool
 ) -> frozenset[fx.Node]:
     """The nodes of a graph and its bodies, ``[B, L, N]`` or ``[B * L, N]``, of which no row of
     padding reaches a loss.
@@ -71,7 +71,7 @@ class _Proof:
     def __init__(
         self,
         gm: fx.GraphModule,
-        inputs: Sequence[Any],
+        inputs: Sequence[object],
         real: fx.Node,
         arguments: Mapping[str, Tensor],
         shift: bool,

@@ -62,13 +62,13 @@ class ScoreSpans:
         self.masks.enter(body, operands)
         self.done = {n: s for n, s in self.done.items() if n.graph is not body.graph}
 
-    def hide(self, scores: Any) -> bool:
+    def hide(self, scores: object) -> bool:
         """Whether a softmax of scores ``[B, any, L, L]`` gives no weight to padding in any row of a
         real token: each such row has a score of a real token that is far larger."""
         span = self._safely(lambda: self._of(scores))
         return span is not None and self._apart(span)
 
-    def hide_with(self, mask: Any) -> bool:
+    def hide_with(self, mask: object) -> bool:
         """As `hide`, of the scores of a fused attention with a mask ``[B or 1, any, L or 1, L]``:
         added, or false where scores do not count."""
         span = self._safely(lambda: self._masked(mask))
@@ -91,7 +91,7 @@ class ScoreSpans:
             self.answers[span] = all(map(_are_apart, span.low, span.high, shown))
         return self.answers[span]
 
-    def _masked(self, mask: Any) -> Span | None:
+    def _masked(self, mask: object) -> Span | None:
         span = self._of(mask)
         key = ("masked", span)
         if span is not None and key not in self.calls:
@@ -107,7 +107,7 @@ class ScoreSpans:
             ))  # fmt: skip
         return Span(*ends)
 
-    def _of(self, node: Any) -> Span | None:
+    def _of(self, node: object) -> Span | None:
         node = self.masks.source(node)
         if not isinstance(node, fx.Node):
             return None
@@ -262,7 +262,7 @@ def _is_number(node: fx.Node) -> bool:
     return example is not None and example.dtype.is_floating_point
 
 
-def _is_a_row(node: Any, scores: Tensor) -> bool:
+def _is_a_row(node: object, scores: Tensor) -> bool:
     """Whether a node holds one number for each row of scores."""
     held = tensor(node)
     return held is not None and held.dim() == scores.dim() and held.shape[-1] == 1

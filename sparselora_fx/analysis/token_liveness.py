@@ -163,7 +163,7 @@ def _is_first(product: fx.Node, node: fx.Node) -> bool:
     return node is first and node is not second
 
 
-def _is_other(dim: Any, axis: int, rank: int) -> bool:
+def _is_other(dim: object, axis: int, rank: int) -> bool:
     """Whether a dimension is given, and is not an axis."""
     return isinstance(dim, int) and dim % rank != axis
 

@@ -23,7 +23,7 @@ _Place = tuple[fx.Node, LiveRows]
 
 
 def token_inputs(
-    gm: fx.GraphModule, inputs: Sequence[Any], arguments: Mapping[str, Tensor]
+    gm: fx.GraphModule, inputs: Sequence[object], arguments: Mapping[str, Tensor]
 ) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
     """The inputs of a graph that hold the batch's tokens, ``[B, L]`` or ``[B, L, D]``, and all that
     the model's caller gave."""

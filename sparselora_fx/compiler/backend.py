@@ -36,7 +36,7 @@ class Listener(Protocol):
 
     def replayable(
         self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
-    ) -> Callable[..., Any]:
+    ) -> Callable[..., object]:
         """What to run in place of a compiled graph: the same, or CUDA graphs of it. ``extra``: so
         many outputs beyond the model's own."""
 
@@ -50,13 +50,13 @@ class Listener(Protocol):
 
 def make_backend(
     listener: Listener, name: str, options: Options, blocks: Iterable[str]
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """A backend for ``torch.compile``. Graphs without a marked site go to the named backend
     untouched. ``blocks``: the names of the model's repeated blocks, between which graphs may be
     cut."""
     repeated = tuple(blocks)
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., object]:
         shift, call = listener.graph_traced(gm, inputs)
         # A graph that is observed is otherwise left as it is, and compiled as it would be.
         observed = _is_observed(gm)
@@ -100,7 +100,7 @@ class _Rewritten:
         sites = [site for region in report.regions for site in region.sites] + report.dense
         self.key = sites[0].weight if sites else None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> object:
         args = self.report.passed(args)
         outputs = self.compiled(*args)
         own = len(outputs) - self.report.extra

@@ -16,7 +16,7 @@ class Engine(Protocol):
 
     device: str  # type of the devices whose work it captures
 
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(self, run: Callable[[], object]) -> tuple[Callable[[], None], Any]:
         """Run a function. Returns another that does the same work again on the same memory, and
         what the function returned; its values are there after a replay."""
 
@@ -30,7 +30,7 @@ class Engine(Protocol):
     def random_state(self) -> Any:
         """The state of the device's random numbers."""
 
-    def set_random_state(self, state: Any) -> None:
+    def set_random_state(self, state: object) -> None:
         """Set that state."""
 
 
@@ -42,7 +42,7 @@ class CudaEngine:
     def __init__(self) -> None:
         self.pool: Any = None
 
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(self, run: Callable[[], object]) -> tuple[Callable[[], None], Any]:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads (a data loader that pins memory) may do what a capture may not.

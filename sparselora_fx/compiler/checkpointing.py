@@ -26,7 +26,7 @@ def save_selections(gm: fx.GraphModule) -> None:
             quieten()
 
 
-def _selection_contexts() -> Any:
+def _selection_contexts() -> object:
     """Contexts of a checkpointed forward and of its recomputation.
 
     While AOTAutograd traces they are torch's, which tag the nodes of the graph. A body that runs as
@@ -42,7 +42,7 @@ def _selection_contexts() -> Any:
 _selection_contexts.cache_hash = "sparselora_fx: selections"  # type: ignore[attr-defined]
 
 
-def _save_selection(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_selection(context: object, op: object, *args: object, **kwargs: object) -> object:
     chosen = op is OPS.topk_channels.default
     return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -63,7 +63,7 @@ class _Choosing(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func is OPS.topk_channels.default:
             self.chosen.append(result)
@@ -75,13 +75,13 @@ class _ChoosingAgain(_Choosing):
 
     place = 0
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> object:
         self.place = 0
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+    ) -> object:
         if func is not OPS.topk_channels.default:
             return func(*args, **(kwargs or {}))
         self.place += 1

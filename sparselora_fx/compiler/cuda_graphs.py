@@ -63,7 +63,7 @@ class CudaGraphs:
         calls = [node for graph in graphs for node in graph.nodes if node.op.startswith("call")]
         return len(calls) < _SMALL
 
-    def wrap(self, compiled: Function, inputs: Sequence[Any], extra: int) -> Function:
+    def wrap(self, compiled: Function, inputs: Sequence[object], extra: int) -> Function:
         """A compiled graph that is replayed where that can be done. The last ``extra`` of its
         outputs are read before its next call."""
         devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
@@ -155,7 +155,7 @@ class Replayed:
         self.held: list[int] = []  # the others
         self.off = False
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         graphs = self.graphs
         if not graphs.allowed or not torch.is_grad_enabled():
             return self.compiled(*args)
@@ -175,7 +175,7 @@ class Replayed:
         assert known.capture is not None
         return replayed(known.capture, args, graphs.pool)
 
-    def _as_usual(self, args: tuple[Any, ...], reason: str) -> Any:
+    def _as_usual(self, args: tuple[object, ...], reason: str) -> object:
         self.graphs.usual += 1
         self.graphs.refuse(reason)
         return self.compiled(*args)
@@ -196,7 +196,7 @@ class Replayed:
             self.sizes[key] = _Sizes()
         return self.sizes[key]
 
-    def _watched(self, args: tuple[Any, ...], known: _Sizes) -> Any:
+    def _watched(self, args: tuple[object, ...], known: _Sizes) -> object:
         """A call as usual that tells which outputs gradients come for."""
         outputs = self.compiled(*args)
         for place, output in enumerate(outputs):
@@ -204,7 +204,7 @@ class Replayed:
                 output.register_hook(_noting(known.used, place))
         return outputs
 
-    def _capture(self, args: tuple[Any, ...], known: _Sizes) -> bool:
+    def _capture(self, args: tuple[object, ...], known: _Sizes) -> bool:
         """Capture a call, if it can be; else its graph runs as usual from now on."""
         graphs = self.graphs
         if sum(sizes.capture is not None for sizes in self.sizes.values()) >= _CAPTURES:
@@ -234,7 +234,7 @@ def _noting(used: set[int], place: int) -> Callable[[Tensor], None]:
     return note
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> object:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.requires_grad
     return value

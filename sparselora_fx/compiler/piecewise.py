@@ -44,7 +44,7 @@ class _Piece:
 
 
 def compile_piecewise(
-    gm: fx.GraphModule, inputs: Sequence[Any], blocks: Iterable[str], compile_graph: Compiler
+    gm: fx.GraphModule, inputs: Sequence[object], blocks: Iterable[str], compile_graph: Compiler
 ) -> Callable[..., Any]:
     """Compile ``gm`` with ``compile_graph``: whole, or if blocks repeat, piece by piece.
 
@@ -100,7 +100,7 @@ def _is_plain(example: Any) -> bool:
     return is_fake and example.layout is torch.strided
 
 
-def _fresh(fake: Any) -> Any:
+def _fresh(fake: object) -> Any:
     """A fake tensor like another, and a view of none: two inputs that share memory would be
     compiled as such."""
     if not isinstance(fake, Tensor):
@@ -112,7 +112,7 @@ def _fresh(fake: Any) -> Any:
         )  # fmt: skip
 
 
-def _symbols(example: Any) -> set[Any]:
+def _symbols(example: object) -> set[Any]:
     """The symbols in a size, or in a tensor's sizes and strides."""
     if isinstance(example, Tensor):
         parts: tuple[Any, ...] = (*example.shape, *example.stride(), example.storage_offset())
@@ -162,10 +162,10 @@ def _chain(
     return module.forward
 
 
-def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _named(compiled: Callable[..., object]) -> Callable[..., Any]:
     """A compiled piece under a name that generated code can use."""
 
-    def piece(*args: Any) -> Any:
+    def piece(*args: object) -> Any:
         return compiled(*args)
 
     return piece
@@ -208,7 +208,7 @@ def _graph_key(gm: fx.GraphModule) -> str:
     """What a graph computes, in words: the same words, the same results."""
     place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
 
-    def word(argument: Any) -> Any:
+    def word(argument: object) -> Any:
         return place[argument] if isinstance(argument, fx.Node) else argument
 
     lines = []
@@ -224,14 +224,14 @@ def _graph_key(gm: fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
-def _attribute_key(held: Any) -> str:
+def _attribute_key(held: object) -> str:
     """A body by what it computes, and by what checkpointing keeps of it; else the very object."""
     if not isinstance(held, fx.GraphModule):
         return str(id(held))
     return f"{_graph_key(held)} {id(held.meta.get('_checkpoint_context_fn'))}"
 
 
-def _input_key(example: Any) -> Any:
+def _input_key(example: object) -> Any:
     if not isinstance(example, Tensor):
         return str(example)
     plain = None if _is_plain(example) else id(example)

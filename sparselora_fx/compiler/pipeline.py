@@ -32,7 +32,7 @@ WholePass = Callable[[Program], int]
 
 def run(
     gm: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Sequence[object],
     options: Options,
     passes: Sequence[Pass],
     whole: Sequence[WholePass] = (),
@@ -65,7 +65,7 @@ def run(
     return report
 
 
-def _is_marked(module: Any) -> bool:
+def _is_marked(module: object) -> bool:
     if not isinstance(module, fx.GraphModule):
         return False
     return any(op_name(node) in MARKERS for node in module.graph.nodes)
@@ -101,7 +101,7 @@ def _rewrite_all(
             log.debug("after %s:\n%s", step.__name__, gm.graph)
 
 
-def _timed(step: Callable[[Any], int], subject: Any, number: int, total: int) -> int:
+def _timed(step: Callable[[Any], int], subject: object, number: int, total: int) -> int:
     start = time.perf_counter()
     changes = step(subject)
     milliseconds = 1e3 * (time.perf_counter() - start)

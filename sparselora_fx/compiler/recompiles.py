@@ -6,7 +6,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class Recompiles:
         self.reason = _torch.recompile_reason() or self.reason
 
     @contextlib.contextmanager
-    def watching(self, kind: Hashable, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def watching(self, kind: Hashable, arguments: Mapping[str, object]) -> Iterator[None]:
         """Watch one compiled call.
 
         Args:
@@ -92,7 +91,7 @@ class Recompiles:
         )
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     """An argument, as far as a compiler looks at it."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from sparselora_fx.compiler.captures import Capture
 _BOUND = 0.02  # of a tensor's norm; the order of sums may differ, and with it roundings in bf16
 
 
-def replays_differently(capture: Capture, args: Sequence[Any]) -> bool:
+def replays_differently(capture: Capture, args: Sequence[object]) -> bool:
     """Whether a replay's outputs or gradients are not those of the same call run as usual, with the
     same random numbers. Random numbers are afterwards as before; waits for the device."""
     engine = capture.engine
@@ -25,7 +24,7 @@ def replays_differently(capture: Capture, args: Sequence[Any]) -> bool:
     return any(_differ(*pair) for pair in zip(got, expected, strict=True))
 
 
-def _usual(capture: Capture, args: Sequence[Any]) -> list[Tensor | None]:
+def _usual(capture: Capture, args: Sequence[object]) -> list[Tensor | None]:
     inputs, outputs = capture.usual(args)
     ends = [outputs[place] for place in capture.used]
     roots = [inputs[place] for place in capture.roots]
@@ -34,7 +33,7 @@ def _usual(capture: Capture, args: Sequence[Any]) -> list[Tensor | None]:
     return [*(end.detach() for end in ends), *gradients]
 
 
-def _replayed(capture: Capture, args: Sequence[Any]) -> list[Tensor | None]:
+def _replayed(capture: Capture, args: Sequence[object]) -> list[Tensor | None]:
     capture.take(args)
     capture.forward()
     ends = [capture.outputs[place].clone() for place in capture.used]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class GraphReport:
     observed: list[ObservedReport]
     inputs: list[int]
 
-    def passed(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def passed(self, args: Sequence[object]) -> tuple[object, ...]:
         """What a call of the traced graph passes to this one. Dynamo leaves out itself what is no
         input any more."""
         if len(args) == len(self.inputs):

@@ -53,7 +53,7 @@ def calibrate(
     model: nn.Module,
     weights: list[FrozenWeight],
     ranks: Mapping[str, int],
-    batches: Iterable[Any],
+    batches: Iterable[object],
     settings: Settings,
 ) -> list[Found]:
     """Factors and statistics of every weight that the batches reach, input by input.
@@ -138,7 +138,9 @@ def _on_cpu(statistics: Statistics) -> Statistics:
     return Statistics(*(part.detach().cpu() for part in statistics))
 
 
-def _groups(model: nn.Module, weights: list[FrozenWeight], batch: Any) -> list[list[FrozenWeight]]:
+def _groups(
+    model: nn.Module, weights: list[FrozenWeight], batch: object
+) -> list[list[FrozenWeight]]:
     """Weights by the input they read, in the order of the forward; those that are not reached are
     left out."""
     groups: list[list[FrozenWeight]] = []
@@ -210,7 +212,7 @@ def _run(
             handle.remove()
 
 
-def _counted(x: Tensor, mask: Any) -> Tensor:
+def _counted(x: Tensor, mask: object) -> Tensor:
     """``[T, K]``: the tokens that are not padding (all, where the mask is not about them)."""
     rows = x.flatten(0, -2)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(rows):

@@ -73,7 +73,7 @@ def write_tensors(
         raise EstimatorError(f"cannot write the estimator to {str(path)!r}: {error}") from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[object, dict[str, Tensor]]:
     """The header (whatever it is) and the tensors of a file; see `check_sum`."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -113,7 +113,7 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _contents(header: Any, tensors: dict[str, Tensor]) -> Contents:
+def _contents(header: object, tensors: dict[str, Tensor]) -> Contents:
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise EstimatorError("is no estimator file (its metadata does not say so)")
     if header.get("version") not in (_PLAIN, _CALIBRATED):

@@ -16,7 +16,7 @@ _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1
 _COPIES = ("aten::_to_copy", "aten::clone")
 
 
-def oriented(weights: Sequence[FrozenWeight], run: Callable[[], Any]) -> list[FrozenWeight]:
+def oriented(weights: Sequence[FrozenWeight], run: Callable[[], object]) -> list[FrozenWeight]:
     """The same weights, with ``transposed`` as each is used in ``run()``. It is called only where
     some weight's module does not tell (`FrozenWeight.oriented`); a weight that is not used in a
     product, or both ways, stays as it is."""
@@ -46,7 +46,9 @@ class _Uses(TorchDispatchMode):
         self.found: dict[int, set[bool]] = {}
         self.copies: list[Tensor] = []  # kept, so that no other tensor gets their memory
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in _COPIES and (held := self.weights.get(args[0].data_ptr())) is not None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ class SVDEstimator:
         model: nn.Module,
         rank: int | Mapping[str, int] = 8,
         *,
-        calibration: Iterable[Mapping[str, Any]] | None = None,
+        calibration: Iterable[Mapping[str, object]] | None = None,
         damping: float = DAMPING,
         layers_per_pass: int | None = None,
         device: str | torch.device | None = None,

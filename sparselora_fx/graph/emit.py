@@ -40,7 +40,7 @@ def copied(node: fx.Node, replaced: Callable[[fx.Node], fx.Node]) -> fx.Node:
     return node.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
 
 
-def set_value(node: fx.Node, example: Any) -> None:
+def set_value(node: fx.Node, example: object) -> None:
     """Give a node the value of another one: of the same input, or of the same call with fewer or
     more results."""
     node.meta["example_value"] = example
@@ -65,7 +65,7 @@ def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, A
             set_value(node, env[node])
 
 
-def mode_of(value: Any) -> Any:
+def mode_of(value: object) -> Any:
     """The mode in which the first fake tensor of a value is computed with; None if it has none."""
     fakes = (leaf for leaf in tree_leaves(value) if isinstance(leaf, FakeTensor))
     return next((fake.fake_mode for fake in fakes), None)

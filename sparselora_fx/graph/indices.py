@@ -12,7 +12,7 @@ from sparselora_fx.graph.layout import Atom
 _MAX = 4096  # elements; heads are counted in dozens
 
 
-def run_of(index: Any) -> tuple[int, tuple[Atom, Atom]] | None:
+def run_of(index: object) -> tuple[int, tuple[Atom, Atom]] | None:
     """``(start, (outer, inner))`` such that ``index[i * inner.size + j] == start + i *
     outer.stride + j * inner.stride``, for a list of indices or a tensor made of numbers alone.
 
@@ -31,7 +31,7 @@ def run_of(index: Any) -> tuple[int, tuple[Atom, Atom]] | None:
     return None
 
 
-def _evaluated(node: Any) -> list[Any] | None:
+def _evaluated(node: object) -> list[Any] | None:
     """The values of a one-dimensional tensor that depends on numbers alone."""
     if not isinstance(node, fx.Node):
         return None

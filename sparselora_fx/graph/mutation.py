@@ -8,7 +8,6 @@ it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -40,7 +39,7 @@ def is_mutated(node: fx.Node) -> bool:
     return False
 
 
-def _written(call: fx.Node) -> Iterator[Any]:
+def _written(call: fx.Node) -> Iterator[object]:
     """The operands that a call writes into."""
     schema = getattr(call.target, "_schema", None)
     if schema is not None and schema.is_mutable:

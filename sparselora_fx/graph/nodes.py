@@ -35,19 +35,19 @@ def op_name(node: fx.Node) -> str:
     return node.op
 
 
-def value(node: Any) -> Any:
+def value(node: object) -> Any:
     """The example value Dynamo left on a node (a fake tensor, a symbolic integer, a tuple, ...),
     or None."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
-def tensor(node: Any) -> torch.Tensor | None:
+def tensor(node: object) -> torch.Tensor | None:
     """The fake tensor of a node, or None if it is no tensor."""
     example = value(node)
     return example if isinstance(example, torch.Tensor) else None
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
     """One argument of a call, whether it was passed by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 

@@ -24,7 +24,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[torch._ops.OpOverload] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         self.ops.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -91,7 +93,7 @@ def _dispatched(node: fx.Node) -> list[torch._ops.OpOverload]:
     return list(recorder.ops)
 
 
-def _tiny(leaf: Any) -> Any:
+def _tiny(leaf: object) -> object:
     example = value(leaf)
     if isinstance(example, torch.Tensor):
         # Counted from the last dimension no two sizes are alike: what does not broadcast as usual

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class TokenLists:
 
 
 def labelled_tokens(
-    tokens: Tokens, arguments: Mapping[str, Any], *, shift: bool | None
+    tokens: Tokens, arguments: Mapping[str, object], *, shift: bool | None
 ) -> Tensor | None:
     """The tokens ``bool[B, L]`` whose prediction carries loss; None for a call without labels."""
     labels = arguments.get("labels")

@@ -82,5 +82,5 @@ def unpromising(problem: Problem, ratio: float | None) -> str | None:
     return next((reason for broken, reason in rules if broken), None)
 
 
-def _fixed(size: Any) -> bool:
+def _fixed(size: object) -> bool:
     return isinstance(size, int) or bool(getattr(size, "is_number", False))

@@ -16,73 +16,73 @@ from sparselora_fx.lowering import inductor
 _ATEN = torch.ops.aten
 
 
-def _lowered(op: Any) -> Callable[..., Any]:
+def _lowered(op: object) -> Callable[..., object]:
     found: Callable[..., Any] = inductor.inductor().lowerings[op]
     return found
 
 
-def rows(w: Any, idx: Any, dtype: torch.dtype) -> Any:
+def rows(w: object, idx: object, dtype: torch.dtype) -> object:
     """``w[idx, :]`` in ``dtype``; the gather comes first, so only kept rows are cast."""
     kept = _lowered(_ATEN.index.Tensor)(w, [idx])
     return _lowered(torch.ops.prims.convert_element_type.default)(kept, dtype)
 
 
-def transpose(w: Any) -> Any:
+def transpose(w: object) -> object:
     """``w.t()`` of a matrix."""
     return _lowered(_ATEN.permute.default)(w, [1, 0])
 
 
-def flatten(x: Any) -> Any:
+def flatten(x: Any) -> object:
     """``x[..., K]`` as a matrix ``[T, K]``."""
     size = x.get_size()
     return x if len(size) == 2 else _lowered(_ATEN.view.default)(x, [-1, size[-1]])
 
 
-def unflatten(y: Any, like: Any) -> Any:
+def unflatten(y: Any, like: Any) -> object:
     """``y[T, N]`` with the leading dimensions of ``like``."""
     lead = like.get_size()[:-1]
     return y if len(lead) == 1 else _lowered(_ATEN.view.default)(y, [*lead, y.get_size()[1]])
 
 
-def matmul(x: Any, w: Any) -> Any:
+def matmul(x: object, w: object) -> object:
     """``x[..., K] @ w[K, N]`` through the 2-D matmul lowering."""
     return unflatten(_lowered(_ATEN.mm.default)(flatten(x), w), x)
 
 
-def sliced_linear(x: Any, w: Any, idx: Any) -> Any:
+def sliced_linear(x: Any, w: Any, idx: Any) -> object:
     """``x[T, K] @ w[idx, :].T``."""
     return matmul(x, transpose(rows(w, idx, x.get_dtype())))
 
 
-def sliced_linear_dgrad(gy: Any, w: Any, idx: Any) -> Any:
+def sliced_linear_dgrad(gy: Any, w: Any, idx: Any) -> object:
     """``gy[T, S] @ w[idx, :]``."""
     return matmul(gy, rows(w, idx, gy.get_dtype()))
 
 
-def sliced_linear_in(h: Any, w: Any, idx: Any) -> Any:
+def sliced_linear_in(h: Any, w: Any, idx: Any) -> object:
     """``h[T, S] @ w[:, idx].T``."""
     return matmul(h, rows(transpose(w), idx, h.get_dtype()))
 
 
-def sliced_linear_in_dgrad(gy: Any, w: Any, idx: Any) -> Any:
+def sliced_linear_in_dgrad(gy: Any, w: Any, idx: Any) -> object:
     """``gy[T, N] @ w[:, idx]``."""
     return matmul(gy, transpose(rows(transpose(w), idx, gy.get_dtype())))
 
 
-def sliced_linear_wgrad(gy: Any, x: Any, idx: Any, n: Any) -> Any:
+def sliced_linear_wgrad(gy: object, x: object, idx: object, n: object) -> object:
     """``gw[N, K]``: rows idx hold ``gy.T @ x``, the others zero."""
     part = _lowered(_ATEN.mm.default)(transpose(flatten(gy)), flatten(x))
     return _placed(part, idx, n)
 
 
-def sliced_linear_in_wgrad(gy: Any, h: Any, idx: Any, n: Any) -> Any:
+def sliced_linear_in_wgrad(gy: object, h: object, idx: object, n: object) -> object:
     """``gw[N, K=n]``: columns idx hold ``gy.T @ h``, the others zero (built as rows of the
     transpose)."""
     part = _lowered(_ATEN.mm.default)(transpose(flatten(h)), flatten(gy))
     return transpose(_placed(part, idx, n))
 
 
-def _placed(part: Any, idx: Any, n: Any) -> Any:
+def _placed(part: Any, idx: Any, n: Any) -> object:
     """``zeros[n, K]`` with ``part[S, K]`` in rows idx; idx is unique, so the scatter is
     deterministic."""
     zeros = _lowered(_ATEN.full.default)(

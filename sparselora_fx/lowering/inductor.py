@@ -40,8 +40,8 @@ def inductor() -> SimpleNamespace:
 
 
 def select(
-    name: str, choices: list[Any], inputs: list[Any], layout: Any, input_gen_fns: Any
-) -> Any:
+    name: str, choices: list[Any], inputs: list[Any], layout: object, input_gen_fns: object
+) -> object:
     """The fastest of some choices, as an IR node. 2.12 and 2.13 return ``(node, choice)``."""
     found = inductor().autotune_select_algorithm(
         name, choices, inputs, layout, input_gen_fns=input_gen_fns
@@ -55,7 +55,7 @@ def only_choices(name: str) -> dict[str, Any]:
     return {"max_autotune_gemm": True, "test_configs.autotune_choice_name_regex": name}
 
 
-def fallback(op: Any) -> Callable[..., Any]:
+def fallback(op: Any) -> Callable[..., object]:
     """A lowering that calls an op's eager kernel, on inputs with the strides that were traced. Run
     on 2.13."""
     from torch._inductor.lowering import (
@@ -68,12 +68,12 @@ def fallback(op: Any) -> Callable[..., Any]:
     return fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-any-return]
 
 
-def size_hint(expression: Any) -> int:
+def size_hint(expression: object) -> int:
     """A likely value of a size that may be symbolic. Run on 2.11, 2.12 and 2.13."""
     return int(inductor().V.graph.sizevars.optimization_hint(expression))
 
 
-def always_equal(left: Any, right: Any) -> bool:
+def always_equal(left: object, right: object) -> bool:
     """Whether two sizes are equal whatever their symbols stand for; adds no guard."""
     import sympy  # type: ignore[import-untyped]
 

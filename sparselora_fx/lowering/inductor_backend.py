@@ -42,7 +42,7 @@ def backend_compile(
     *,
     rewritten: bool,
     patches: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """Compile a Dynamo graph as ``torch.compile(backend=name)`` would.
 
     A rewritten graph also gets our lowerings, and a cache key that covers them. ``patches`` are
@@ -73,7 +73,7 @@ def saving_less() -> AbstractContextManager[None]:
     return functorch_config.patch(ban_recompute_materialized_backward=False)  # type: ignore[no-any-return]
 
 
-def _body(name: str) -> Callable[..., Any]:
+def _body(name: str) -> Callable[..., object]:
     return getattr(ops, name, None) or getattr(score_ops, name)  # type: ignore[no-any-return]
 
 
@@ -123,7 +123,7 @@ def install_lowerings() -> bool:
     return False
 
 
-def _key_pass() -> Any:
+def _key_pass() -> object:
     """A pass that changes nothing but Inductor's cache key, which does not cover lowerings.
 
     It runs the user's own ``post_grad_custom_pre_pass`` (one or several), under a key that holds
@@ -141,7 +141,7 @@ def _key_pass() -> Any:
             for step in theirs:
                 step(graph)
 
-        def uuid(self) -> Any:
+        def uuid(self) -> object:
             keys = [step.uuid() if hasattr(step, "uuid") else None for step in theirs]
             return None if None in keys else (key, *keys)  # None: Inductor does not cache
 

@@ -20,15 +20,15 @@ def install() -> None:
         _register(name, _weight_gradient(name))
 
 
-def _register(name: str, fn: Callable[..., Any]) -> None:
+def _register(name: str, fn: Callable[..., object]) -> None:
     inductor.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
 
 
-def _sliced(family: triton.Family) -> Callable[..., Any]:
+def _sliced(family: triton.Family) -> Callable[..., object]:
     """``(x[..., K], w, idx) -> y[..., N]``: a template where the rules allow one, else gather and
     matmul."""
 
-    def lower(x: Any, w: Any, idx: Any) -> Any:
+    def lower(x: object, w: object, idx: object) -> object:
         problem = triton.problem(family, x, w, idx)
         reason = constraints.ineligible(problem)
         if reason is None and not triton.autotunes():
@@ -41,11 +41,11 @@ def _sliced(family: triton.Family) -> Callable[..., Any]:
     return lower
 
 
-def _weight_gradient(name: str) -> Callable[..., Any]:
+def _weight_gradient(name: str) -> Callable[..., object]:
     """On a GPU: Inductor's own matmul, then one scatter. Elsewhere the op's eager body runs."""
     eager = inductor.fallback(getattr(OPS, name).default)
 
-    def lower(gy: Any, x: Any, idx: Any, n: Any) -> Any:
+    def lower(gy: Any, x: Any, idx: Any, n: Any) -> object:
         if x.get_device().type != "cuda":
             return eager(gy, x, idx, n)
         return gather_matmul.WEIGHT_GRADIENTS[name](gy, x, idx, n)

@@ -134,7 +134,7 @@ def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:
     )
 
 
-def lower(family: Family, problem: Problem, x: Any, w: Any, idx: Any) -> Any:
+def lower(family: Family, problem: Problem, x: object, w: object, idx: object) -> Any:
     """The chosen kernel's output, with the leading dimensions of x.
 
     Every choice is given the same inputs: before torch 2.13 the fallback is benchmarked on the

@@ -12,13 +12,13 @@ from sparselora_fx.errors import CompileError
 
 
 def call_arguments(
-    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    names: Sequence[str], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """The arguments of a call by name, as far as its callee has ``names`` for them."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def argument_names(forward: Callable[..., Any]) -> list[str]:
+def argument_names(forward: Callable[..., object]) -> list[str]:
     """The names that a function's signature has for positional arguments, in their order."""
     return [
         p.name

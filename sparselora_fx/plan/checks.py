@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 from sparselora_fx.errors import PlanError
 from sparselora_fx.plan.suggestions import nearest
@@ -18,7 +17,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def check_sparsity(value: Any) -> float | dict[str, float] | str:
+def check_sparsity(value: object) -> float | dict[str, float] | str:
     if isinstance(value, str) and value == STRUCTURAL:
         return value
     if not isinstance(value, Mapping):
@@ -31,19 +30,19 @@ def check_sparsity(value: Any) -> float | dict[str, float] | str:
     return {key: check_fraction(f"the sparsity of {key!r}", s) for key, s in value.items()}
 
 
-def check_fraction(what: str, value: Any) -> float:
+def check_fraction(what: str, value: object) -> float:
     if not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 <= float(value) < 1:
         return float(value)
     raise PlanError(f"{what} is {value!r}; allowed: a number in [0, 1), where 0 is dense")
 
 
-def check_positive(what: str, value: Any) -> int:
+def check_positive(what: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise PlanError(f"{what} is {value!r}; allowed: a positive int")
 
 
-def check_tokens(value: Any) -> Any:
+def check_tokens(value: object) -> object:
     if callable(value) or (isinstance(value, str) and value in TOKENS):
         return value
     raise PlanError(f"tokens is {value!r}; {nearest(str(value), TOKENS)}")

@@ -88,7 +88,7 @@ class SparsityPlan:
     min_sparse: float
 
     def __init__(
-        self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: Any
+        self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: object
     ) -> None:
         """Check and keep the values; ``sparsity`` may also be the path of a YAML file.
 
@@ -161,7 +161,7 @@ class SparsityPlan:
         *,
         flops: float | None = None,
         max_loss: float | None = None,
-        **options: Any,
+        **options: object,
     ) -> SparsityPlan:
         """The best plan under one budget that a table of `sensitivity` allows; see ``budget``.
 

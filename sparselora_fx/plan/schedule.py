@@ -4,14 +4,13 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sparselora_fx.errors import PlanError
 
 When = int | float  # an int counts optimizer steps, a float is a fraction of all of them
 
 
-def check_when(what: str, value: Any, *, top: bool = False) -> When:
+def check_when(what: str, value: object, *, top: bool = False) -> When:
     """A step count or a fraction of training in [0, 1) (1.0 too if ``top``); `PlanError`
     otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -24,7 +23,7 @@ def check_when(what: str, value: Any, *, top: bool = False) -> When:
     )
 
 
-def check_schedule(start: Any, end: Any) -> tuple[When, When | None]:
+def check_schedule(start: object, end: object) -> tuple[When, When | None]:
     """Validated ``(start_step, end_step)``."""
     start = check_when("start_step", start)
     end = None if end is None else check_when("end_step", end, top=True)
@@ -35,7 +34,7 @@ def check_schedule(start: Any, end: Any) -> tuple[When, When | None]:
     return start, end
 
 
-def check_ramp(ramp: Any) -> tuple[tuple[When, float], ...]:
+def check_ramp(ramp: object) -> tuple[tuple[When, float], ...]:
     """Validated stages ``(from when, share of the plan's sparsity in [0, 1])``, in rising order of
     one unit."""
     if ramp is None:
@@ -60,7 +59,7 @@ def check_ramp(ramp: Any) -> tuple[tuple[When, float], ...]:
     return tuple(stages)
 
 
-def check_calibrate(value: Any) -> str | None:
+def check_calibrate(value: object) -> str | None:
     """When a plan calibrates: "dense_phase", or None (never)."""
     if value is None or (isinstance(value, str) and value == "dense_phase"):
         return value
@@ -70,7 +69,7 @@ def check_calibrate(value: Any) -> str | None:
     )
 
 
-def check_refresh(value: Any, calibrate: Any) -> int | None:
+def check_refresh(value: object, calibrate: object) -> int | None:
     """After how many steps a plan calibrates again, or None (never)."""
     if value is None:
         return None

@@ -120,5 +120,5 @@ class Approximation:
         return done[node]
 
 
-def _is_placeholder(node: Any) -> bool:
+def _is_placeholder(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"

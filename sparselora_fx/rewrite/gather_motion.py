@@ -74,7 +74,7 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     return lost
 
 
-def token_gather_of(graph: fx.Graph, node: fx.Node, lists: tuple[Any, ...]) -> fx.Node:
+def token_gather_of(graph: fx.Graph, node: fx.Node, lists: tuple[object, ...]) -> fx.Node:
     """``gather_tokens(node, *lists)``, one for all readers."""
     return _gather_of(graph, OPS.gather_tokens.default, node, lists)
 

@@ -4,7 +4,6 @@ on reading it, later readers read the result."""
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,7 @@ def as_sum(node: fx.Node) -> fx.Node | None:
     return new
 
 
-def last_slice(key: Any, whole: torch.Tensor) -> tuple[int, int, int] | None:
+def last_slice(key: object, whole: torch.Tensor) -> tuple[int, int, int] | None:
     """``(start, stop, step)`` of an index ``[..., start:stop:step]`` of numbers, or None."""
     if not isinstance(key, tuple) or not isinstance(key[-1], slice):
         return None

@@ -55,7 +55,7 @@ def _from_tensordot(node: fx.Node, weights: Set[fx.Node]) -> fx.Node | None:
         return instead(node, torch.nn.functional.linear if summed else torch.matmul, x, w)
 
 
-def _origin(node: Any) -> Any:
+def _origin(node: object) -> object:
     """What a weight was before it was transposed or cast."""
     while isinstance(node, fx.Node) and (
         op_name(node) in WEIGHT_VIEWS or (op_name(node) == "getattr" and node.args[1] in TRANSPOSED)
@@ -64,7 +64,7 @@ def _origin(node: Any) -> Any:
     return node
 
 
-def _unexpanded(node: Any) -> fx.Node | None:
+def _unexpanded(node: object) -> fx.Node | None:
     """``w`` of ``w[None].expand(B, K, N)``, which holds the same matrix B times."""
     if not isinstance(node, fx.Node) or op_name(node) not in (
         "expand",

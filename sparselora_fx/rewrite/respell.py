@@ -173,7 +173,7 @@ def as_added(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_like(other: Any, node: fx.Node) -> bool:
+def _is_like(other: object, node: fx.Node) -> bool:
     a, b = tensor(other), tensor(node)
     return a is not None and b is not None and a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
@@ -186,7 +186,7 @@ def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.
     return graph.call_function(function, args, kwargs)
 
 
-def drop(node: Any) -> None:
+def drop(node: object) -> None:
     """Erase a call that nobody reads, and what it alone has read."""
     if (
         not isinstance(node, fx.Node)

@@ -107,7 +107,7 @@ def _adds(
     return True
 
 
-def _is_bias(node: Any, site: Site) -> bool:
+def _is_bias(node: object, site: Site) -> bool:
     example = tensor(node)
     given = isinstance(node, fx.Node) and node.op == "placeholder"
     return given and example is not None and same_shape(example.shape, (site.out_features,))
@@ -128,7 +128,7 @@ def _made_of_rows(site: Site) -> set[fx.Node]:
     return made
 
 
-def _is_scale(node: Any, site: Site, made: set[fx.Node]) -> bool:
+def _is_scale(node: object, site: Site, made: set[fx.Node]) -> bool:
     """Whether a value is made of a weight's norms, and is one number for each of its rows."""
     example = tensor(node)
     if not isinstance(node, fx.Node) or node not in made or example is None:
@@ -136,7 +136,7 @@ def _is_scale(node: Any, site: Site, made: set[fx.Node]) -> bool:
     return same_shape(example.shape, (*[1] * (example.dim() - 1), site.out_features))
 
 
-def _product(user: fx.Node, scale: Scale, other: Any) -> fx.Node:
+def _product(user: fx.Node, scale: Scale, other: object) -> fx.Node:
     with user.graph.inserting_before(user):
         row = called("reshape", called("detach", other), -1)
         return row if scale is None else called(torch.mul, scale, row)

@@ -22,7 +22,7 @@ def gathered(graph: fx.Graph, x: fx.Node, split: Split) -> list[fx.Node]:
     return [gathered_rows(graph, x, part) for part in split]
 
 
-def gathered_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[Any]) -> fx.Node:
+def gathered_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[object]) -> fx.Node:
     """The rows of x for the tokens of one list ``[idx, pos]``."""
     return token_gather_of(graph, x, tuple(tokens))
 
@@ -61,7 +61,7 @@ def filled(graph: fx.Graph, y: fx.Node, tokens: Sequence[Any]) -> fx.Node:
 
 
 def in_shape(
-    graph: fx.Graph, whole: fx.Node, grid_node: Any, *, like: fx.Node, sizes_of: fx.Node
+    graph: fx.Graph, whole: fx.Node, grid_node: object, *, like: fx.Node, sizes_of: fx.Node
 ) -> fx.Node:
     """``whole[B, L, N]`` in the shape of ``like``, as `merged` says."""
     shape, grid = tensor(like), tensor(grid_node)

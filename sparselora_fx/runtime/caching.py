@@ -21,7 +21,7 @@ LEFT_OUT = "left out"  # there is none
 STANDS_IN = "stands in"  # none is kept, but the model computes what it would with one
 
 
-def takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
+def takes_use_cache(forward: Callable[..., object], config: object) -> bool:
     """Whether a forward knows ``use_cache``: by name, or (transformers) among its open keywords."""
     known = inspect.signature(forward).parameters
     if "use_cache" in known:
@@ -31,12 +31,12 @@ def takes_use_cache(forward: Callable[..., Any], config: Any) -> bool:
     return open_ended and (hasattr(config, "use_cache") or hasattr(text, "use_cache"))
 
 
-def is_unset(arguments: Mapping[str, Any]) -> bool:
+def is_unset(arguments: Mapping[str, object]) -> bool:
     """Whether a call says nothing of a cache."""
     return arguments.get("use_cache") is None and arguments.get("past_key_values") is None
 
 
-def may_be_packed(arguments: Mapping[str, Any]) -> bool:
+def may_be_packed(arguments: Mapping[str, object]) -> bool:
     """Whether a model of transformers would look for packed samples, if there were no cache:
     ``position_ids`` that restart, and no mask."""
     return arguments.get("position_ids") is not None and arguments.get("attention_mask") is None
@@ -64,7 +64,7 @@ def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
     known = hasattr(config, "use_cache")  # else a model inside it decides
     decoder = not getattr(config, "is_encoder_decoder", False)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
         phase = phase_of(key)
         if phase is None or phase.caching == AS_CALLED:
             return None
@@ -86,7 +86,9 @@ def _stand_in() -> Any:
     from transformers import DynamicCache
 
     class Empty(DynamicCache):  # type: ignore[misc]
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        def update(
+            self, key_states: object, value_states: object, *args: object, **kwargs: object
+        ) -> Any:
             return key_states, value_states
 
     return Empty

@@ -30,7 +30,7 @@ class StandIn:
 
     replaced: Any = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> object:
         raise _not_copied()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -81,7 +81,7 @@ class _Reduce:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)  # no circle: a module's memory goes with its last user
 
-    def __call__(self, protocol: Any) -> Any:
+    def __call__(self, protocol: Any) -> object:
         module = self.module()
         assert module is not None
         made = type(module).__reduce_ex__(module, protocol)
@@ -93,13 +93,13 @@ class _Reduce:
         return build, args, _plain(state), *rest
 
 
-def _plain(state: Any) -> Any:
+def _plain(state: object) -> object:
     if not isinstance(state, dict):
         return state
     return dict(_kept(state))
 
 
-def _kept(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _kept(state: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """The entries of a module's ``__dict__`` that are not ours; buffers and hooks are looked
     through."""
     hooks = state.get("_forward_pre_hooks") or {}
@@ -123,7 +123,7 @@ def _kept(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _holds_stand_in(function: Any) -> bool:
+def _holds_stand_in(function: object) -> bool:
     """Whether a wrapped function leads to a stand-in: such a function would not be copied, and the
     copy would call the model that it was copied from."""
     seen: set[int] = set()
@@ -142,7 +142,7 @@ class Unloading(StandIn):
     def __init__(self, module: nn.Module, name: str, undo: Callable[[], None]) -> None:
         self.call, self.undo = getattr(module, name), undo
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         result = self.call(*args, **kwargs)
         self.undo()
         return result

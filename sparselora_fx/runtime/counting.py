@@ -46,7 +46,7 @@ class CountedBatch:
         """As `Tensor.pin_memory`; a `DataLoader` calls it."""
         return replace(self, sums=self.sums.pin_memory(*args))
 
-    def fits(self, plan: SparsityPlan, arguments: Mapping[str, Any], shift: bool | None) -> bool:
+    def fits(self, plan: SparsityPlan, arguments: Mapping[str, object], shift: bool | None) -> bool:
         """Whether a call is one that these counts can be of."""
         return self.shapes == _shapes(arguments) and (plan, shift) == (self.plan, self.shift)
 
@@ -77,6 +77,6 @@ def add_counts(batch: MutableMapping[str, Any], plan: SparsityPlan, shift: bool 
     batch[KEY] = CountedBatch(counts, sums, _shapes(batch), plan, shift)
 
 
-def _shapes(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(arguments: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     values = {name: arguments.get(name) for name in _READ}
     return {name: tuple(v.shape) for name, v in values.items() if isinstance(v, Tensor)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from sparselora_fx.errors import DeviceError
 _GRIDS = ("input_ids", "inputs_embeds")  # models move masks and labels themselves
 
 
-def check_devices(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+def check_devices(model: nn.Module, arguments: Mapping[str, object]) -> None:
     """Raise `DeviceError` if a batch's tokens are on another device than all of a model.
 
     A model that is spread over devices moves its inputs itself (accelerate's hooks).

@@ -42,7 +42,7 @@ class CompiledForward(StandIn):
         self,
         model: nn.Module,
         runtime: Runtime,
-        compiled: Callable[..., Any],
+        compiled: Callable[..., object],
         compile_eval: bool,
         precompile: bool,
         trim_logits: bool,
@@ -71,7 +71,7 @@ class CompiledForward(StandIn):
         # into that one, our backend would never see the graph, and all would be dense.
         self.step = torch.compiler.disable(self._step)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         if self.takes_key and self.runtime.active and OUTPUT_TOKENS in kwargs:
             with output_tokens(kwargs.pop(OUTPUT_TOKENS)):
                 return self(*args, **kwargs)
@@ -84,7 +84,7 @@ class CompiledForward(StandIn):
             return self.original(*args, **kwargs)
         return self.step(counted, *args, **kwargs)
 
-    def _step(self, counted: CountedBatch | None, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, counted: CountedBatch | None, *args: object, **kwargs: object) -> object:
         """One compiled call, and before it those that compile ahead."""
         runtime = self.runtime
         if _torch.in_transform():
@@ -102,8 +102,8 @@ class CompiledForward(StandIn):
         return out
 
     def _run(
-        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> object:
         """One compiled call. A graph that is traced may show that other tokens carry loss than was
         assumed: the call then begins anew, before that graph has run."""
         runtime, convention = self.runtime, self.runtime.convention
@@ -121,8 +121,8 @@ class CompiledForward(StandIn):
                 return result
 
     def _call(
-        self, counted: CountedBatch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> object:
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
         arguments = call_arguments(self.names, args, kwargs)
         if self.model.training and _decodes(arguments):
@@ -181,7 +181,7 @@ class CompiledForward(StandIn):
             return {**arguments, "labels": kept.labels}
         return arguments
 
-    def _shift(self, arguments: Mapping[str, Any]) -> bool | None:
+    def _shift(self, arguments: Mapping[str, object]) -> bool | None:
         """How the labels of a call are predicted: see `Convention.shift`."""
         convention, kept = self.runtime.convention, self.runtime.kept_labels
         mine = kept is not None and kept.own_loss and arguments.get("labels") is kept.labels
@@ -242,7 +242,7 @@ class CompiledForward(StandIn):
         return sparse and any(max(own) > 0 for own in runtime.sparsity.values())
 
     def _observe(
-        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, Any]
+        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, object]
     ) -> list[Tensor]:
         """What is observed of a dense call. Calls that compile ahead, and those without gradients,
         run the same graphs and do not count."""
@@ -257,7 +257,7 @@ class CompiledForward(StandIn):
         return runtime.collector.begin(tokens, total, device, counting=counting)
 
 
-def _decodes(arguments: Mapping[str, Any]) -> bool:
+def _decodes(arguments: Mapping[str, object]) -> bool:
     """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
     where it is called on a model in training mode."""
     cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")

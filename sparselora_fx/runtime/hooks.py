@@ -63,11 +63,11 @@ def phase_of(key: int) -> TraceInputs | None:
     return _TRACE_INPUTS.get(key)
 
 
-def site_hook(key: int, marks: tuple[SiteAttributes, ...]) -> Any:
+def site_hook(key: int, marks: tuple[SiteAttributes, ...]) -> object:
     """A forward pre-hook that passes a module's input through one `site` (or `observed`) marker per
     weight, while being traced."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
         if not torch.compiler.is_compiling():
             _note_eager(module, _TRACE_INPUTS.get(key), marks)
             return None
@@ -112,11 +112,11 @@ def _refuse_recomputation(
         )
 
 
-def label_hook(key: int) -> Any:
+def label_hook(key: int) -> object:
     """A forward pre-hook that passes a module's input through a `label_rows` marker, while being
     traced."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def hook(module: nn.Module, args: tuple[object, ...]) -> object:
         if not torch.compiler.is_compiling():
             return None
         trace_inputs = _TRACE_INPUTS[key]

@@ -43,7 +43,7 @@ class SiteOutcome:
 def note_outcomes(
     seen: dict[str, SiteOutcome],
     report: GraphReport,
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     name_of: NameOf,
     call: int,
 ) -> None:
@@ -82,7 +82,7 @@ def _uses(
     return uses
 
 
-def numbered(name: str, taken: Mapping[str, Any]) -> str:
+def numbered(name: str, taken: Mapping[str, object]) -> str:
     """A name that is not taken: itself, or with ``#2``, ``#3``, ... behind it."""
     number, free = 1, name
     while free in taken:

@@ -46,7 +46,7 @@ class CompiledBlock(StandIn):
     form. Called in any other way, a block runs its own forward.
     """
 
-    def __init__(self, block: nn.Module, runtime: Runtime, compiled: Callable[..., Any]) -> None:
+    def __init__(self, block: nn.Module, runtime: Runtime, compiled: Callable[..., object]) -> None:
         self.block = block
         self.runtime = runtime
         self.compiled = compiled
@@ -99,7 +99,7 @@ def repeated_blocks(frozen: list[FrozenWeight]) -> list[str]:
 
 
 def compile_blocks(
-    runtime: Runtime, names: list[str], backend: Callable[..., Any], dynamic: bool | None
+    runtime: Runtime, names: list[str], backend: Callable[..., object], dynamic: bool | None
 ) -> None:
     """Give the named blocks compiled forwards."""
     for name in names:

@@ -157,7 +157,7 @@ class Runtime:
             taken = None if seen.taken is None else extra[seen.taken]
             self.collector.add(names, extra[seen.rows], taken)
 
-    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
+    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         """Learn from a graph how labels are predicted; see `backend.Listener`."""
         convention, traced = self.convention, self.trace_inputs
         if convention.learn(shown_conventions(gm.graph)) and traced.tokens:
@@ -167,7 +167,7 @@ class Runtime:
         frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
 
-    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> None:
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> None:
         """Count a graph, unless it shows that nothing can be sliced; see `backend.Listener`."""
         if report is not None and slices_nothing(self, report, inputs):
             self.convention.retry = True
@@ -175,8 +175,12 @@ class Runtime:
         self.recompiles.compiling()
 
     def replayable(
-        self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
-    ) -> Callable[..., Any]:
+        self,
+        compiled: Callable[..., object],
+        gm: fx.GraphModule,
+        inputs: Sequence[object],
+        extra: int,
+    ) -> Callable[..., object]:
         """The same as CUDA graphs, if wanted; see `backend.Listener`."""
         graphs = self.cuda_graphs
         if graphs is None or graphs.is_small(gm):
@@ -184,7 +188,7 @@ class Runtime:
         return graphs.wrap(compiled, inputs, extra)
 
     def graph_ran(
-        self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor], *, first: bool
+        self, report: GraphReport, args: tuple[object, ...], extra: Sequence[Tensor], *, first: bool
     ) -> None:
         """Hand on what a graph chose and observed; see `backend.Listener`."""
         if first:
@@ -194,7 +198,7 @@ class Runtime:
         for recorder in self.recorders:
             recorder.add(report, args, extra, self)
 
-    def observe(self, report: GraphReport, args: tuple[Any, ...]) -> None:
+    def observe(self, report: GraphReport, args: tuple[object, ...]) -> None:
         """Note what a graph did to the weights it was called with (one graph serves many
         layers)."""
         note_outcomes(self.seen, report, args, self.name_of, self.calls)

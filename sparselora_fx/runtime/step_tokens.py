@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ def step_counts(
     runtime: Runtime,
     tokens: Tokens,
     labelled: Tensor | None,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     counted: CountedBatch | None,
     shift: bool | None,
 ) -> TokenCounts:

@@ -82,7 +82,7 @@ def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
     return grid if grid is not None and grid.dim() == 2 else None
 
 
-def _places(real: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def _places(real: Tensor, arguments: Mapping[str, object]) -> Tensor:
     """Place of each token in its sample. Packed samples begin where ``position_ids`` restart or, in
     a batch of one row, where ``cu_seq_lens`` (``cu_seq_lens_q``) says."""
     positions = arguments.get("position_ids")
@@ -97,7 +97,7 @@ def _places(real: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def _user_mask(
-    policy: Callable[[dict[str, Any]], Any], arguments: Mapping[str, Any], real: Tensor
+    policy: Callable[[dict[str, Any]], object], arguments: Mapping[str, object], real: Tensor
 ) -> Tensor:
     mask = policy(dict(arguments))
     if not isinstance(mask, Tensor) or mask.shape != real.shape or mask.dtype != torch.bool:

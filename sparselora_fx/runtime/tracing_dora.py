@@ -62,7 +62,7 @@ def _substitute(function: types.FunctionType) -> None:
     )
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
-    def dequantised(module: nn.Module) -> Any:
+    def dequantised(module: nn.Module) -> object:
         if not hasattr(module, "W_q") and type(module.weight) is nn.Parameter:
             return module.weight
         return own(module)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ class UncompiledForward(StandIn):
         functools.update_wrapper(self, module.forward)
         self.run = torch.compiler.disable(module.forward)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.run(*args, **kwargs)
 
 

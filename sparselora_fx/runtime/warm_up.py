@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
 
 
-def warm_up(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def warm_up(model: nn.Module, batch: Mapping[str, object]) -> int:
     """Compile every level of a compiled model's schedule from one batch, forward and backward.
 
     What later steps meet is compiled then: the switch from dense to sparse costs no pause. Weights,
@@ -44,7 +43,7 @@ def warm_up(model: nn.Module, batch: Mapping[str, Any]) -> int:
     return runtime.graphs - before
 
 
-def warm_up_levels(runtime: Runtime, call: Callable[[], Any]) -> None:
+def warm_up_levels(runtime: Runtime, call: Callable[[], object]) -> None:
     """Make ``call`` and its backward once at each level of the schedule, and leave no trace."""
     runtime.warm_up_next = False
     parameters = [p for p in runtime.model.parameters() if p.requires_grad]
@@ -59,7 +58,7 @@ def warm_up_levels(runtime: Runtime, call: Callable[[], Any]) -> None:
         runtime.call, runtime.recorders, runtime.warm_up_next = Call(), recorders, False
 
 
-def _backward(out: Any, parameters: list[nn.Parameter]) -> None:
+def _backward(out: object, parameters: list[nn.Parameter]) -> None:
     """A backward with gradients of zero that touches no ``.grad`` and calls none of its hooks."""
     roots = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     if not roots or not parameters:

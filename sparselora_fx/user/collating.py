@@ -22,14 +22,16 @@ class CountingCollator:
     plan: SparsityPlan
     shift: bool | None
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> object:
         batch = self.collate(*args, **options)
         if isinstance(batch, MutableMapping):
             add_counts(batch, self.plan, self.shift)
         return batch
 
 
-def count_tokens(model: nn.Module, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def count_tokens(
+    model: nn.Module, batch: MutableMapping[str, object]
+) -> MutableMapping[str, object]:
     """Count a batch's tokens while it is on the CPU, so that no step waits for the GPU to do so.
 
     For training loops of your own, before the batch moves to the device (`SparsityCallback` does it

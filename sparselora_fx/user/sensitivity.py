@@ -41,10 +41,10 @@ class _Region:
 def sensitivity(
     model: nn.Module,
     estimator: SVDEstimator,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, object]],
     levels: Iterable[float] = LEVELS,
     *,
-    tokens: str | Callable[[dict[str, Any]], Any] = "context",
+    tokens: str | Callable[[dict[str, Any]], object] = "context",
     channel_multiple: int = 16,
     lora_branch: str = "dense",
     backend: str = "inductor",
@@ -229,5 +229,5 @@ def _check_levels(levels: Iterable[float]) -> list[float]:
     return found
 
 
-def _shapes(batch: Batch) -> tuple[Any, ...]:
+def _shapes(batch: Batch) -> tuple[object, ...]:
     return tuple((key, tuple(v.shape)) for key, v in batch.items() if isinstance(v, Tensor))

@@ -54,7 +54,11 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, model)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         if self._stop_counting is not None:
             self._stop_counting()

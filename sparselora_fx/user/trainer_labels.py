@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ def show_labels(trainer: Trainer, runtime: Runtime) -> None:
     own_loss = overridden or trainer.compute_loss_func is not None
 
     @functools.wraps(compute_loss)
-    def showing(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def showing(model: object, inputs: object, *args: object, **kwargs: object) -> object:
         before, runtime.kept_labels = runtime.kept_labels, kept_labels(inputs, own_loss=own_loss)
         try:
             return compute_loss(model, inputs, *args, **kwargs)
@@ -65,7 +64,7 @@ def hide_labels(trainer: Trainer) -> None:
         trainer.compute_loss = getattr(ours, _REPLACED)
 
 
-def kept_labels(inputs: Any, *, own_loss: bool) -> KeptLabels | None:
+def kept_labels(inputs: object, *, own_loss: bool) -> KeptLabels | None:
     """A batch's ``labels``, or its ``completion_mask`` (true where a token is to be learned, as
     TRL's preference losses have it) as labels."""
     if not isinstance(inputs, Mapping):
