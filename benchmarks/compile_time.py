@@ -49,6 +49,7 @@ def measure(variant: str, layers: int) -> dict[str, Any]:
     import torch
 
     import sparselora_fx as slx
+    from sparselora_fx.runtime.runtime import get_runtime
 
     torch.set_num_threads(1)
     model = build(layers)
@@ -59,7 +60,7 @@ def measure(variant: str, layers: int) -> dict[str, Any]:
         estimator = slx.SVDEstimator.build(model, rank=4, progress=False)
         plan = slx.SparsityPlan({"mlp": 0.75, "self_attn": 0.5}, start_step=0)
         slx.compile(model, estimator, plan=plan, regional=variant == "regional")
-        state = model.__dict__["_sparselora_fx"]
+        state = get_runtime(model)
     ids = torch.randint(0, 128, (2, 48))
     labels = ids.clone()
     labels[:, :32] = -100

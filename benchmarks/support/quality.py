@@ -20,6 +20,7 @@ import sparselora_fx as slx
 from benchmarks.support.activations import FeedForward, Seen
 from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.ir.score_ops import channel_energy
+from sparselora_fx.model.attributes import buffer_name
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.passes import PIPELINE
 from sparselora_fx.plan.plan import Sparsity
@@ -129,9 +130,12 @@ class ScoreGraph:
         held: dict[str, Tensor] = dict(module.named_parameters())
         factors, vectors = _parts(module, estimator, self.score)
         for name, (a, b) in factors.items():
-            held |= {f"{name}._sparselora_a_weight": a, f"{name}._sparselora_b_weight": b}
+            held |= {f"{name}.{buffer_name('weight', 'a')}": a}
+            held |= {f"{name}.{buffer_name('weight', 'b')}": b}
         for name, known in vectors.items():
-            held |= {f"{name}._sparselora_{word}_weight": value for word, value in known.items()}
+            held |= {
+                f"{name}.{buffer_name('weight', word)}": value for word, value in known.items()
+            }
         held |= {"x": seen.x, "counted": seen.mask}
         return [held[name] for name in self.inputs]
 

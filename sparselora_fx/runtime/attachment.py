@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir.markers import OBSERVED, SiteSpec
+from sparselora_fx.model.attributes import buffer_name, spec_name
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.model.weight_layout import GatherLayout
 from sparselora_fx.plan.plan import Sparsity
@@ -51,12 +52,12 @@ class Attachment:
         """
         owners: dict[nn.Module, list[SiteAttributes]] = {}
         for weight in self.frozen:
-            names = (f"_sparselora_a_{weight.param}", f"_sparselora_b_{weight.param}")
+            names = (buffer_name(weight.param, "a"), buffer_name(weight.param, "b"))
             sparse = max(self.sparsity[weight.name]) > 0
             more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
             self.statistics[weight.name] = tuple(more)
             buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
-            mark = SiteAttributes(weight.param, *names, buffers, spec_name(weight))
+            mark = SiteAttributes(weight.param, *names, buffers, spec_name(weight.param))
             owners.setdefault(weight.module, []).append(mark)
             if not sparse:
                 continue
@@ -91,13 +92,13 @@ class Attachment:
             dense = max(own) == 0
             words = () if dense else self.statistics.get(weight.name, ())
             spec = SiteSpec(*own, words, kn=weight.transposed and not dense)
-            weight.module.__dict__[spec_name(weight)] = spec.encode()
+            weight.module.__dict__[spec_name(weight.param)] = spec.encode()
 
     def set_observed(self) -> None:
         """Tell the sites that the plan makes sparse that their input is looked at."""
         for weight in self.frozen:
             if max(self.sparsity[weight.name]) > 0:
-                weight.module.__dict__[spec_name(weight)] = OBSERVED
+                weight.module.__dict__[spec_name(weight.param)] = OBSERVED
 
     def place(self, estimator: SVDEstimator, score: Score) -> None:
         """Put an estimator's factors, and the vectors that a score needs, where `mark` has put
@@ -111,7 +112,7 @@ class Attachment:
                 pair = estimator.factors[weight.canonical]
                 values = {"a": pair.a, "b": pair.b, **vectors[weight.canonical]}
                 for word in ("a", "b", *self.statistics[weight.name]):
-                    buffer = weight.module._buffers[f"_sparselora_{word}_{weight.param}"]
+                    buffer = weight.module._buffers[buffer_name(weight.param, word)]
                     assert buffer is not None
                     known = values.get(word, buffer.new_zeros(0))
                     buffer.copy_(known) if len(known) else buffer.zero_()
@@ -124,7 +125,7 @@ class Attachment:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
         for weight in self.frozen:
-            weight.module.__dict__.pop(spec_name(weight), None)
+            weight.module.__dict__.pop(spec_name(weight.param), None)
         for module in (*self.model.modules(), *(weight.module for weight in self.frozen)):
             forget_plain(module)
         self.trace_inputs.close()
@@ -133,7 +134,7 @@ class Attachment:
         self.layout.restore()
 
     def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
-        name = f"_sparselora_{word}_{weight.param}"
+        name = buffer_name(weight.param, word)
         placed = values.to(device=weight.weight.device)
         weight.module.register_buffer(name, placed, persistent=False)
         self.buffers.append((weight.module, name))
@@ -143,8 +144,3 @@ class Attachment:
         hook.__dict__[OWNER] = self.owner
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
         keep_plain(module)
-
-
-def spec_name(weight: FrozenWeight) -> str:
-    """The attribute of a module that says how sparse a frozen weight of it is now."""
-    return f"_sparselora_spec_{weight.param}"

@@ -16,6 +16,7 @@ from sparselora_fx.compiler.recompiles import Recompiles
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.errors import CompileError
 from sparselora_fx.estimator.online import Collector
+from sparselora_fx.model.attributes import RUNTIME
 from sparselora_fx.model.conventions import Convention, OtherConvention
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.notices import Notices
@@ -30,8 +31,6 @@ from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
 from sparselora_fx.runtime.tally import TokenTally
-
-ATTRIBUTE = "_sparselora_fx"  # where a model keeps its State; in __dict__ only, never in state_dict
 
 
 @dataclass
@@ -220,7 +219,7 @@ def marked_by(frozen: Iterable[FrozenWeight]) -> list[Runtime]:
 
 def get_runtime(model: nn.Module) -> Runtime:
     """The state of a compiled model, or a `CompileError` that says how to get one."""
-    runtime = model.__dict__.get(ATTRIBUTE)
+    runtime = model.__dict__.get(RUNTIME)
     if not isinstance(runtime, Runtime):
         raise CompileError(
             f"this {type(model).__name__} is not compiled with sparselora_fx; "

@@ -19,6 +19,7 @@ from sparselora_fx.estimator.online import first_estimator
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir import autograd  # noqa: F401 - importing it registers derivatives
 from sparselora_fx.lowering import cache_key, inductor_backend
+from sparselora_fx.model.attributes import RUNTIME
 from sparselora_fx.model.blocks import block_names
 from sparselora_fx.model.conventions import convention_of
 from sparselora_fx.model.frozen_weights import FrozenWeight, frozen_weights
@@ -32,7 +33,7 @@ from sparselora_fx.runtime.copies import put, stop_watching, take_off, watch_unl
 from sparselora_fx.runtime.forward import CompiledForward
 from sparselora_fx.runtime.giving_up import is_hopeless
 from sparselora_fx.runtime.regional import compile_blocks, repeated_blocks, restore_blocks
-from sparselora_fx.runtime.runtime import ATTRIBUTE, Runtime, get_runtime, marked_by
+from sparselora_fx.runtime.runtime import Runtime, get_runtime, marked_by
 from sparselora_fx.runtime.tracing_dora import restore_dora, trace_dora
 from sparselora_fx.runtime.uncompiled import leave_uncompiled, restore_uncompiled
 from sparselora_fx.user.keywords import refuse_unknown
@@ -100,7 +101,7 @@ def _attach(
 ) -> nn.Module:
     """Put on the model all that belongs to a compilation, or nothing if that fails."""
     model = runtime.model
-    model.__dict__[ATTRIBUTE] = runtime
+    model.__dict__[RUNTIME] = runtime
     try:
         compile_apart()
         if not is_hopeless(runtime):  # a hook would only cut a model's graphs in more places
@@ -136,7 +137,7 @@ def restore(model: nn.Module) -> nn.Module:
     runtime.attached.unmark()
     take_off(model, "forward")
     stop_watching(model)
-    del model.__dict__[ATTRIBUTE]
+    del model.__dict__[RUNTIME]
     return model
 
 
@@ -174,7 +175,7 @@ def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:
 
     Two marks on one linear would read as a weight that is used twice, which stays dense.
     """
-    if ATTRIBUTE in model.__dict__:
+    if RUNTIME in model.__dict__:
         restore(model)
     for other in marked_by(frozen):
         warnings.warn(

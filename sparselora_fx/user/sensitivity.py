@@ -14,13 +14,14 @@ from tqdm import tqdm
 from sparselora_fx.errors import CompileError, SensitivityError
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir.token_lists import IGNORED
+from sparselora_fx.model.attributes import RUNTIME
 from sparselora_fx.model.blocks import block_names
 from sparselora_fx.model.frozen_weights import canonical_path, frozen_weights
 from sparselora_fx.model.preserve import kept_modes, kept_random_numbers
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
 from sparselora_fx.runtime.calls import Call, CallKind
-from sparselora_fx.runtime.runtime import ATTRIBUTE, Runtime, get_runtime
+from sparselora_fx.runtime.runtime import Runtime, get_runtime
 from sparselora_fx.user.compile import compile, restore
 from sparselora_fx.user.record import record
 
@@ -75,7 +76,7 @@ def sensitivity(
     kept, steps = [dict(batch) for batch in batches], _check_levels(levels)
     if not kept:
         raise SensitivityError("there is no batch; give at least one, as a mapping of arguments")
-    if ATTRIBUTE in model.__dict__:
+    if RUNTIME in model.__dict__:
         raise CompileError("the model is already compiled; call sparselora_fx.restore(model) first")
     plan = SparsityPlan(steps[-1], tokens=tokens, start_step=0, channel_multiple=channel_multiple)
     options: dict[str, Any] = {
@@ -216,7 +217,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            if ATTRIBUTE in model.__dict__:
+            if RUNTIME in model.__dict__:
                 restore(model)
 
 

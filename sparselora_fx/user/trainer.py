@@ -12,7 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparselora_fx.errors import CompileError
-from sparselora_fx.runtime.runtime import ATTRIBUTE, get_runtime
+from sparselora_fx.model.attributes import RUNTIME
+from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.user.calibration_file import calibration_file, load_calibration, save_calibration
 from sparselora_fx.user.collating import count_in_loader
 from sparselora_fx.user.compile import step
@@ -111,7 +112,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
 def _compiled(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if ATTRIBUTE in module.__dict__:
+        if RUNTIME in module.__dict__:
             return module
     raise CompileError(
         "SparsityCallback found no compiled model; "

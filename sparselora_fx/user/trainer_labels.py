@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from sparselora_fx.ir.token_lists import IGNORED
+from sparselora_fx.model.attributes import REPLACED
 from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.runtime import Runtime
-
-_REPLACED = "_sparselora_replaced"  # on our `compute_loss`: what stood on the Trainer before
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:
@@ -50,18 +49,18 @@ def show_labels(trainer: Trainer, runtime: Runtime) -> None:
         finally:
             runtime.kept_labels = before
 
-    setattr(showing, _REPLACED, replaced)
+    setattr(showing, REPLACED, replaced)
     trainer.compute_loss = showing
 
 
 def hide_labels(trainer: Trainer) -> None:
     """Undo `show_labels`."""
     ours = trainer.__dict__.get("compute_loss")
-    if not hasattr(ours, _REPLACED):
+    if not hasattr(ours, REPLACED):
         return
     del trainer.__dict__["compute_loss"]
-    if getattr(ours, _REPLACED) is not None:
-        trainer.compute_loss = getattr(ours, _REPLACED)
+    if getattr(ours, REPLACED) is not None:
+        trainer.compute_loss = getattr(ours, REPLACED)
 
 
 def kept_labels(inputs: object, *, own_loss: bool) -> KeptLabels | None:
