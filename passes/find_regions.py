@@ -25,6 +25,7 @@ from sparselora_fx.analysis.scorable import can_score
 from sparselora_fx.analysis.token_rows import token_rows
 from sparselora_fx.graph.layout import Atom, ChannelMap, channel_map
 from sparselora_fx.graph.nodes import tensor
+from sparselora_fx.ir.markers import MarkedTokens
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import sees_grid
 
@@ -240,9 +241,10 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
     """The batch's token lists must be about the tokens that the sites see, in their order; where
     all tokens are sparse, padding must be told from the others."""
     for site in region.sites:
-        if not site.tokens or sees_grid(site, site.tokens[0]):
+        counted = site.tokens.counted
+        if counted is None or sees_grid(site, counted):
             continue
-        if site.split is not None and sees_grid(replace(site, order=IN_ORDER), site.tokens[0]):
+        if site.split is not None and sees_grid(replace(site, order=IN_ORDER), counted):
             raise NoRegion(UNORDERED)
         if site.split is not None:
             raise NoRegion(OTHER_GRID)
@@ -251,7 +253,7 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
         rows = token_rows(rewrite.graph, rewrite.batch, rewrite.passed)
         site.token_rows = rows.get(site.x)
         if site.x not in rows:
-            site.tokens = ()  # no tokens of the batch: every row counts
+            site.tokens = MarkedTokens()  # no tokens of the batch: every row counts
         elif site.token_rows is None:
             raise NoRegion(NO_TOKENS)
 

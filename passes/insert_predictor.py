@@ -7,6 +7,7 @@ from torch import fx
 from sparselora_fx.analysis.regions import Region, Skip
 from sparselora_fx.analysis.row_kinds import TokenRows
 from sparselora_fx.analysis.scorable import side_inputs
+from sparselora_fx.ir.markers import MarkedTokens
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.score_subgraph import (
@@ -71,7 +72,8 @@ def _count_rows(region: Region, rewrite: Rewrite) -> None:
     one."""
     done: dict[TokenRows, fx.Node] = {}
     for site in producers_of(region):
-        if (rows := site.token_rows) is not None:
+        rows, counted = site.token_rows, site.tokens.counted
+        if rows is not None and counted is not None:
             if rows not in done:
-                done[rows] = count_tokens(rewrite.graph, rows, site.tokens[0])
-            site.tokens = (done[rows],)
+                done[rows] = count_tokens(rewrite.graph, rows, counted)
+            site.tokens = MarkedTokens(done[rows])

@@ -7,11 +7,11 @@ from torch import fx
 
 from sparselora_fx._torch import is_erased
 from sparselora_fx.analysis.regions import Site
+from sparselora_fx.rewrite.gather_motion import token_gather_of
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import (
     cast_of,
     filled,
-    gathered_rows,
     in_shape,
     logical_weight,
     sees_grid,
@@ -46,7 +46,7 @@ def _skip(graph: fx.Graph, site: Site) -> None:
     assert site.unpadded is not None
     old, x = site.node, _input(site)
     with graph.inserting_before(old):
-        rows = gathered_rows(graph, x, site.unpadded)
+        rows = token_gather_of(graph, x, site.unpadded)
         weight = logical_weight(graph, site, cast_of(site, old, site.x))
         dense = graph.call_function(torch.nn.functional.linear, (rows, weight, site.bias))
         whole = filled(graph, dense, site.unpadded)

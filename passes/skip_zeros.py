@@ -13,6 +13,7 @@ from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import argument, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.graph.pointwise import is_pointwise
+from sparselora_fx.ir.markers import TokenList
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.gather_motion import keeps_last, slice_of
 from sparselora_fx.rewrite.rewrite import Rewrite
@@ -94,7 +95,10 @@ def _find_zeros(node: fx.Node, answers: dict[fx.Node, _Zeros | None]) -> _Zeros 
         return _Zeros(idx, None)
     if node.target is _MERGE:
         inner = _zeros(node.args[0], answers)
-        return None if inner is None else _Zeros(inner.idx, (node.args[2:4], node.args[4:6]))
+        if inner is None:
+            return None
+        context, output = node.args[2:4], node.args[4:6]
+        return _Zeros(inner.idx, (TokenList(*context), TokenList(*output)))  # type: ignore[arg-type]
     if tensor(node) is None:
         return None
     if op_name(node) in CASTS or op_name(node) == "dropout" or keeps_last(node):

@@ -15,6 +15,7 @@ from sparselora_fx.analysis.token_liveness import (
 )
 from sparselora_fx.graph.mutation import is_mutated
 from sparselora_fx.graph.nodes import op_name, tensor
+from sparselora_fx.ir.markers import TokenList
 from sparselora_fx.rewrite.gather_motion import token_gather_of
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import filled
@@ -58,6 +59,6 @@ def _trim(graph: fx.Graph, node: fx.Node, lists: Lists) -> None:
     take = token_gather_of(graph, node, lists)
     users = [user for user in graph.nodes if user in node.users and user is not take]
     with graph.inserting_before(users[0]):
-        trimmed = filled(graph, take, lists)
+        trimmed = filled(graph, take, TokenList(*lists))
     for user in users:
         user.replace_input_with(node, trimmed)

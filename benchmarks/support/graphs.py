@@ -272,7 +272,9 @@ def _marked(model: nn.Module, batch: dict[str, Tensor], plan: SparsityPlan, rank
     tokens = split_tokens(plan, batch, shift=True)
     assert tokens is not None
     state.set_sparsity_scale(1.0)
-    state.trace_inputs.tokens = [tensor.to("meta") for tensor in _lists(tokens, batch).tokens]
+    state.trace_inputs.tokens = [
+        tensor.to("meta") for tensor in _lists(tokens, batch).tokens.encode()
+    ]
     return state
 
 
@@ -281,7 +283,8 @@ def _label_list(state: Runtime, batch: dict[str, Tensor], labels: Tensor) -> lis
     tokens = split_tokens(state.plan, batch, shift=True)
     assert tokens is not None
     lists = _lists(tokens, batch)
-    if lists.labelled[0] is lists.tokens[3]:
+    assert lists.labelled is not None
+    if lists.labelled is lists.tokens.dense:
         return [labels, *state.trace_inputs.tokens[3:5]]
     return [labels, *(tensor.to("meta") for tensor in lists.labelled)]
 

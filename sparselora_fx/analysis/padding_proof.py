@@ -18,7 +18,7 @@ from sparselora_fx.analysis.token_liveness import DEAD, Lists, LiveRows, Rows, c
 from sparselora_fx.graph.bodies import bodies
 from sparselora_fx.graph.layout import same_count, same_shape
 from sparselora_fx.graph.nodes import argument, op_name, tensor
-from sparselora_fx.ir.markers import PADDED
+from sparselora_fx.ir.markers import MarkedTokens
 
 _REAL: Lists = ("real tokens",)
 
@@ -54,8 +54,10 @@ def _real(gm: fx.GraphModule) -> fx.Node | None:
     """The input that says of each token of the batch ``[B, L]`` where it is among those that are no
     padding, if some site of a graph or its bodies can tell."""
     for node in gm.graph.nodes:
-        if op_name(node) == "site" and len(node.args[4]) == PADDED:
-            return node.args[4][6]  # type: ignore[no-any-return]
+        if op_name(node) == "site":
+            carried: MarkedTokens[fx.Node] = MarkedTokens.decode(node.args[4])
+            if carried.real is not None:
+                return carried.real.pos
     for _, body, operands in bodies(gm):
         inner = _real(body)
         if inner is not None:

@@ -15,7 +15,7 @@ from sparselora_fx.graph.layout import Atom, ChannelMap, merge_atoms, split_atom
 
 if TYPE_CHECKING:
     from sparselora_fx.analysis.row_kinds import TokenRows
-from sparselora_fx.ir.markers import PADDED, SiteSpec
+from sparselora_fx.ir.markers import MarkedTokens, SiteSpec, TokenList
 
 # How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, or
 # as no way back to the batch says (`token_order`).
@@ -32,8 +32,7 @@ class Site:
     transposed: bool  # stored [K, N]
     bias: fx.Node | None
     factors: tuple[fx.Node, fx.Node]
-    # Counted tokens, perhaps (idx, pos) of context and output tokens, perhaps of two more.
-    tokens: tuple[fx.Node, ...]
+    tokens: MarkedTokens[fx.Node]
     spec: SiteSpec
     out_features: int
     in_features: int
@@ -53,21 +52,21 @@ class Site:
     @property
     def token_weight(self) -> fx.Node | None:
         """The tokens that count in scores, or None: all."""
-        return self.tokens[0] if self.tokens else None
+        return self.tokens.counted
 
     @property
-    def split(self) -> tuple[list[fx.Node], list[fx.Node]] | None:
-        """``([idx, pos] of context tokens, [idx, pos] of dense tokens)``, or None: every token is
-        sparse. Dense are output tokens and, unless nobody reads it, padding."""
-        if len(self.tokens) < 5:
-            return None
-        read = len(self.tokens) == PADDED and not self.padding_unread
-        return list(self.tokens[1:3]), list(self.tokens[7:9] if read else self.tokens[3:5])
+    def split(self) -> tuple[TokenList[fx.Node], TokenList[fx.Node]] | None:
+        """The lists of context tokens and of dense tokens, or None: every token is sparse. Dense
+        are output tokens and, unless nobody reads it, padding."""
+        sparse, dense = self.tokens.sparse, self.tokens.dense
+        if not self.padding_unread:
+            dense = self.tokens.others or dense
+        return None if sparse is None or dense is None else (sparse, dense)
 
     @property
-    def unpadded(self) -> tuple[fx.Node, ...] | None:
-        """``(idx, pos)`` of all tokens but padding, or None: there is none, or it is read."""
-        return self.tokens[5:7] if len(self.tokens) == PADDED and self.padding_unread else None
+    def unpadded(self) -> TokenList[fx.Node] | None:
+        """The list of all tokens but padding, or None: there is none, or it is read."""
+        return self.tokens.real if self.padding_unread else None
 
 
 class Heads(NamedTuple):

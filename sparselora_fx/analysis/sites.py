@@ -12,7 +12,7 @@ from sparselora_fx.analysis.reasons import WITHOUT
 from sparselora_fx.analysis.regions import Site, Skip, is_trainable
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.nodes import op_name, tensor
-from sparselora_fx.ir.markers import WITHOUT_GRADIENTS, SiteSpec
+from sparselora_fx.ir.markers import WITHOUT_GRADIENTS, MarkedTokens, SiteSpec
 
 
 def site_of(weight: fx.Node, args: tuple[Any, ...], markers: int) -> Site | Skip:
@@ -57,7 +57,18 @@ def site_of(weight: fx.Node, args: tuple[Any, ...], markers: int) -> Site | Skip
         return Skip(weight, why)
     spec = SiteSpec.decode(args[5])
     statistics = dict(zip(spec.statistics, (args[6] or ()) if len(args) > 6 else (), strict=True))
-    site = Site(node, x, weight, transposed, bias, (args[2], args[3]), tuple(args[4]), spec, n, k)
+    site = Site(
+        node,
+        x,
+        weight,
+        transposed,
+        bias,
+        (args[2], args[3]),
+        MarkedTokens.decode(args[4]),
+        spec,
+        n,
+        k,
+    )
     site.statistics = statistics
     for again, its_view, _ in uses[1:]:
         found = linear_parts(again, its_view)

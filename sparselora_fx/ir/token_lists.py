@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselora_fx._torch import mark_dynamic
+from sparselora_fx.ir.markers import MarkedTokens, TokenList
 
 _ROUND = 16  # token lists grow in steps of this, so that their matmuls stay aligned
 
@@ -39,17 +40,14 @@ class TokenLists:
     """What a site marker and the marker before the logits carry.
 
     Attributes:
-        tokens: the counted tokens ``bool[B, L]``, then (if tokens are split) the lists of sparse
-            and of dense tokens, each with its inverse, and then (if there is padding to tell from
-            them) those of all but padding and of all but sparse tokens.
-        labelled: the list of tokens whose prediction carries loss, with its inverse; the one in
-            ``tokens`` if the dense tokens are just those, so that the compiler sees one list; empty
-            if it was not asked for.
-    A list is ``int64[P]`` of flat token indices, padded with -1; its inverse is ``int64[B, L]``.
+        tokens: what every site marker of the call carries.
+        labelled: the list of tokens whose prediction carries loss; the dense one of ``tokens`` if
+            the dense tokens are just those, so that the compiler sees one list; None if it was not
+            asked for.
     """
 
-    tokens: list[Tensor]
-    labelled: list[Tensor]
+    tokens: MarkedTokens[Tensor]
+    labelled: TokenList[Tensor] | None = None
 
 
 def labelled_tokens(
@@ -107,14 +105,14 @@ def token_lists(
         masks.append(labelled)
     taken: set[int] = set()
     lists = [_token_list(m, n, taken) for m, n in zip(masks, lengths, strict=True)]
-    last = [] if labelled is None else lists.pop() if apart else lists[1]
+    last = None if labelled is None else lists.pop() if apart else lists[1]
     # A list that no call had before would else be taken to be as large for ever, and with it, by
     # comparison, the batch.
     mark_dynamic(tokens.sparse)
-    return TokenLists([tokens.sparse, *(tensor for pair in lists for tensor in pair)], last)
+    return TokenLists(MarkedTokens(tokens.sparse, *lists), last)
 
 
-def _token_list(mask: Tensor, length: int, taken: set[int]) -> list[Tensor]:
+def _token_list(mask: Tensor, length: int, taken: set[int]) -> TokenList[Tensor]:
     """The flat indices of a ``bool[B, L]`` mask, padded with -1, and their inverse ``int64[B, L]``.
 
     Lists are as long as no other size of the batch (and none of ``taken``, which is added to), lest
@@ -131,7 +129,7 @@ def _token_list(mask: Tensor, length: int, taken: set[int]) -> list[Tensor]:
     inverse = torch.where(mask, flat.cumsum(0).view(rows, columns) - 1, -1)
     mark_dynamic(idx)
     mark_dynamic(inverse)
-    return [idx, inverse]
+    return TokenList(idx, inverse)
 
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import fx
 
 from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, Site
 from sparselora_fx.graph.layout import same_count
 from sparselora_fx.graph.nodes import before_flattening, tensor
+from sparselora_fx.ir.markers import TokenList
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.gather_motion import token_gather_of
 
-Split = tuple[Sequence[Any], Sequence[Any]]  # [idx, pos] of context tokens, and of output tokens
+Split = tuple[TokenList[fx.Node], TokenList[fx.Node]]  # of context tokens, and of output tokens
 
 
 def gathered(graph: fx.Graph, x: fx.Node, split: Split) -> list[fx.Node]:
     """The rows of x for context tokens, and those for output tokens."""
-    return [gathered_rows(graph, x, part) for part in split]
-
-
-def gathered_rows(graph: fx.Graph, x: fx.Node, tokens: Sequence[object]) -> fx.Node:
-    """The rows of x for the tokens of one list ``[idx, pos]``."""
-    return token_gather_of(graph, x, tuple(tokens))
+    return [token_gather_of(graph, x, part) for part in split]
 
 
 def logical_weight(graph: fx.Graph, site: Site, cast: torch.dtype | None = None) -> fx.Node:
@@ -47,15 +40,15 @@ def merged(
     Where token dimensions are not the batch's own, they are those of ``sizes_of``."""
     context, output = split
     whole = graph.call_function(OPS.scatter_two_lists.default, (y, z, *context, *output))
-    return in_shape(graph, whole, context[1], like=like, sizes_of=sizes_of)
+    return in_shape(graph, whole, context.pos, like=like, sizes_of=sizes_of)
 
 
-def filled(graph: fx.Graph, y: fx.Node, tokens: Sequence[Any]) -> fx.Node:
+def filled(graph: fx.Graph, y: fx.Node, tokens: TokenList[fx.Node]) -> fx.Node:
     """Rows y of one list ``[idx, pos]`` in place again, as ``[B, L, N]``; elsewhere y's first row,
     without a gradient. For where nobody reads those: a row of zeros might have a norm without a
     derivative."""
     place = graph.call_function(OPS.scatter_tokens.default, (y, *tokens))
-    held = graph.call_method("unsqueeze", (graph.call_function(torch.ge, (tokens[1], 0)), -1))
+    held = graph.call_method("unsqueeze", (graph.call_function(torch.ge, (tokens.pos, 0)), -1))
     filler = graph.call_method("detach", (graph.call_method("narrow", (y, 0, 0, 1)),))
     return graph.call_function(torch.where, (held, place, filler))
 

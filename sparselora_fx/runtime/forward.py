@@ -234,7 +234,7 @@ class CompiledForward(StandIn):
         else:
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
         lists = step_lists(runtime, tokens if sparse else None, labelled, counts)
-        trace_inputs.tokens = lists.tokens
+        trace_inputs.tokens = lists.tokens.encode()
         trace_inputs.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
         trace_inputs.shift = trace_inputs.shift if shift is None else shift
         labels = arguments.get("labels")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from sparselora_fx.ir.markers import MarkedTokens
 from sparselora_fx.ir.token_lists import (
     TokenCounts,
     TokenLists,
@@ -41,11 +42,11 @@ def step_lists(
     """The token lists of a sparse call; none for ``tokens=None``."""
     runtime.trace_inputs.padded = False
     if tokens is None:
-        return TokenLists([], [])
+        return TokenLists(MarkedTokens())
     if counts is None:
         return token_lists(tokens, None, [], 0)
     grid = tokens.sparse.shape
-    if tokens.split and (runtime.blocks or runtime.measured is not None):
+    if tokens.split and (runtime.blocks or runtime.call.is_measurement):
         # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
         tokens, counts = _padding_as_dense(tokens, counts)
     elif tokens.split:

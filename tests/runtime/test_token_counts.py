@@ -124,9 +124,10 @@ def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
         lists = token_lists(tokens, labelled, lengths, counts.unlike)
         real = tokens.sparse | tokens.dense
         masks = [tokens.sparse, tokens.dense, *([real, ~tokens.sparse] if padded else [])]
-        flat = [*lists.tokens[1:], *lists.labelled]
+        assert lists.labelled is not None
+        flat = [*lists.tokens.encode()[1:], *lists.labelled]
         pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        assert lists.tokens[0] is tokens.sparse and len(pairs) == len(masks) + 1
+        assert lists.tokens.counted is tokens.sparse and len(pairs) == len(masks) + 1
         for mask, (idx, pos) in zip([*masks, labelled], pairs, strict=True):
             expected = mask.flatten().nonzero().flatten()
             assert torch.equal(idx[: len(expected)], expected)
