@@ -40,6 +40,7 @@ def canonicalize(rewrite: Rewrite) -> int:
     Keeps:   every value bit for bit (`Tensor.to` with nothing to do returns its input; so does
              dropout that is off), but for the rounding of the spellings. Without a sparse linear
              none of these is changed.
+    Source:  canonical forms, as in any compiler's peephole pass.
     """
     erased = 0
     for node in rewrite.graph.nodes:

@@ -15,6 +15,7 @@ def clean_up(rewrite: Rewrite) -> int:
              autocast, random
              draws, prints), which is why `Graph.eliminate_dead_code` is not used. Also selections
              and rows: the runner makes them outputs of the graph.
+    Source:  dead code elimination.
     """
     erased = 0
     reported = {choice.selection for region in rewrite.regions for choice in region.choices}

@@ -14,6 +14,7 @@ def find_unread_padding(program: Program) -> int:
     After:   the same graph;  program.padding_unread = {m, y, ...}
     Keeps:   everything. It comes first, because later passes move rows where no proof finds them.
     Skips:   a graph whose sites carry no list of the tokens that are no padding.
+    Source:  abstract interpretation of masks (`analysis.padding_proof`).
     """
     program.padding_unread = padding_unread(
         program.gm, program.inputs, program.call.arguments, program.options.shift

@@ -44,6 +44,8 @@ def hoist_channel_gathers(rewrite: Rewrite) -> int:
              gather(h, s), again   -> the first of them                  (two linears read h, say)
     Keeps:   every value; moves a gather only past a node that nothing but gathers reads, so work
              never grows.
+    Source:  as query compilers push projections down to the tables they read; equal gathers
+             are one by common subexpression elimination.
     """
     graph = rewrite.graph
     shared = share(graph, _GATHER)

@@ -26,52 +26,58 @@ from sparselora_fx.rewrite.gather_motion import (
 )
 from sparselora_fx.rewrite.rewrite import Rewrite
 
-_TAKE = OPS.gather_tokens.default
-_MERGE = OPS.scatter_two_lists.default
-_PLACE = OPS.scatter_tokens.default
+_GATHER = OPS.gather_tokens.default
+_SCATTER_TWO = OPS.scatter_two_lists.default
+_SCATTER = OPS.scatter_tokens.default
 _ROWWISE = NORMS | {"mean", "sum"}
 Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
 
 
 def hoist_token_gathers(rewrite: Rewrite) -> int:
-    """Push every `gather_tokens` towards what it takes from. Returns the moves made.
+    """Push every `gather_tokens` towards what it gathers from. Returns the moves made.
 
-    Before:  h: [B, L, N] = silu(merge(y, z, c, o) + b);     d: [P, N] = take(h, c);  e: [Q, N] =
-             take(h, o)
-    After:   d: [P, N] = silu(y + b);  e: [Q, N] = silu(z + b)         when nothing else reads h
-    Rules:   take(f(a, b))           -> f(take(a), take(b))            f pointwise
-             take(merge(y, z, c, o)) -> y or z                         (the round trip)
-             take(place(y, c), c)    -> y                              filled with other rows or not
-             take(view(a))           -> take(a)                        a view of tokens only
-             take(x[..., a:b:c])     -> take(x)[..., a:b:c]            halves of a fused projection
-             take(linear(z, B))      -> linear(take(z), B)             B wider than its input: a
-             LoRA up-projection
-             take(linear(z, W))      -> linear(take(z), W)             any, if one list is all that
-             is read
-             take(mean(a, -1))       -> mean(take(a), -1)              and norms over channels
-             take(dropout(a, p))     -> take(a) * take(dropout(1, p))  (the same random mask)
-    Keeps:   every value that is read; moves a take only past a node that nothing but takes reads.
+    Before:  h: [B, L, N] = silu(scatter_two(y, z, c, o) + b)
+             d: [P, N] = gather(h, c);          e: [Q, N] = gather(h, o)
+    After:   d: [P, N] = silu(y + b);           e: [Q, N] = silu(z + b)
+             when nothing but gathers reads h
+    Rules:   gather(f(a, b))         -> f(gather(a), gather(b))      f pointwise
+             gather(scatter_two(y, z, c, o), c) -> y                 (the round trip)
+             gather(scatter(y, c), c) -> y                           filled with other rows or not
+             gather(view(a))         -> gather(a)                    a view of tokens only
+             gather(x[..., a:b:c])   -> gather(x)[..., a:b:c]        halves of a fused projection
+             gather(linear(z, B))    -> linear(gather(z), B)         B wider than its input (a LoRA
+                                                                     up-projection), or any B if
+                                                                     one list is all that is read
+             gather(mean(a, -1))     -> mean(gather(a), -1)          and norms over channels
+             gather(dropout(a, p))   -> gather(a) * gather(dropout(1, p))      the same random mask
+    Keeps:   every value that is read; moves a gather only past a node that nothing but gathers
+             reads.
+    Source:  as query compilers push selections down to the tables they read.
     """
     graph = rewrite.graph
-    return hoist_all(graph, _TAKE, lambda take, source: _hoist(graph, take, source))
+    return hoist_all(graph, _GATHER, lambda gather, source: _hoist(graph, gather, source))
 
 
-def _hoist(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
-    lists: Lists = take.args[1:]
-    if source.target is _MERGE:
+def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
+    lists: Lists = gather.args[1:]
+    if source.target is _SCATTER_TWO:
         parts = {source.args[2]: source.args[0], source.args[4]: source.args[1]}
         part = parts.get(lists[0])
         return Moved(part, []) if isinstance(part, fx.Node) else None
-    placed = source.args[1] if op_name(source) == "where" else source
-    if isinstance(placed, fx.Node) and placed.target is _PLACE and placed.args[1] is lists[0]:
-        kept: Any = placed.args[0]
+    scattered = source.args[1] if op_name(source) == "where" else source
+    if (
+        isinstance(scattered, fx.Node)
+        and scattered.target is _SCATTER
+        and scattered.args[1] is lists[0]
+    ):
+        kept: Any = scattered.args[0]
         return Moved(kept, [])
     if tensor(source) is None:
         return None
-    with graph.inserting_before(take):
+    with graph.inserting_before(gather):
         if keeps_last(source) or is_whole(source):
             inner: Any = source.args[0]
-            new = _taken(graph, inner, lists)
+            new = token_gather_of(graph, inner, lists)
             return Moved(new, [new])
         if op_name(source) == "getitem":
             return _through_slice(graph, source, lists)
@@ -86,30 +92,26 @@ def _hoist(graph: fx.Graph, take: fx.Node, source: fx.Node) -> Moved | None:
     return None
 
 
-def _taken(graph: fx.Graph, node: fx.Node, lists: Lists) -> fx.Node:
-    return token_gather_of(graph, node, lists)
-
-
 def _through_pointwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     out = tensor(source)
     assert out is not None
     if any(_kind(node, out) == "other" for node in source.all_input_nodes):
         return None
-    takes: dict[fx.Node, fx.Node] = {}
+    gathers: dict[fx.Node, fx.Node] = {}
 
-    def taken(node: fx.Node) -> fx.Node:
+    def gathered(node: fx.Node) -> fx.Node:
         kind = _kind(node, out)
         if kind == "tokens":
-            if node not in takes:
-                takes[node] = _taken(graph, node, lists)
-            return takes[node]
+            if node not in gathers:
+                gathers[node] = token_gather_of(graph, node, lists)
+            return gathers[node]
         if kind == "channels":
             example = tensor(node)
             assert example is not None
             return graph.call_method("reshape", (node, (example.shape[-1],)))
         return node
 
-    return Moved(copied(source, taken), list(takes.values()))
+    return Moved(copied(source, gathered), list(gathers.values()))
 
 
 def _kind(node: fx.Node, out: torch.Tensor) -> str:
@@ -129,23 +131,23 @@ def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | No
     if found is None or example is None:
         return None
     parent, start, step = found
-    take = _taken(graph, parent, lists)
+    gather = token_gather_of(graph, parent, lists)
     key: Any = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
-    new = graph.call_function(operator.getitem, (take, key))
-    return Moved(new, [take])
+    new = graph.call_function(operator.getitem, (gather, key))
+    return Moved(new, [gather])
 
 
 def _through_linear(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
     x, weight, bias = (argument(source, i, n) for i, n in enumerate(("input", "weight", "bias")))
     example = tensor(weight)
-    # The rows of one list are fewer than all; two lists may take what is cheaper to take after.
+    # The rows of one list are fewer than all; two lists may gather what is cheaper to gather after.
     alone = all(user.args[1] is lists[0] for user in source.users)
     known = example is not None and all(isinstance(size, int) for size in example.shape)
     if example is None or not (alone or (known and example.shape[0] > example.shape[1])):
         return None
-    take = _taken(graph, x, lists)
-    new = graph.call_function(torch.nn.functional.linear, (take, weight, bias))
-    return Moved(new, [take])
+    gather = token_gather_of(graph, x, lists)
+    new = graph.call_function(torch.nn.functional.linear, (gather, weight, bias))
+    return Moved(new, [gather])
 
 
 def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -166,9 +168,9 @@ def _through_rowwise(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | 
         if not isinstance(dim, int) or dim % example.dim() != example.dim() - 1 or not keeps:
             return None
         args, kwargs = [x], {**kwargs, "dim": -1, "keepdim": True}
-    take = _taken(graph, x, lists)
-    new = graph.create_node(source.op, source.target, (take, *args[1:]), kwargs)
-    return Moved(new, [take])
+    gather = token_gather_of(graph, x, lists)
+    new = graph.create_node(source.op, source.target, (gather, *args[1:]), kwargs)
+    return Moved(new, [gather])
 
 
 def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | None:
@@ -176,6 +178,6 @@ def _through_dropout(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | 
     if mask is None:
         return None
     assert isinstance(source.args[0], fx.Node)
-    values = _taken(graph, source.args[0], lists)
-    new = graph.call_function(torch.mul, (values, _taken(graph, mask, lists)))
+    values = token_gather_of(graph, source.args[0], lists)
+    new = graph.call_function(torch.mul, (values, token_gather_of(graph, mask, lists)))
     return Moved(new, [values])

@@ -1,4 +1,4 @@
-"""In the dense phase, take a few rows of what each marked frozen weight reads."""
+"""While a plan calibrates online, take a few rows of what each marked frozen weight reads."""
 
 from __future__ import annotations
 

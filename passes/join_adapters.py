@@ -24,6 +24,7 @@ def join_adapters(rewrite: Rewrite) -> int:
     Skips:   branches behind dropouts of their own, which read different inputs; branches with a
              write between them; and graphs that keep some gradient from flowing back, because a
              branch without one (None) would get zeros.
+    Source:  horizontal fusion of matmuls that share an operand.
     """
     if rewrite.cuts_gradients:
         return 0

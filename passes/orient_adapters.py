@@ -23,6 +23,7 @@ def orient_adapters(rewrite: Rewrite) -> int:
              N 512, r 8, fp32, one thread, MKL of torch 2.13). The copy is N * r values.
     Skips:   graphs without a rewritten region, which stay what plain torch.compile makes of them;
              weights with a bias; other devices.
+    Source:  none, this is ours: measured as said above.
     """
     if not rewrite.regions:
         return 0

@@ -24,6 +24,7 @@ def sink_producers(rewrite: Rewrite) -> int:
     After:   z = norm(x);  q = linear(x, wq);  r = rope(q);  k = linear(z, wk)
     Keeps:   every value bit for bit, and the order of random draws and of writes: a region is left
              as it is where that would change.
+    Source:  code sinking: what others wait for comes first, what nobody waits for moves down.
     """
     changed = 0
     for region in rewrite.regions:

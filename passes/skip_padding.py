@@ -27,9 +27,10 @@ def skip_padding(rewrite: Rewrite) -> int:
              y = where(r.pos >= 0, scatter_tokens(z, r), z[0])
     Keeps:   the rows of real tokens, and every gradient. That no other row reaches the loss is
              proven (`sparselora_fx.analysis.padding_proof`). `hoist_token_gathers`, run again,
-             moves the takes past what lies between two linears.
+             moves the gathers past what lies between two linears.
     Skips:   graphs without a sparse region; linears whose padding is read; token policies that do
              not split the tokens; what `hoist_token_gathers` has left with the rows of one list.
+    Source:  liveness analysis: rows of padding are dead.
     """
     sliced = {site for region in rewrite.regions for site in region.sites}
     dense = [*rewrite.dense, *(site for site in rewrite.sites if site not in sliced)]

@@ -46,6 +46,7 @@ def skip_zeros(rewrite: Rewrite) -> int:
              made or saved. So it is where the gate of a gated FFN has no adapter (and no bias), as
              with the paper's LoRA targets.
     Skips:   inputs made from a function that is not zero at zero, or from a branch at full width.
+    Source:  arXiv 2506.16500 keeps the branches dense; what their zeros allow is ours.
     """
     weights = adapter_weights(site for region in rewrite.regions for site in region.sites)
     answers: dict[fx.Node, _Zeros | None] = {}

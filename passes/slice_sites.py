@@ -30,6 +30,7 @@ def slice_sites(rewrite: Rewrite) -> int:
              to the
              selection too. What each site computes is its definition (masked-dense), whatever
              reads it.
+    Source:  arXiv 2506.16500, section 3; LoRA and output tokens stay dense, as there.
     """
     sliced = 0
     for region in rewrite.regions:

@@ -28,9 +28,10 @@ def trim_logits(rewrite: Rewrite) -> int:
     After:   loss = cross_entropy(gather_tokens(z.view(-1, V), idx, pos), t at idx, or -100);
              return loss, None
     Keeps:   the loss and every gradient: a row whose label is ignored adds nothing to a sum or a
-             mean, and idx holds every other row. `hoist_token_gathers` then moves the take up, past
-             the output embedding, to where other tokens are needed.
+             mean, and idx holds every other row. `hoist_token_gathers` then moves the gather up,
+             past the output embedding, to where other tokens are needed.
     Skips:   a loss whose labels are not the marked ones, or not spelled as above; it says so.
+    Source:  liveness analysis: a row without a label is dead.
     """
     graph = rewrite.graph
     marks = [n for n in graph.nodes if n.target is _MARK or n.target is OPS.label_rows]

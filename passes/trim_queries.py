@@ -25,14 +25,15 @@ def trim_queries(rewrite: Rewrite) -> int:
     """Give attention the queries of one token list alone where its other rows are not read.
     Returns the queries trimmed.
 
-    Before:  q: [B, L, N] = linear(x, wq);  a = attention(heads(q), k, v);  t = take(a, o)
-    After:   z: [P, N] = take(linear(x, wq), o);  q = where(o.pos >= 0, place(z, o), z[0])
-             a = attention(heads(q), k, v);  t = take(a, o)
+    Before:  q: [B, L, N] = linear(x, wq);  a = attention(heads(q), k, v);  t = gather(a, o)
+    After:   z: [P, N] = gather(linear(x, wq), o);  q = where(o.pos >= 0, scatter(z, o), z[0])
+             a = attention(heads(q), k, v);  t = gather(a, o)
     Keeps:   every row that is read, and every gradient: a row of the attention depends on its own
              query alone, and what an unread row would pass back is zero. Unread rows hold a query
              of the list, not zeros, whose norm may have no derivative.
     Skips:   queries that anything else reads or writes into. `hoist_token_gathers`, run again, then
-             moves the take past the projection and its LoRA branch.
+             moves the gather past the projection and its LoRA branch.
+    Source:  liveness analysis, of rows instead of variables.
     """
     graph = rewrite.graph
     rows = read_rows(graph, gathered_by)
@@ -43,8 +44,8 @@ def trim_queries(rewrite: Rewrite) -> int:
 
 
 def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
-    """Whether a node ``[B, L, N]`` is what attention makes its heads of: takes move no further down
-    than here."""
+    """Whether a node ``[B, L, N]`` is what attention makes its heads of: gathers move no further
+    down than here."""
     example = tensor(node)
     if example is None or example.dim() != 3 or rows[node].axis != 1 or node.op == "placeholder":
         return False

@@ -12,14 +12,15 @@ from unittest import mock
 import torch
 from torch import fx
 
-# A phase, a token-length class and a plan level each make a graph; torch's default is 8.
+# Each sparsity scale and each class of token-list lengths makes a graph; torch's default is 8.
 _RECOMPILES = 256
 
 
 def compile_callable(
     fn: Callable[..., object], backend: Callable[..., object], dynamic: bool | None
 ) -> Callable[..., object]:
-    """``torch.compile(fn)`` that may hold more graphs than by default: one per phase and level."""
+    """``torch.compile(fn)`` that may hold more graphs than by default: one for each sparsity scale
+    and class of list lengths."""
     options: dict[str, Any] = {"backend": backend, "dynamic": dynamic}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = _RECOMPILES

@@ -188,7 +188,7 @@ class Skip:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """Rows of what some frozen weights read, in the dense phase. ``taken`` are the rows' indices
+    """Rows of what some frozen weights read, to calibrate on. ``taken`` are the rows' indices
     where only the graph knows them; ``kn``: which weights are stored [K, N] (None: not known)."""
 
     weights: tuple[fx.Node, ...]  # placeholders, in the order of the forward

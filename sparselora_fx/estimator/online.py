@@ -1,4 +1,5 @@
-"""Calibration that costs no step: moments of the dense phase, and factors from them at its end."""
+"""Calibration that costs no step: moments of what dense steps read, and factors from them before
+the first sparse one."""
 
 from __future__ import annotations
 

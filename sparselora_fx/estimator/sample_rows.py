@@ -4,7 +4,7 @@ Systematic sampling: with T tokens and n places, place i takes token ``floor((i 
 ``u`` in [0, 1) for the whole call. Without u the first token of the batch would be in every sample,
 and first tokens are outliers in many models. ``u`` follows the golden ratio (an additive recurrence
 fills [0, 1) evenly, whatever the number of calls), so that nothing is drawn: the random numbers of
-training stay what they are without observing, and a resumed run takes the tokens it would have
+training stay what they are without calibration, and a resumed run takes the tokens it would have
 taken.
 """
 

@@ -13,7 +13,7 @@ OBSERVED = "observed"  # the spec of a site that is dense now, and whose input i
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """The plan's words for one site, carried through the graph as a string (strings are guarded,
+    """What the plan says of one site, carried through the graph as a string (strings are guarded,
     never traced)."""
 
     ffn: float
@@ -33,9 +33,9 @@ class SiteSpec:
         return SiteSpec(float(ffn), float(attention), tuple(statistics), stored == "kn")
 
 
-# The words of a weight that stays dense. Its marker, if there is one, is about padding.
+# The spec of a weight that stays dense. Its marker, if there is one, is about padding.
 DENSE = SiteSpec(0.0, 0.0).encode()
-# What a marker carries in place of the plan's words where gradients are off inside a call that
+# What a marker carries in place of the plan's spec where gradients are off inside a call that
 # began with them.
 WITHOUT_GRADIENTS = "without gradients"
 

@@ -21,7 +21,11 @@ from sparselora_fx.ir import checks
 
 LIBRARY = torch.library.Library("sparselora", "DEF")
 OPS = torch.ops.sparselora
-MARKERS = ("site", "label_rows", "observed")  # identities that carry words into a traced graph
+MARKERS = (
+    "site",
+    "label_rows",
+    "observed",
+)  # identities that carry what is known into a traced graph
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 Body = Callable[..., Tensor]
 
@@ -71,7 +75,7 @@ _define(
     "site(Tensor(a) x, Tensor weight, Tensor a, Tensor b, Tensor[] tokens, str spec,"
     " Tensor[]? statistics=None) -> Tensor(a)"
 )
-# The marker of the dense phase: an identity on x that says which rows to observe. Removed too.
+# The marker of online calibration: an identity on x that says which rows to observe. Removed too.
 _define("observed(Tensor(a) x, Tensor weight, Tensor[] picked) -> Tensor(a)")
 # The marker before the logits: an identity on x that says which rows carry a label. Removed too.
 _define("label_rows(Tensor(a) x, Tensor labels, Tensor idx, Tensor pos, bool shift) -> Tensor(a)")
@@ -250,7 +254,7 @@ def site(
     spec: str,
     statistics: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Identity on x. Carries a frozen weight's factors, the batch's token lists, the plan's words
+    """Identity on x. Carries a frozen weight's factors, the batch's token lists, the plan's spec
     and the vectors that its score needs into the graph.
 
     ``tokens`` is empty, or the counted tokens ``bool[B, L]``, or those and two lists with their

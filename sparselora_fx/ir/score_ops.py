@@ -1,6 +1,6 @@
 """The functions that score channels, and how a plan names them.
 
-A score is a word for what is looked at, and words for what is made of it, joined by ``+``:
+A score is a term for what is looked at, and terms for what is made of it, joined by ``+``:
 ``"tokens+prior+weighted"``. h_tn is channel n of a region's hidden state at token t, h~ its
 approximation from the factors, w_n the norm of the consumer's column n. A region keeps the channels
 of largest score. Each function below is an op of rewritten graphs; its body is its meaning.

@@ -60,7 +60,7 @@ class SparsityPlan:
         start_step: training stays dense before it; an int counts optimizer steps, a float is a
             fraction of training (0.05 as in the reference implementation).
         end_step: training is dense again from it on (None: never); same units.
-        ramp: stages ``(from step, share of the plan's sparsity)``; before the first, dense.
+        ramp: stages ``(from step, sparsity scale)``; before the first, dense.
         channel_multiple: the number of kept channels is rounded up to a multiple of this.
         rank: rank of the estimator that the plan was written for, where the file says so.
         sink_tokens: this many first tokens of each sample are dense.

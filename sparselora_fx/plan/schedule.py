@@ -35,7 +35,7 @@ def check_schedule(start: object, end: object) -> tuple[When, When | None]:
 
 
 def check_ramp(ramp: object) -> tuple[tuple[When, float], ...]:
-    """Validated stages ``(from when, share of the plan's sparsity in [0, 1])``, in rising order of
+    """Validated stages ``(from when, sparsity scale in [0, 1])``, in rising order of
     one unit."""
     if ramp is None:
         return ()
@@ -93,7 +93,7 @@ def sparsity_scale_at(
     end: When | None,
     ramp: tuple[tuple[When, float], ...],
 ) -> float:
-    """The share of the plan's sparsity that is on at optimizer step ``step`` (0-based) of
+    """The sparsity scale at optimizer step ``step`` (0-based) of
     ``total``: 0 is dense.
 
     Raises `PlanError` if a fraction has to be turned into a step and ``total`` is not known.

@@ -43,7 +43,7 @@ class Score:
 
 
 def parse_score(text: str) -> Score:
-    """Read words joined by ``+``, in any order; `PlanError` names what is allowed."""
+    """Read terms joined by ``+``, in any order; `PlanError` names what is allowed."""
     given = [term.strip() for term in text.split("+")] if isinstance(text, str) else [""]
     terms = [term.partition(":")[0] for term in given]
     for term in terms:

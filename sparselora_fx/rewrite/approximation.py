@@ -25,7 +25,7 @@ class View:
     """
 
     def __init__(self, graph: fx.Graph, site: Site, options: Options, *, pool: bool) -> None:
-        """``pool``: let the word "pooled" mean it (feed-forward regions; in attention it does
+        """``pool``: let the term "pooled" mean it (feed-forward regions; in attention it does
         not)."""
         self.graph = graph
         self.token_weight = site.token_weight

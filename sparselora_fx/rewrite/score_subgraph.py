@@ -1,4 +1,4 @@
-"""Build the score of a region's channels in a graph, as the plan's words say (`score.TERMS`)."""
+"""Build the score of a region's channels in a graph, as the plan's terms say (`score.TERMS`)."""
 
 from __future__ import annotations
 

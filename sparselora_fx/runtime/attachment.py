@@ -56,7 +56,7 @@ class Attachment:
             sparse = max(self.sparsity[weight.name]) > 0
             more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
             self.statistics[weight.name] = tuple(more)
-            buffers = tuple(self._attach(weight, word, values) for word, values in more.items())
+            buffers = tuple(self._attach(weight, what, values) for what, values in more.items())
             mark = SiteAttributes(weight.param, *names, buffers, spec_name(weight.param))
             owners.setdefault(weight.module, []).append(mark)
             if not sparse:
@@ -66,8 +66,8 @@ class Attachment:
                 0, 0
             )  # an estimator may know producers only; consumers are not scored
             known = factors.get(weight.canonical, (none, none))
-            for word, factor in zip("ab", known, strict=True):
-                self._attach(weight, word, factor.to(like.dtype))
+            for what, factor in zip("ab", known, strict=True):
+                self._attach(weight, what, factor.to(like.dtype))
         for module, marks in owners.items():
             hook = site_hook(self.trace_inputs.key, tuple(marks))
             self._hang(module, hook, with_kwargs=True)
@@ -84,14 +84,14 @@ class Attachment:
     def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
         """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense.
 
-        The words stand on each module, where Dynamo guards them: a graph depends on its own
+        The specs stand on each module, where Dynamo guards them: a graph depends on its own
         sites' sparsity only, so blocks that are compiled one by one share what they have in common.
         """
         for weight in self.frozen:
             own = sparsity.get(weight.name, Sparsity(0.0, 0.0))
             dense = max(own) == 0
-            words = () if dense else self.statistics.get(weight.name, ())
-            spec = SiteSpec(*own, words, kn=weight.transposed and not dense)
+            named = () if dense else self.statistics.get(weight.name, ())
+            spec = SiteSpec(*own, named, kn=weight.transposed and not dense)
             weight.module.__dict__[spec_name(weight.param)] = spec.encode()
 
     def set_observed(self) -> None:
@@ -111,10 +111,10 @@ class Attachment:
             for weight in (w for w in self.frozen if max(self.sparsity[w.name]) > 0):
                 pair = estimator.factors[weight.canonical]
                 values = {"a": pair.a, "b": pair.b, **vectors[weight.canonical]}
-                for word in ("a", "b", *self.statistics[weight.name]):
-                    buffer = weight.module._buffers[buffer_name(weight.param, word)]
+                for what in ("a", "b", *self.statistics[weight.name]):
+                    buffer = weight.module._buffers[buffer_name(weight.param, what)]
                     assert buffer is not None
-                    known = values.get(word, buffer.new_zeros(0))
+                    known = values.get(what, buffer.new_zeros(0))
                     buffer.copy_(known) if len(known) else buffer.zero_()
 
     def unmark(self) -> None:
@@ -133,8 +133,8 @@ class Attachment:
         self.buffers.clear()
         self.layout.restore()
 
-    def _attach(self, weight: FrozenWeight, word: str, values: Tensor) -> str:
-        name = buffer_name(weight.param, word)
+    def _attach(self, weight: FrozenWeight, what: str, values: Tensor) -> str:
+        name = buffer_name(weight.param, what)
         placed = values.to(device=weight.weight.device)
         weight.module.register_buffer(name, placed, persistent=False)
         self.buffers.append((weight.module, name))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from sparselora_fx.runtime.hooks import phase_of
+from sparselora_fx.runtime.hooks import inputs_of
 
 # What becomes of a cache that the present call would make by itself.
 AS_CALLED = ""  # nothing: a dense call is left as it is
@@ -65,14 +65,14 @@ def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
     decoder = not getattr(config, "is_encoder_decoder", False)
 
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
-        phase = phase_of(key)
-        if phase is None or phase.caching == AS_CALLED:
+        inputs = inputs_of(key)
+        if inputs is None or inputs.caching == AS_CALLED:
             return None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if not known or not is_unset(given):
             return None
         given["use_cache"] = False
-        stands_in = phase.caching == STANDS_IN and config.use_cache and decoder
+        stands_in = inputs.caching == STANDS_IN and config.use_cache and decoder
         if stands_in and may_be_packed(given):
             given["past_key_values"] = stand_in(config=config)
         return (), given

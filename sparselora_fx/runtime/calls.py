@@ -22,7 +22,7 @@ class Call:
     """What the next calls of a model are for.
 
     Attributes:
-        level: of a warm-up: the share of the plan's sparsity that is on.
+        level: of a warm-up: the sparsity scale.
         sparsity: of a measurement: what is sparse, by `FrozenWeight.name`; all else is dense.
     """
 

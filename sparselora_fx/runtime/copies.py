@@ -17,7 +17,7 @@ from torch import nn
 from sparselora_fx.errors import CompileError
 
 PREFIX = "_sparselora"  # of every attribute and buffer that is ours
-OWNER = "sparselora_state"  # where a hook keeps the State that placed it; never read while traced
+OWNER = "sparselora_state"  # where a hook keeps the Runtime that placed it; never read while traced
 _REDUCE = "__reduce_ex__"
 _UNLOADS = ("merge_and_unload", "unload")  # of PEFT's tuners: they hand out the base modules
 

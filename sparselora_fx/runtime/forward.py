@@ -85,7 +85,7 @@ class CompiledForward(StandIn):
         return self.step(counted, *args, **kwargs)
 
     def _step(self, counted: CountedBatch | None, *args: object, **kwargs: object) -> object:
-        """One compiled call, and before it those that compile ahead."""
+        """One compiled call, and before it those that warm up."""
         runtime = self.runtime
         if _torch.in_transform():
             runtime.notices.warn(
@@ -153,8 +153,7 @@ class CompiledForward(StandIn):
             self._allow_replay(False)
 
     def _allow_replay(self, begins: bool) -> None:
-        """Tell CUDA graphs that a training call begins, or has ended; calls that compile ahead are
-        none."""
+        """Tell CUDA graphs that a training call begins, or has ended; warm-up calls are none."""
         runtime = self.runtime
         if runtime.cuda_graphs is not None:
             stepping = self.model.training and runtime.call.is_step
@@ -163,14 +162,14 @@ class CompiledForward(StandIn):
     def _kind(self) -> Hashable:
         """What tells this call from others for which graphs of their own are compiled."""
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
-        words = runtime.specs_set or tuple(runtime.call.sparsity.items())
+        specs = runtime.specs_set or tuple(runtime.call.sparsity.items())
         lists = (
             len(trace_inputs.tokens),
             len(trace_inputs.picked),
             len(trace_inputs.labels),
             trace_inputs.padded,
         )
-        return words, lists, self.model.training, torch.is_grad_enabled()
+        return specs, lists, self.model.training, torch.is_grad_enabled()
 
     def _with_tokens(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments, with what is known besides of the tokens that carry loss."""
@@ -244,7 +243,7 @@ class CompiledForward(StandIn):
     def _observe(
         self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, object]
     ) -> list[Tensor]:
-        """What is observed of a dense call. Calls that compile ahead, and those without gradients,
+        """What is observed of a dense call. Warm-up calls, and those without gradients,
         run the same graphs and do not count."""
         runtime = self.runtime
         assert runtime.collector is not None

@@ -96,9 +96,9 @@ def _is_decisive(runtime: Judged) -> bool:
     level."""
     usual = runtime.call.is_step and bool(_planned(runtime))
     usual = usual and not runtime.trace_inputs.sliced
-    words = runtime.specs_set
+    specs = runtime.specs_set
     return (
-        usual and words is not None and words[0] > 0 and words[0] >= max(runtime.sparsity_scales())
+        usual and specs is not None and specs[0] > 0 and specs[0] >= max(runtime.sparsity_scales())
     )
 
 

@@ -27,8 +27,8 @@ class SiteAttributes(NamedTuple):
     spec: str
 
 
-# Hooks reach their phase through this dictionary, not through a closure: Dynamo takes the shapes of
-# whatever it reaches through a module for fixed, and token lists change size with every batch.
+# Hooks reach their inputs through this dictionary, not through a closure: Dynamo takes the shapes
+# of whatever it reaches through a module for fixed, and token lists change size with every batch.
 _TRACE_INPUTS: dict[int, TraceInputs] = {}
 _keys = itertools.count()
 
@@ -54,12 +54,12 @@ class TraceInputs:
         _TRACE_INPUTS[self.key] = self
 
     def close(self) -> None:
-        """Forget the phase; hooks that read it are gone."""
+        """Forget these inputs; hooks that read them are gone."""
         _TRACE_INPUTS.pop(self.key, None)
 
 
-def phase_of(key: int) -> TraceInputs | None:
-    """The phase of a compiled model, unless that is restored."""
+def inputs_of(key: int) -> TraceInputs | None:
+    """The trace inputs of a compiled model, unless that is restored."""
     return _TRACE_INPUTS.get(key)
 
 
@@ -102,9 +102,9 @@ def _refuse_recomputation(
     dense although the first one was sliced, and gradients silently wrong."""
     if not trace_inputs.sliced:
         return
-    words = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
+    specs = [(getattr(module, mark[-1]), id(getattr(module, mark[0]))) for mark in marks]
     dense = (DENSE, OBSERVED)
-    if any(spec not in dense and weight in trace_inputs.sliced for spec, weight in words):
+    if any(spec not in dense and weight in trace_inputs.sliced for spec, weight in specs):
         raise CompileError(
             "a backward pass of this model runs its layers again, outside what torch.compile "
             "compiled, where they are not sliced; give those layers sparsity 0 in the plan, or "
@@ -131,20 +131,20 @@ def label_hook(key: int) -> object:
 def _marked(
     module: nn.Module, x: Tensor, trace_inputs: TraceInputs, marks: tuple[SiteAttributes, ...]
 ) -> Tensor:
-    for param, a, b, names, spec in marks:
-        words = getattr(module, spec)
-        if words == OBSERVED:
+    for param, a, b, names, attribute in marks:
+        spec = getattr(module, attribute)
+        if spec == OBSERVED:
             if len(marks) == 1:  # of several weights it is not known which reads the input
                 x = OPS.observed(x, getattr(module, param), trace_inputs.picked)
-        elif words != DENSE:
+        elif spec != DENSE:
             weight = getattr(module, param)
             factor_a, factor_b = getattr(module, a), getattr(module, b)
             statistics = [getattr(module, name) for name in names]
             if trace_inputs.grad and not torch.is_grad_enabled():
-                words = WITHOUT_GRADIENTS
-            x = OPS.site(x, weight, factor_a, factor_b, trace_inputs.tokens, words, statistics)
+                spec = WITHOUT_GRADIENTS
+            x = OPS.site(x, weight, factor_a, factor_b, trace_inputs.tokens, spec, statistics)
         elif trace_inputs.padded and torch.is_grad_enabled():
             # Dense, but for padding; its factors are never read.
             weight = getattr(module, param)
-            x = OPS.site(x, weight, weight, weight, trace_inputs.tokens, words, [])
+            x = OPS.site(x, weight, weight, weight, trace_inputs.tokens, spec, [])
     return x

@@ -1,5 +1,5 @@
-"""What one compiled model carries: its marks on modules, its phase, and what its graphs
-reported."""
+"""What one compiled model carries: what it has put on modules, what its calls are for, and what its
+graphs reported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Runtime:
     sparsity: dict[str, Sparsity]
     frozen: list[FrozenWeight]
     convention: Convention = field(default_factory=lambda: Convention(True))
-    collector: Collector | None = None  # of a plan that calibrates in the dense phase
+    collector: Collector | None = None  # of a plan that calibrates online
     cuda_graphs: CudaGraphs | None = None
     trace_inputs: TraceInputs = field(default_factory=TraceInputs)
     kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
@@ -59,7 +59,7 @@ class Runtime:
     calls: int = 0  # compiled calls of the model
     dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
-    # What the sites' specs say: the share of the plan's sparsity, and whether they are observed.
+    # What the sites' specs say: the sparsity scale, and whether they are observed.
     specs_set: tuple[float, bool] | None = None
     notices: Notices = field(default_factory=Notices)
     stepped: bool = False  # a sparse training call has run to its end
@@ -87,7 +87,7 @@ class Runtime:
         return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
 
     def sparsity_scales(self) -> list[float]:
-        """Every share that the schedule takes as it is driven now, rising."""
+        """Every sparsity scale that the schedule takes as it is driven now, rising."""
         plan = self.plan
         if self.step is None:
             return [1.0]
@@ -96,7 +96,7 @@ class Runtime:
         return sorted({*stages, 0.0} if dense else stages)
 
     def sparsity_scale(self) -> float:
-        """The share of the plan's sparsity that is on now: 0 is dense."""
+        """The sparsity scale, by which the plan's sparsities are multiplied now: 0 is dense."""
         plan = self.plan
         if self.call.kind is CallKind.WARM_UP:
             return self.call.level
@@ -121,7 +121,7 @@ class Runtime:
 
     def set_sparsity_scale(self, sparsity_scale: float, *, observed: bool = False) -> None:
         """Tell every site how sparse it is: ``sparsity_scale`` times the plan's sparsity. With
-        ``observed`` (and a share of 0) those that the plan makes sparse are told that their input
+        ``observed`` (and a scale of 0) those that the plan makes sparse are told that their input
         is looked at."""
         if (sparsity_scale, observed) == self.specs_set:
             return

@@ -82,19 +82,19 @@ def _why_unseen(runtime: Runtime, weight: FrozenWeight) -> str:
     """Why no graph has told anything of a weight that the plan makes sparse."""
     if runtime.blocks and not any(weight.name.startswith(f"{block}.") for block in runtime.blocks):
         return "dense: outside the blocks that regional=True compiles"
-    phase, held = runtime.trace_inputs, id(weight.weight)
+    inputs, held = runtime.trace_inputs, id(weight.weight)
     kind = adapter_kind(runtime.model, weight)
     if kind in UNTRACEABLE:
         return f"dense: its adapter, {kind}, {WHY[kind]}"
     if runtime.stepped or runtime.seen:
-        why = _EAGER if held in phase.eager else _UNREACHED
+        why = _EAGER if held in inputs.eager else _UNREACHED
         return f"dense: no compiled graph multiplies with it ({why})"
     if runtime.tally.only_dense:
         return f"dense: {_FEW}"
     if runtime.dense_calls:
         return f"dense in every training call so far ({', '.join(sorted(runtime.dense_calls))})"
-    if held in phase.past:
+    if held in inputs.past:
         return f"dense: {_PAST}"
     sparsity = runtime.sparsity[weight.name]
-    words = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
-    return f"not traced yet (plan: {words}); run a training step"
+    planned = f"ffn {sparsity.ffn:g}, attention {sparsity.attention:g}"
+    return f"not traced yet (plan: {planned}); run a training step"
