@@ -59,7 +59,8 @@ def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, A
     runner = fx.Interpreter(gm, garbage_collect_values=False)
     runner.env = env
     mode = next((found for fake in env.values() if (found := mode_of(fake)) is not None), None)
-    with contextlib.nullcontext() if mode is None else mode, _torch.python_dispatcher():
+    faked = contextlib.nullcontext() if mode is None else mode
+    with faked, _torch.python_dispatcher(), _unsaved():
         for node in nodes:
             env[node] = runner.run_node(node)
             set_value(node, env[node])
@@ -94,8 +95,14 @@ def _computing(mode: Any) -> Iterator[None]:
     shapes = getattr(mode, "shape_env", None)
     quiet = contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
     faked = contextlib.nullcontext() if mode is None else mode
-    with torch.enable_grad(), faked, _torch.python_dispatcher(), quiet:
+    with torch.enable_grad(), faked, _torch.python_dispatcher(), quiet, _unsaved():
         yield
+
+
+def _unsaved() -> contextlib.AbstractContextManager[None]:
+    """What fake tensors save for a backward is not shown to hooks of the user's: those that move it
+    to the CPU, say, would get it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda held: held, lambda held: held)
 
 
 @contextlib.contextmanager

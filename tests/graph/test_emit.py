@@ -54,3 +54,19 @@ def test_every_call_has_a_real_value(
     for node in calls:
         held = [t for t in tree_leaves(node.meta["example_value"]) if isinstance(t, Tensor)]
         assert held and all(isinstance(t, FakeTensor) for t in held), node.format_node()
+
+
+def test_hooks_of_the_users_see_no_fake_tensor() -> None:
+    seen: list[Tensor] = []
+
+    def pack(held: Tensor) -> Tensor:
+        seen.append(held)
+        return held
+
+    model = FeedForward()
+    plan = slx.SparsityPlan(0.5, tokens="all", start_step=0, channel_multiple=1)
+    estimator = slx.SVDEstimator.build(model, rank=2, progress=False)
+    slx.compile(model, estimator, plan=plan, backend="eager")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
+        model(torch.randn(2, 3, 8)).sum().backward()
+    assert seen and not any(isinstance(held, FakeTensor) for held in seen)
