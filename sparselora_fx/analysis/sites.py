@@ -23,23 +23,9 @@ def site_of(weight: fx.Node, args: tuple[Any, ...], markers: int) -> Site | Skip
         markers: how many markers the weight has in this graph.
     """
     uses = sorted(products(weight), key=lambda use: use[0])  # in the order of the graph
-    if is_trainable(weight):
-        return Skip(weight, "the weight trains")
-    if args[5] == WITHOUT_GRADIENTS:
-        return Skip(
-            weight,
-            f"{WITHOUT} (a reversible layer, say): a backward that runs it again would not be "
-            "sliced",
-        )
-    if markers > 1 or not _share_input(uses):
-        return Skip(
-            weight,
-            "the weight is used more than once in this graph, and its uses would have to share one "
-            "choice of channels (a block that is applied several times gets one for each use where "
-            "it is checkpointed)",
-        )
-    if not uses:
-        return Skip(weight, "the weight is not used by a linear that is recognised")
+    reason = _refusal(weight, args[5], uses, markers)
+    if reason is not None:
+        return Skip(weight, reason)
     node, view, transposed = uses[0]
     parts = linear_parts(node, view)
     shape, out = tensor(weight), tensor(node)
@@ -75,6 +61,26 @@ def site_of(weight: fx.Node, args: tuple[Any, ...], markers: int) -> Site | Skip
         assert found is not None
         site.more[again] = found[0]
     return site
+
+
+def _refusal(
+    weight: fx.Node, spec: str, uses: list[tuple[fx.Node, fx.Node, bool]], markers: int
+) -> str | None:
+    """Why a weight stays dense whatever its linear looks like, or None."""
+    if is_trainable(weight):
+        return "the weight trains"
+    if spec == WITHOUT_GRADIENTS:
+        return (
+            f"{WITHOUT} (a reversible layer, say): a backward that runs it again would not be "
+            "sliced"
+        )
+    if markers > 1 or not _share_input(uses):
+        return (
+            "the weight is used more than once in this graph, and its uses would have to share one "
+            "choice of channels (a block that is applied several times gets one for each use where "
+            "it is checkpointed)"
+        )
+    return None if uses else "the weight is not used by a linear that is recognised"
 
 
 def _share_input(uses: list[tuple[fx.Node, fx.Node, bool]]) -> bool:
