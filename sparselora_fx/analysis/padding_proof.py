@@ -119,7 +119,7 @@ class _Proof:
         self,
         call: fx.Node,
         body: fx.GraphModule,
-        operands: list[Any],
+        operands: list[object],
         rows: Rows,
     ) -> list[LiveRows | None]:
         self.spans.enter(body, operands)

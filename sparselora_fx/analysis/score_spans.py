@@ -57,7 +57,7 @@ class ScoreSpans:
         self.layers: dict[Any, Span] = {}
         self.known: list[Span] = []  # kept, as `calls` knows spans by their identity
 
-    def enter(self, body: fx.GraphModule, operands: list[Any]) -> None:
+    def enter(self, body: fx.GraphModule, operands: list[object]) -> None:
         """From now on a body's inputs are those of one call of it."""
         self.masks.enter(body, operands)
         self.done = {n: s for n, s in self.done.items() if n.graph is not body.graph}

@@ -84,7 +84,7 @@ def _lift_call(
     gm: fx.GraphModule,
     call: fx.Node,
     body: fx.GraphModule,
-    operands: list[Any],
+    operands: list[object],
     inner: Lifted,
     outer: Lifted,
 ) -> None:

@@ -121,7 +121,7 @@ def _symbols(example: object) -> set[Any]:
     return {symbol for part in parts for symbol in free_symbols(part)}
 
 
-def _merged(runs: list[list[fx.Node]], keys: list[Any]) -> list[tuple[Any, list[fx.Node]]]:
+def _merged(runs: list[list[fx.Node]], keys: list[object]) -> list[tuple[Any, list[fx.Node]]]:
     """Runs with their keys; neighbours whose keys are nobody else's become one run."""
     counts = Counter(keys)
     groups: list[tuple[Any, list[fx.Node]]] = []
@@ -137,7 +137,7 @@ def _merged(runs: list[list[fx.Node]], keys: list[Any]) -> list[tuple[Any, list[
 
 def _chain(
     gm: fx.GraphModule,
-    groups: list[tuple[Any, list[fx.Node]]],
+    groups: list[tuple[object, list[fx.Node]]],
     env: Env,
     compile_graph: Compiler,
 ) -> Callable[..., Any]:

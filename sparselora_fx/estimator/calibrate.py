@@ -220,7 +220,7 @@ def _counted(x: Tensor, mask: object) -> Tensor:
     return rows
 
 
-def _without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def _without_cache(model: nn.Module, inputs: dict[str, object]) -> dict[str, Any]:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if "use_cache" in inspect.signature(base.forward).parameters:
         return {"use_cache": False, **inputs}

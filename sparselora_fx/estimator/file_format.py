@@ -58,7 +58,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], header: dict[str, Any], named: Mapping[str, Tensor]
+    path: str | os.PathLike[str], header: dict[str, object], named: Mapping[str, Tensor]
 ) -> None:
     """Write tensors and a JSON header with a checksum over both, replacing ``path`` atomically."""
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in named.items()}
@@ -86,7 +86,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[object, dict[str, Tensor
         ) from error
 
 
-def check_sum(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_sum(header: dict[str, object], tensors: dict[str, Tensor]) -> None:
     """Refuse a header and tensors that are not those that were written together."""
     if header.get("checksum") != _checksum(header, tensors):
         raise EstimatorError("is damaged (its checksum differs)")
@@ -103,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         ) from None
 
 
-def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def _checksum(header: dict[str, object], tensors: dict[str, Tensor]) -> str:
     rest = {key: value for key, value in header.items() if key != "checksum"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for key in sorted(tensors):

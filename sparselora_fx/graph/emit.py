@@ -53,7 +53,7 @@ def has_value(node: fx.Node) -> bool:
     return "example_value" in node.meta or any("example_value" not in n.meta for n in inputs)
 
 
-def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> None:
+def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, object]) -> None:
     """Compute nodes anew, in their order, from the values that ``env`` has of what they read, and
     leave theirs there and on them."""
     runner = fx.Interpreter(gm, garbage_collect_values=False)

@@ -9,10 +9,10 @@ the kernels assert the range.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from sparselora_fx.graph.layout import Size
 from sparselora_fx.lowering.configs import CHANNEL_MULTIPLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,11 +44,11 @@ class Problem:
     dtype: torch.dtype
     weight_dtype: torch.dtype
     index_dtype: torch.dtype
-    tokens: Any
-    outputs: Any
-    inner: Any
-    kept: Any
-    weight: tuple[Any, ...]
+    tokens: Size
+    outputs: Size
+    inner: Size
+    kept: Size
+    weight: tuple[Size, ...]
     contiguous_rows: bool
 
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Protocol
+
+import torch
+
+from sparselora_fx.graph.layout import Size
+
+
+class Value(Protocol):
+    """What the lowerings ask a node of Inductor's IR."""
+
+    def get_size(self) -> Sequence[Size]: ...
+    def get_dtype(self) -> torch.dtype: ...
+    def get_device(self) -> torch.device: ...
+    def maybe_get_stride(self) -> Sequence[Size] | None: ...
 
 
 @cache
@@ -40,22 +53,23 @@ def inductor() -> SimpleNamespace:
 
 
 def select(
-    name: str, choices: list[Any], inputs: list[Any], layout: object, input_gen_fns: object
-) -> object:
+    name: str, choices: list[object], inputs: list[Value], layout: object, input_gen_fns: object
+) -> Value:
     """The fastest of some choices, as an IR node. 2.12 and 2.13 return ``(node, choice)``."""
     found = inductor().autotune_select_algorithm(
         name, choices, inputs, layout, input_gen_fns=input_gen_fns
     )
-    return found[0] if isinstance(found, tuple) else found
+    node: Value = found[0] if isinstance(found, tuple) else found
+    return node
 
 
-def only_choices(name: str) -> dict[str, Any]:
+def only_choices(name: str) -> dict[str, object]:
     """Settings with which Inductor benchmarks matmuls, and only those choices whose names match a
     regular expression. Run on 2.13."""
     return {"max_autotune_gemm": True, "test_configs.autotune_choice_name_regex": name}
 
 
-def fallback(op: Any) -> Callable[..., object]:
+def fallback(op: torch._ops.OpOverload) -> Callable[..., Value]:
     """A lowering that calls an op's eager kernel, on inputs with the strides that were traced. Run
     on 2.13."""
     from torch._inductor.lowering import (
@@ -80,6 +94,6 @@ def always_equal(left: object, right: object) -> bool:
     return bool(inductor().V.graph.sizevars.statically_known_true(sympy.Eq(left, right)))
 
 
-def divides(divisor: int, size: Any) -> bool:
+def divides(divisor: int, size: Size) -> bool:
     """Whether a size is a multiple of ``divisor`` whatever its symbols stand for; adds no guard."""
     return always_equal(size % divisor, 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
+from sparselora_fx.graph.layout import Size
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import constraints, gather_matmul, inductor, triton
+from sparselora_fx.lowering.inductor import Value
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +21,15 @@ def install() -> None:
         _register(name, _weight_gradient(name))
 
 
-def _register(name: str, fn: Callable[..., object]) -> None:
+def _register(name: str, fn: Callable[..., Value]) -> None:
     inductor.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
 
 
-def _sliced(family: triton.Family) -> Callable[..., object]:
+def _sliced(family: triton.Family) -> Callable[..., Value]:
     """``(x[..., K], w, idx) -> y[..., N]``: a template where the rules allow one, else gather and
     matmul."""
 
-    def lower(x: object, w: object, idx: object) -> object:
+    def lower(x: Value, w: Value, idx: Value) -> Value:
         problem = triton.problem(family, x, w, idx)
         reason = constraints.ineligible(problem)
         if reason is None and not triton.autotunes():
@@ -41,11 +42,11 @@ def _sliced(family: triton.Family) -> Callable[..., object]:
     return lower
 
 
-def _weight_gradient(name: str) -> Callable[..., object]:
+def _weight_gradient(name: str) -> Callable[..., Value]:
     """On a GPU: Inductor's own matmul, then one scatter. Elsewhere the op's eager body runs."""
     eager = inductor.fallback(getattr(OPS, name).default)
 
-    def lower(gy: Any, x: Any, idx: Any, n: Any) -> object:
+    def lower(gy: Value, x: Value, idx: Value, n: Size) -> Value:
         if x.get_device().type != "cuda":
             return eager(gy, x, idx, n)
         return gather_matmul.WEIGHT_GRADIENTS[name](gy, x, idx, n)

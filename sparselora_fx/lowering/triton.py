@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from sparselora_fx.environment import check_bounds
+from sparselora_fx.graph.layout import Size
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import configs, gather_matmul, inductor, measured
 from sparselora_fx.lowering.constraints import Problem
+from sparselora_fx.lowering.inductor import Value
 
 TEMPLATES = Path(__file__).parent / "templates"
 _GROUP_M = 8  # programs that share columns run next to each other, so that w stays in the L2 cache
@@ -64,8 +66,8 @@ def read_template(name: str) -> str:
 
 
 def grid(
-    m: int, n: int, meta: dict[str, Any], *, cdiv: Callable[[Any, Any], Any]
-) -> tuple[Any, int, int]:
+    m: int, n: int, meta: dict[str, int], *, cdiv: Callable[[Size, int], Size]
+) -> tuple[Size, int, int]:
     """One program per tile of y, in one dimension; the templates order them in groups of
     ``_GROUP_M`` rows."""
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
@@ -110,10 +112,10 @@ def measured_ratio(family: Family, problem: Problem) -> float | None:
     return measured.ratio(gpu, family.template, *sizes)
 
 
-def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:
+def problem(family: Family, x: Value, w: Value, idx: Value) -> Problem:
     """Describe ``y[M, N] = x[M, K] @ gathered(w)`` from IR nodes."""
     *lead, inner = x.get_size()
-    tokens: Any = 1
+    tokens: Size = 1
     for size in lead:
         tokens = tokens * size
     kept, weight = idx.get_size()[0], tuple(w.get_size())
@@ -134,7 +136,7 @@ def problem(family: Family, x: Any, w: Any, idx: Any) -> Problem:
     )
 
 
-def lower(family: Family, problem: Problem, x: object, w: object, idx: object) -> Any:
+def lower(family: Family, problem: Problem, x: Value, w: Value, idx: Value) -> Value:
     """The chosen kernel's output, with the leading dimensions of x.
 
     Every choice is given the same inputs: before torch 2.13 the fallback is benchmarked on the
@@ -146,7 +148,7 @@ def lower(family: Family, problem: Problem, x: object, w: object, idx: object) -
     layout = api.FixedLayout(device, problem.dtype, [tokens, problem.outputs])
     if not api.use_triton_template(layout, check_max_autotune=False):
         return gather_matmul.SLICED[family.op](x, w, idx)
-    choices: list[Any] = []
+    choices: list[object] = []
     if autotunes():
         _fallback(family.op).maybe_append_choice(choices, input_nodes=inputs, layout=layout)
     for tile in _tiles(family, problem, device):
@@ -162,7 +164,7 @@ def lower(family: Family, problem: Problem, x: object, w: object, idx: object) -
 
 def _tiles(family: Family, problem: Problem, device: torch.device) -> list[configs.Tile]:
     """All tiles that fit when benchmarking, else the one that the rule picks."""
-    properties: Any = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     shared = int(getattr(properties, "shared_memory_per_block_optin", _SHARED_WITHOUT_ASKING))
     found = configs.tiles(family.template, problem.dtype.itemsize, shared)
     if autotunes() or not found:
@@ -171,7 +173,7 @@ def _tiles(family: Family, problem: Problem, device: torch.device) -> list[confi
     return [configs.pick(found, tokens, outputs, int(properties.multi_processor_count))]
 
 
-def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str, Any]:
+def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str, object]:
     """What a template is filled with, by the names its legend explains."""
     return {
         "num_stages": tile.stages,
@@ -189,11 +191,11 @@ def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str
     }
 
 
-def _permutation(rows: Any) -> Callable[[Any], torch.Tensor]:
+def _permutation(rows: Size) -> Callable[[Value], torch.Tensor]:
     """Benchmark on sorted random rows, as topk_channels gives them: the default, all zeros, would
     read one row."""
 
-    def generate(buffer: Any) -> torch.Tensor:
+    def generate(buffer: Value) -> torch.Tensor:
         kept, total = inductor.size_hint(buffer.get_size()[0]), inductor.size_hint(rows)
         return torch.randperm(total, device=buffer.get_device())[:kept].sort().values
 

@@ -64,7 +64,7 @@ def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
     known = hasattr(config, "use_cache")  # else a model inside it decides
     decoder = not getattr(config, "is_encoder_decoder", False)
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         inputs = inputs_of(key)
         if inputs is None or inputs.caching == AS_CALLED:
             return None

@@ -30,7 +30,7 @@ class StandIn:
 
     replaced: Any = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> object:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         raise _not_copied()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -102,7 +102,7 @@ class CompiledForward(StandIn):
         return out
 
     def _run(
-        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, Any]
+        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         """One compiled call. A graph that is traced may show that other tokens carry loss than was
         assumed: the call then begins anew, before that graph has run."""
@@ -121,7 +121,7 @@ class CompiledForward(StandIn):
                 return result
 
     def _call(
-        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, Any]
+        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
         arguments = call_arguments(self.names, args, kwargs)
@@ -171,7 +171,7 @@ class CompiledForward(StandIn):
         )
         return specs, lists, self.model.training, torch.is_grad_enabled()
 
-    def _with_tokens(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _with_tokens(self, arguments: dict[str, object]) -> dict[str, Any]:
         """A call's arguments, with what is known besides of the tokens that carry loss."""
         named, kept = named_tokens(), self.runtime.kept_labels
         if named is not None:

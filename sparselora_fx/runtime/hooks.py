@@ -6,7 +6,7 @@ Dynamo guards what hooks read, not whether they are there: see docs/decisions/00
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def site_hook(key: int, marks: tuple[SiteAttributes, ...]) -> object:
     """A forward pre-hook that passes a module's input through one `site` (or `observed`) marker per
     weight, while being traced."""
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if not torch.compiler.is_compiling():
             _note_eager(module, _TRACE_INPUTS.get(key), marks)
             return None

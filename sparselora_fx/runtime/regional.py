@@ -28,11 +28,11 @@ class _WithGradient(torch.autograd.Function):
     """A copy of a tensor that requires a gradient, and drops it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor, _: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -54,7 +54,7 @@ class CompiledBlock(StandIn):
         self.first = next(iter(inspect.signature(block.forward).parameters), "")  # argument's name
         functools.update_wrapper(self, self.original)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         called = self.runtime.trace_inputs.under_way or _torch.in_backward()
         if not (self.runtime.active and called):
             return self.original(*args, **kwargs)
@@ -71,7 +71,7 @@ class CompiledBlock(StandIn):
             x.copy_(copy)
         return result
 
-    def _opens(self, x: Any) -> bool:
+    def _opens(self, x: object) -> bool:
         """Whether a sparse call's first block with adapters, whose input needs no gradient, gets
         one that asks for it: it then runs the graph of all other blocks, not one of its own. That
         gradient is a small part of one block's backward; a graph is a large part of the first

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ class ClearIfFilled(StandIn):
     """The instance-level ``_cache_clear`` of a DoRA layer: what is empty is not changed, so that a
     graph sees no side effect."""
 
-    def __init__(self, cache: dict[str, Any]) -> None:
+    def __init__(self, cache: dict[str, object]) -> None:
         self.cache = cache
 
     def __call__(self) -> None:
