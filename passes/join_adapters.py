@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 import torch
 from torch import fx
@@ -32,7 +32,7 @@ def join_adapters(rewrite: Rewrite) -> int:
     weights = adapter_weights(sites)
     order = {node: i for i, node in enumerate(rewrite.graph.nodes)}
     written = [i for node, i in order.items() if _may_write(node)]
-    groups: dict[Any, list[fx.Node]] = {}
+    groups: dict[Hashable, list[fx.Node]] = {}
     for node in order:
         if is_down_projection(node, weights):
             start = sum(i < order[node] for i in written)
@@ -50,7 +50,7 @@ def _may_write(node: fx.Node) -> bool:
     return not ours and has_side_effect(node)
 
 
-def _source(x: fx.Node) -> Any:
+def _source(x: fx.Node) -> Hashable:
     """What tells one input from another: the node, or for a cast what it casts to what."""
     if op_name(x) in CASTS and isinstance(x.args[0], fx.Node):
         return (x.args[0], x.op, x.target, tuple(x.args[1:]), tuple(sorted(x.kwargs.items())))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,9 +53,9 @@ class ScoreSpans:
     def __init__(self, masks: MaskValues) -> None:
         self.masks = masks
         self.done: dict[fx.Node, Span | None] = {}
-        self.calls: dict[Any, Span | None] = {}  # one mask serves the attentions of all layers
+        self.calls: dict[Hashable, Span | None] = {}  # one mask serves the attentions of all layers
         self.answers: dict[Span, bool] = {}
-        self.layers: dict[Any, Span] = {}
+        self.layers: dict[Hashable, Span] = {}
         self.known: list[Span] = []  # kept, as `calls` knows spans by their identity
 
     def enter(self, body: fx.GraphModule, operands: list[object]) -> None:

@@ -15,7 +15,7 @@ outputs, a second backward) computes its forward again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class Replayed:
         self.compiled = compiled
         self.extra = extra
         self.graphs = graphs
-        self.sizes: dict[Any, _Sizes] = {}
+        self.sizes: dict[Hashable, _Sizes] = {}
         self.moving: list[int] | None = None  # inputs other than parameters and buffers
         self.held: list[int] = []  # the others
         self.off = False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
@@ -22,7 +22,7 @@ class Lifted:
     """Regions and skips of one graph, in terms of that graph's nodes; ``outputs`` are the nodes to
     return."""
 
-    regions: list[tuple[Region, dict[Any, fx.Node], dict[Any, fx.Node]]] = field(
+    regions: list[tuple[Region, dict[Hashable, fx.Node], dict[Hashable, fx.Node]]] = field(
         default_factory=list
     )
     skips: list[tuple[fx.Node, str]] = field(default_factory=list)
@@ -52,8 +52,8 @@ def lift_outputs(
     own = rewrites.get(gm)
     if own is not None:
         for region in own.regions:
-            weights = {site: site.weight for site in region.sites}
-            tensors: dict[Any, fx.Node] = dict(region.rows)
+            weights: dict[Hashable, fx.Node] = {site: site.weight for site in region.sites}
+            tensors: dict[Hashable, fx.Node] = {s: rows for s, rows in region.rows.items()}
             for choice in region.choices:
                 assert choice.selection is not None
                 tensors[choice.name] = choice.selection

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, getitem
 from typing import Any
@@ -30,7 +30,7 @@ from sparselora_fx.graph.nodes import value
 
 log = logging.getLogger(__name__)
 
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., object]]
 Env = dict[fx.Node, Any]  # the fake value of each node that more than one piece reads or returns
 
 
@@ -45,7 +45,7 @@ class _Piece:
 
 def compile_piecewise(
     gm: fx.GraphModule, inputs: Sequence[object], blocks: Iterable[str], compile_graph: Compiler
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """Compile ``gm`` with ``compile_graph``: whole, or if blocks repeat, piece by piece.
 
     Args:
@@ -69,15 +69,15 @@ def compile_piecewise(
     return _chain(gm, groups, env, compile_graph)
 
 
-def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Any] | None:
+def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Hashable] | None:
     """What each piece computes from what; equal keys may share one compiled function. Fills
     ``env``; None if something else than tensors and sizes goes from piece to piece."""
     if mode_of(list(env.values())) is None:
         return None
     for node in gm.graph.find_nodes(op="get_attr"):
         env[node] = attrgetter(str(node.target))(gm)
-    keys: list[Any] = []
-    results: dict[Any, list[Any]] = {}
+    keys: list[Hashable] = []
+    results: dict[Hashable, list[Any]] = {}
     for run in runs:
         piece = _extract(gm, run, env)
         key = (_graph_key(piece.module), tuple(_input_key(env[node]) for node in piece.inputs))
@@ -112,7 +112,7 @@ def _fresh(fake: object) -> Any:
         )  # fmt: skip
 
 
-def _symbols(example: object) -> set[Any]:
+def _symbols(example: object) -> set[Hashable]:
     """The symbols in a size, or in a tensor's sizes and strides."""
     if isinstance(example, Tensor):
         parts: tuple[Any, ...] = (*example.shape, *example.stride(), example.storage_offset())
@@ -121,10 +121,12 @@ def _symbols(example: object) -> set[Any]:
     return {symbol for part in parts for symbol in free_symbols(part)}
 
 
-def _merged(runs: list[list[fx.Node]], keys: list[object]) -> list[tuple[Any, list[fx.Node]]]:
+def _merged(
+    runs: list[list[fx.Node]], keys: list[Hashable]
+) -> list[tuple[Hashable, list[fx.Node]]]:
     """Runs with their keys; neighbours whose keys are nobody else's become one run."""
     counts = Counter(keys)
-    groups: list[tuple[Any, list[fx.Node]]] = []
+    groups: list[tuple[Hashable, list[fx.Node]]] = []
     alone = False
     for run, key in zip(runs, keys, strict=True):
         if alone and counts[key] == 1:
@@ -137,17 +139,17 @@ def _merged(runs: list[list[fx.Node]], keys: list[object]) -> list[tuple[Any, li
 
 def _chain(
     gm: fx.GraphModule,
-    groups: list[tuple[object, list[fx.Node]]],
+    groups: list[tuple[Hashable, list[fx.Node]]],
     env: Env,
     compile_graph: Compiler,
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """Compile each distinct piece, and return a function of the graph's inputs that calls them in
     turn."""
     chain = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         values[node] = chain.placeholder(node.name)
-    compiled: dict[Any, Callable[..., Any]] = {}
+    compiled: dict[Hashable, Callable[..., object]] = {}
     for key, nodes in groups:
         piece = _extract(gm, nodes, env)
         if key not in compiled:
@@ -162,7 +164,7 @@ def _chain(
     return module.forward
 
 
-def _named(compiled: Callable[..., object]) -> Callable[..., Any]:
+def _named(compiled: Callable[..., object]) -> Callable[..., object]:
     """A compiled piece under a name that generated code can use."""
 
     def piece(*args: object) -> Any:
@@ -193,7 +195,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], env: Env) -> _Piece:
 def _sizes(gm: fx.GraphModule, inputs: list[fx.Node], env: Env) -> list[fx.Node]:
     """The graph's inputs that are sizes named in the shapes of these, as far as they are not among
     them."""
-    symbols: set[Any] = set()
+    symbols: set[Hashable] = set()
     for node in inputs:
         symbols |= _symbols(env.get(node))
     sizes = []
@@ -208,7 +210,7 @@ def _graph_key(gm: fx.GraphModule) -> str:
     """What a graph computes, in words: the same words, the same results."""
     place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
 
-    def word(argument: object) -> Any:
+    def word(argument: fx.node.Argument) -> fx.node.Argument:
         return place[argument] if isinstance(argument, fx.Node) else argument
 
     lines = []
@@ -231,7 +233,7 @@ def _attribute_key(held: object) -> str:
     return f"{_graph_key(held)} {id(held.meta.get('_checkpoint_context_fn'))}"
 
 
-def _input_key(example: object) -> Any:
+def _input_key(example: object) -> Hashable:
     if not isinstance(example, Tensor):
         return str(example)
     plain = None if _is_plain(example) else id(example)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ def _gather_of(
 
 def share(graph: fx.Graph, target: torch._ops.OpOverload) -> int:
     """Let equal gathers of one value be the first of them. Returns how many went."""
-    first: dict[Any, fx.Node] = {}
+    first: dict[Hashable, fx.Node] = {}
     gone = 0
     for gather in graph.find_nodes(op="call_function", target=target):
         source: Any = gather.args[0]
