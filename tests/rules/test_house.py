@@ -40,7 +40,7 @@ EDITS = re.compile(
     r"\.(?:erase_node|call_function|call_method|call_module|node_copy|graph_copy|create_node"
     r"|inserting_before|inserting_after|replace_all_uses_with|replace_input_with|update_arg"
     r"|eliminate_dead_code|set_value|prepend|append_node)\("
-    r"|\.(?:args|kwargs|target) = |\bset_value\(|\bwith_stand_in\(|\bshaped\("
+    r"|\.(?:args|kwargs|target) = |\bset_value\(|\bcopied\(|\bwatch\("
 )
 PRIVATE = re.compile(
     r"\btorch\._(?:C|inductor|functorch|dynamo)\b|from torch import _"
