@@ -11,7 +11,7 @@ from torch import fx
 
 from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.layout import same_shape
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
 from sparselora_fx.graph.op_families import CASTS, NORMS
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.ir.ops import OPS
@@ -76,8 +76,7 @@ def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
         return None
     with graph.inserting_before(gather):
         if keeps_last(source) or is_whole(source):
-            inner: Any = source.args[0]
-            new = token_gather_of(graph, inner, lists)
+            new = token_gather_of(graph, operand(source), lists)
             return Moved(new, [new])
         if op_name(source) == "getitem":
             return _through_slice(graph, source, lists)

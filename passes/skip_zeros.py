@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from sparselora_fx.analysis.lora import adapter_weights, is_down_projection
 from sparselora_fx.graph.layout import same_shape
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.ir.markers import TokenList
@@ -61,7 +61,7 @@ def skip_zeros(rewrite: Rewrite) -> int:
 
 
 def _slice(graph: fx.Graph, node: fx.Node, zeros: _Zeros) -> None:
-    x: Any = node.args[0]
+    x = operand(node)
     weight = argument(node, 1, "weight")
 
     def sliced(part: fx.Node) -> fx.Node:
@@ -106,9 +106,9 @@ def _find_zeros(node: fx.Node, answers: dict[fx.Node, _Zeros | None]) -> _Zeros 
         return _zeros(node.args[0], answers)
     if op_name(node) == "getitem":
         return _of_slice(node, answers)
-    for operand in node.all_input_nodes:
-        zeros = _zeros(operand, answers)
-        if zeros is not None and _keeps_zeros(node, operand):
+    for read in node.all_input_nodes:
+        zeros = _zeros(read, answers)
+        if zeros is not None and _keeps_zeros(node, read):
             return zeros
     return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 from torch import Tensor, fx
 from torch._guards import TracingContext
@@ -62,7 +61,11 @@ class _Choosing(TorchDispatchMode):
         self.chosen = chosen
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
         if func is OPS.topk_channels.default:
@@ -80,7 +83,11 @@ class _ChoosingAgain(_Choosing):
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         if func is not OPS.topk_channels.default:
             return func(*args, **(kwargs or {}))

@@ -52,6 +52,13 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """An argument of a call that is known to be a node."""
+    found = node.args[position]
+    assert isinstance(found, fx.Node), f"{node.format_node()}: argument {position} is no node"
+    return found
+
+
 def axis_argument(node: fx.Node, position: int, name: str, rank: int, default: int = 0) -> int:
     """A dimension argument as a non-negative integer."""
     return int(argument(node, position, name, default)) % rank

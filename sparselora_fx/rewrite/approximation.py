@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from sparselora_fx.analysis.regions import Site
 from sparselora_fx.graph.emit import copied
-from sparselora_fx.graph.nodes import op_name, tensor
+from sparselora_fx.graph.nodes import op_name, operand, tensor
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Options
 
@@ -112,8 +110,7 @@ class Approximation:
             return x  # the site's input, or what it was before views
         if node not in done:
             if op_name(node) in _AS_IT_IS:
-                source: Any = node.args[0]
-                done[node] = self._branch(source, site, x, done)
+                done[node] = self._branch(operand(node), site, x, done)
             else:
                 copies = {n: self._branch(n, site, x, done) for n in node.all_input_nodes}
                 done[node] = copied(node, copies.__getitem__)

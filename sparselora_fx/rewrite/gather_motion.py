@@ -11,7 +11,7 @@ from torch import fx
 from sparselora_fx._torch import is_erased
 from sparselora_fx.graph.layout import same_shape
 from sparselora_fx.graph.mutation import is_mutated
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.ir.ops import OPS
 
@@ -105,9 +105,8 @@ def share(graph: fx.Graph, target: torch._ops.OpOverload) -> int:
     first: dict[Hashable, fx.Node] = {}
     gone = 0
     for gather in graph.find_nodes(op="call_function", target=target):
-        source: Any = gather.args[0]
         known = first.setdefault(gather.args, gather)
-        if known is not gather and not is_mutated(source):
+        if known is not gather and not is_mutated(operand(gather)):
             gather.replace_all_uses_with(known)
             graph.erase_node(gather)
             gone += 1
@@ -203,8 +202,7 @@ def _rows_of(node: fx.Node) -> fx.Node:
     while True:
         name, inputs = op_name(node), node.all_input_nodes
         if node.target is OPS.scatter_two_lists.default:
-            grid: Any = node.args[3]
-            return grid  # type: ignore[no-any-return]
+            return operand(node, 3)
         if name in ("linear", "sliced_linear", "scatter_channels") or slice_of(node):
             before: Any = node.args[0]
         elif is_pointwise(node):
