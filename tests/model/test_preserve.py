@@ -20,11 +20,12 @@ def test_each_module_has_its_own_mode_again() -> None:
 
 
 def test_random_numbers_go_on() -> None:
+    model = nn.Linear(2, 2)
     torch.manual_seed(3)
     expected = [torch.randn(4) for _ in range(2)][1]
     torch.manual_seed(3)
     torch.randn(4)
-    with kept_random_numbers(nn.Linear(2, 2)):
+    with kept_random_numbers(model):
         torch.randn(7)
     assert torch.equal(torch.randn(4), expected)
 
