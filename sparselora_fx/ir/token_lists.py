@@ -109,7 +109,8 @@ def token_lists(
     # A list that no call had before would else be taken to be as large for ever, and with it, by
     # comparison, the batch.
     mark_dynamic(tokens.sparse)
-    return TokenLists(MarkedTokens(tokens.sparse, *lists), last)
+    counted = None if tokens.unmasked and not tokens.split else tokens.sparse
+    return TokenLists(MarkedTokens(counted, *lists), last)
 
 
 def _token_list(mask: Tensor, length: int, taken: set[int]) -> TokenList[Tensor]:
@@ -138,12 +139,14 @@ IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cros
 @dataclass(frozen=True)
 class Tokens:
     """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
-    ``split`` they are treated apart; ``padded``: there is, or was, padding to tell from them."""
+    ``split`` they are treated apart; ``padded``: there is, or was, padding to tell from them;
+    ``unmasked``: nothing tells padding from tokens, so that all of them are tokens."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
     padded: bool = False
+    unmasked: bool = False
 
 
 def carry_loss(labels: Tensor, *, shift: bool | None) -> Tensor:

@@ -117,10 +117,15 @@ class Attachment:
                     known = values.get(what, buffer.new_zeros(0))
                     buffer.copy_(known) if len(known) else buffer.zero_()
 
-    def unmark(self) -> None:
-        """Take hooks, factors and specs off again."""
+    def unhook(self) -> None:
+        """Take the hooks off alone: nothing is marked any more."""
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
+
+    def unmark(self) -> None:
+        """Take hooks, factors and specs off again."""
+        self.unhook()
         for module, name in self.buffers:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)
@@ -129,7 +134,6 @@ class Attachment:
         for module in (*self.model.modules(), *(weight.module for weight in self.frozen)):
             forget_plain(module)
         self.trace_inputs.close()
-        self.handles.clear()
         self.buffers.clear()
         self.layout.restore()
 

@@ -107,10 +107,12 @@ class CompiledForward(StandIn):
         """One compiled call. A graph that is traced may show that other tokens carry loss than was
         assumed: the call then begins anew, before that graph has run."""
         runtime, convention = self.runtime, self.runtime.convention
-        tally = replace(runtime.tally)
+        tally, dense_calls = replace(runtime.tally), set(runtime.dense_calls)
         while True:
             convention.retry = False
-            runtime.tally = replace(tally)
+            if runtime.given_up and not runtime.graphs:  # else dense graphs would be made anew
+                runtime.attached.unhook()
+            runtime.tally, runtime.dense_calls = replace(tally, due=[]), set(dense_calls)
             try:
                 result = self._call(counted, args, dict(kwargs))
             except Exception:
@@ -141,10 +143,11 @@ class CompiledForward(StandIn):
         try:
             with runtime.recompiles.watching(self._kind(), arguments):
                 result = self.compiled(*args, **kwargs)
-            if self.untrimmed and not runtime.convention.retry:
-                runtime.tally.warn_untrimmed()
             runtime.stepped |= runtime.specs_set is not None and runtime.specs_set[0] > 0
             if not runtime.convention.retry:
+                if self.untrimmed:
+                    runtime.tally.warn_untrimmed()
+                runtime.tally.tell()
                 note_call(runtime)
             return result
         finally:
@@ -234,6 +237,8 @@ class CompiledForward(StandIn):
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
         lists = step_lists(runtime, tokens if sparse else None, labelled, counts)
         trace_inputs.tokens = lists.tokens.encode()
+        trace_inputs.every = sparse and lists.tokens.counted is None
+        trace_inputs.by_labels = tokens is not None and bool(sparsity_scale)
         trace_inputs.labels = [arguments["labels"], *lists.labelled] if lists.labelled else []
         trace_inputs.shift = trace_inputs.shift if shift is None else shift
         labels = arguments.get("labels")

@@ -38,6 +38,8 @@ class TraceInputs:
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
+        self.every = False  # token of this call is sparse, and there are no lists
+        self.by_labels = False  # the batch's labels decide what this call is: sparse, dense, where
         self.padded = False  # dense sites are marked too: the lists say which tokens are no padding
         self.sliced: set[int] = set()  # ids of the weights that a graph has sliced
         self.picked: list[Tensor] = []  # which rows to observe, while the sites' specs say so

@@ -159,7 +159,7 @@ class Runtime:
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         """Learn from a graph how labels are predicted; see `backend.Listener`."""
         convention, traced = self.convention, self.trace_inputs
-        if convention.learn(shown_conventions(gm.graph)) and traced.tokens:
+        if convention.learn(shown_conventions(gm.graph)) and traced.by_labels:
             convention.retry = True
             raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
         own = {id(weight.weight) for weight in self.frozen}

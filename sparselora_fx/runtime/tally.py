@@ -26,6 +26,7 @@ class TokenTally:
     dense_calls: int = 0  # calls that ran dense, as hardly a token was sparse
     all_sparse: int = 0  # calls in which every token was sparse
     notices: Notices = field(default_factory=Notices)
+    due: list[tuple[str, str]] = field(default_factory=list)  # texts, and what they are about
 
     def add(self, sparse: int, real: int, *, dense: bool) -> None:
         """Count one call whose tokens are told apart."""
@@ -36,7 +37,7 @@ class TokenTally:
 
     def warn_few(self, sparse: int, real: int, least: float) -> None:
         """Say once that calls run dense, as hardly any token is sparse."""
-        self.notices.warn(
+        self._tell_later(
             f"{sparse} of the {real} tokens of this batch ({sparse / max(real, 1):.1%}) would be "
             "sparse, since the predictions made from all others carry loss. A sparse step costs "
             f"more than it saves there: steps in which less than {least:.0%} of the tokens are "
@@ -47,15 +48,24 @@ class TokenTally:
 
     def warn_unknown(self) -> None:
         """Say once that every token is sparse because no labels tell them apart."""
-        self.notices.warn(_UNKNOWN)
+        self._tell_later(_UNKNOWN)
 
     def warn_untrimmed(self) -> None:
         """Say once that logits are not trimmed, as it is not known which ones count."""
-        self.notices.warn(
+        self._tell_later(
             "trim_logits: no traced loss shows whether labels are shifted, so every logit is "
             "computed; say shift=True or shift=False to sparselora_fx.compile, or leave "
             "trim_logits out",
         )
+
+    def _tell_later(self, text: str, *, about: str = "") -> None:
+        self.due.append((text, about))
+
+    def tell(self) -> None:
+        """Warn of what is due: a call has run, and does not begin anew with other tokens."""
+        due, self.due = self.due, []
+        for text, about in due:
+            self.notices.warn(text, about=about)
 
     def describe(self) -> str:
         """One line for `explain`; empty before any call."""

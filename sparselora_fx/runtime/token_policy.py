@@ -37,10 +37,7 @@ def split_tokens(
     grid = _grid(arguments)
     if grid is None:
         return None
-    mask = arguments.get("attention_mask")
-    shown = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
-    if isinstance(mask, Tensor) and mask.shape == grid.shape:
-        shown = mask.to(device=grid.device, dtype=torch.bool)
+    shown, masked = _shown(grid, arguments.get("attention_mask"))
     labels, named = arguments.get("labels"), arguments.get(OUTPUT_TOKENS)
     labelled = named is not None or (isinstance(labels, Tensor) and labels.shape == grid.shape)
     predicting = torch.zeros_like(shown)
@@ -69,7 +66,7 @@ def split_tokens(
         # What a padding token attends to is the model's affair: padding, perhaps. Where one
         # predicts a label, none can be left out.
         dense = dense | (~real & (real & ~shown).any())
-    return Tokens(sparse, dense, split)
+    return Tokens(sparse, dense, split, unmasked=not masked)
 
 
 def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
@@ -80,6 +77,13 @@ def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
     if grid is None:
         grid = arguments.get(OUTPUT_TOKENS)
     return grid if grid is not None and grid.dim() == 2 else None
+
+
+def _shown(grid: Tensor, mask: object) -> tuple[Tensor, bool]:
+    """Which tokens are no padding, ``bool[B, L]``, and whether a mask says so."""
+    if isinstance(mask, Tensor) and mask.shape == grid.shape:
+        return mask.to(device=grid.device, dtype=torch.bool), True
+    return torch.ones(grid.shape, dtype=torch.bool, device=grid.device), False
 
 
 def _places(real: Tensor, arguments: Mapping[str, object]) -> Tensor:

@@ -129,6 +129,8 @@ def _mean_loss(model: nn.Module, batches: list[Batch], bar: Any) -> tuple[float,
         total, weights = total + loss * weight, weights + weight
         if runtime.trace_inputs.tokens:
             sparse += float(runtime.trace_inputs.tokens[0].sum())
+        elif runtime.trace_inputs.every:
+            sparse += _real_tokens(batch)
         real += _real_tokens(batch)
         bar.update()
     return total / weights, (sparse / real if real else 1.0)

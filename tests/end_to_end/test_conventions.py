@@ -90,6 +90,21 @@ def test_the_first_sparse_step_has_the_right_tokens_dense(loss: Loss, trim: bool
     oracle.assert_close(got, oracle.step(model, data), 1e-9)
 
 
+def test_a_first_call_that_only_a_wrong_guess_makes_dense() -> None:
+    """Labels on every other token: by either convention all carry loss, by the graph's half do."""
+    model, data = feed_forward(same_token), ragged(1, 16)
+    data["labels"] = data["input_ids"].clone()
+    data["labels"][:, ::2] = -100
+    plan = slx.SparsityPlan({"up": 0.5, "down": 0.5}, start_step=0, channel_multiple=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = oracle.run_compiled(model, data, plan, backend="eager", restore=False)
+    assert len(got.record.sites) == 2
+    counts = get_runtime(model).tally
+    assert (counts.calls, counts.dense_calls, counts.sparse) == (1, 0, 8)
+    assert not get_runtime(model).dense_calls
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_what_the_user_says_stands_and_is_contradicted_aloud(shift: bool) -> None:
     model, data = feed_forward(same_token), ragged()

@@ -61,19 +61,26 @@ class Pooled(nn.Module):
         self.up, self.down = Adapted(WIDTH, HIDDEN), Adapted(HIDDEN, WIDTH)
         self.pool_up, self.pool_down = Adapted(WIDTH, HIDDEN), Adapted(HIDDEN, WIDTH)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> SimpleNamespace:
         x = self.embedding(input_ids)
         pooled = self.pool_down(F.silu(self.pool_up(x.mean(1))))
         y = x + self.down(F.silu(self.up(x))) + pooled[:, None]
         return SimpleNamespace(loss=(y * (labels >= 0)[..., None]).square().mean())
 
 
+def pooled_batch() -> dict[str, Tensor]:
+    ids = oracle.batch()["input_ids"]
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
+
+
 @pytest.mark.parametrize("tokens", ["all", "context"])
 def test_a_linear_on_something_else_than_tokens(tokens: str) -> None:
     torch.manual_seed(0)
     model = Pooled().double().train()
-    ids = oracle.batch()["input_ids"]
-    data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
+    data = pooled_batch()
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, restore=False)
     table = slx.explain(model)
@@ -81,12 +88,30 @@ def test_a_linear_on_something_else_than_tokens(tokens: str) -> None:
     assert set(got.record.sites) == {"up.base", "down.base"}, table
     why = reasons(table)
     assert set(why) == {"pool_up.base", "pool_down.base"}
-    # Without a mask nothing is padding; yet which of a mean's rows would be cannot be told.
     said = "padding cannot be told" if tokens == "all" else "token grid"
     assert all(said in reason for reason in why.values()), why
     if tokens == "all":
         with oracle.masked_reference(model, got.record):
             oracle.assert_close(got, oracle.step(model, data), 1e-9)
+
+
+def test_without_a_mask_every_row_counts_whatever_it_is() -> None:
+    """Nothing is padding, so the mean of a sample's tokens is no padding either. A mask that the
+    model does not read comes with a graph of its own."""
+    torch.manual_seed(0)
+    model = Pooled().double().train()
+    data = pooled_batch()
+    masked = {**data, "attention_mask": torch.ones_like(data["input_ids"])}
+    plan = slx.SparsityPlan(0.5, tokens="all", start_step=0, channel_multiple=1)
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    with slx.record(model) as record:
+        got = oracle.step(model, data)
+    with slx.record(model) as second:
+        oracle.step(model, masked)
+    slx.restore(model)
+    assert len(record.sites) == 4 and set(second.sites) == {"up.base", "down.base"}
+    with oracle.masked_reference(model, record):
+        oracle.assert_close(got, oracle.step(model, data), 1e-9)
 
 
 class TimeMajor(nn.Module):

@@ -120,6 +120,7 @@ def test_later_steps_are_plain(config: Any) -> None:
     assert get_runtime(model).graphs == before
     if config is not DENSE["seen after a call"]:
         assert before <= graphs
+        assert not any(module._forward_pre_hooks for module in model.modules())
     for got, expected in zip(done, plain, strict=True):
         oracle.assert_identical(got, expected)
     slx.restore(model)
