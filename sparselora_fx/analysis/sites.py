@@ -11,7 +11,7 @@ from sparselora_fx.analysis.linears import linear_parts, products
 from sparselora_fx.analysis.reasons import WITHOUT
 from sparselora_fx.analysis.regions import Site, Skip, is_trainable
 from sparselora_fx.graph.layout import same_shape
-from sparselora_fx.graph.nodes import op_name, tensor
+from sparselora_fx.graph.nodes import before_flattening, op_name, tensor
 from sparselora_fx.ir.markers import WITHOUT_GRADIENTS, MarkedTokens, SiteSpec
 
 
@@ -88,22 +88,24 @@ def _share_input(uses: list[tuple[fx.Node, fx.Node, bool]]) -> bool:
     share a choice of channels."""
     if len(uses) < 2:
         return True
-    parts = [linear_parts(node, view) for node, view, _ in uses]
-    if any(
-        op_name(node) != "linear" or part is None or part[2]
-        for (node, *_), part in zip(uses, parts, strict=True)
-    ):
+    parts = [part for node, view, _ in uses if (part := linear_parts(node, view)) is not None]
+    if len(parts) < len(uses):
         return False
-    turned = {turned for *_, turned in uses}
-    read = {_undropped(part[0]) for part in parts if part is not None}
-    unbiased = all(part is not None and part[1] is None for part in parts[1:])
-    return len(read) == len(turned) == 1 and unbiased
+    # Which way round the weight is multiplied with: a Conv1D's own product is an addmm, DoRA's
+    # second one a linear.
+    stored = {use[2] != part[2] for use, part in zip(uses, parts, strict=True)}
+    read = {_undropped(part[0]) for part in parts}
+    unbiased = all(part[1] is None for part in parts[1:])
+    return len(read) == len(stored) == 1 and unbiased
 
 
 def _undropped(x: fx.Node) -> fx.Node:
-    while op_name(x) in ("dropout", *LINEAR_CASTS) and isinstance(x.args[0], fx.Node):
+    """What a value was before dropouts, casts, and its tokens were flattened."""
+    while True:
+        x = before_flattening(x)
+        if op_name(x) not in ("dropout", *LINEAR_CASTS) or not isinstance(x.args[0], fx.Node):
+            return x
         x = x.args[0]
-    return x
 
 
 def _ends_with(value: Tensor, channels: int) -> bool:

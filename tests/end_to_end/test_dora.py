@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import sparselora_fx as slx
 from tests.support import oracle
+from tests.support.masked_products import MaskedProducts, reference_step
 
 BOUND = 1e-10
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -33,56 +33,6 @@ def model_of(*, layers: int = 1, bias: bool = False, **words: Any) -> nn.Module:
             elif "magnitude" in name:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4, generator=generator))
     return model
-
-
-class MaskedProducts(TorchFunctionMode):
-    """Every linear with a recorded weight is masked-dense, on context tokens only if given.
-
-    ``sparse``: the LoRA branches are cut to the same channels, but not what makes a row's norm.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        record: slx.Recording,
-        context: Tensor | None = None,
-        *,
-        sparse: bool = False,
-    ) -> None:
-        super().__init__()
-        self.context = context
-        self.masks: dict[int, tuple[str, Tensor, nn.Module]] = {}
-        self.branches: dict[int, tuple[str, Tensor]] = {}
-        for name, (role, chosen) in record.sites.items():
-            linear = model.get_submodule(name)
-            width = linear.weight.shape[0 if role == "out" else 1]
-            mask = torch.zeros(width, dtype=linear.weight.dtype)
-            mask[chosen] = 1
-            self.masks[id(linear.weight)] = (role, mask, linear)
-            if sparse:
-                owner = model.get_submodule(name.rpartition(".")[0])
-                part = owner.lora_B if role == "out" else owner.lora_A
-                self.branches[id(part["default"].weight)] = (role, mask)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias = (*args, None)[:3]
-        found = self.masks.get(id(weight), (*self.branches.get(id(weight), (None, None)), None))
-        role, mask, _ = found
-        if role is None or mask is None or x.dim() < 3:  # the identity that norms are made from
-            return func(*args, **(kwargs or {}))
-        dense = F.linear(x, weight)
-        out = dense * mask if role == "out" else F.linear(x * mask, weight)
-        if self.context is not None:
-            out = torch.where(self.context[..., None], out, dense)
-        return out if bias is None else out + bias
-
-
-def reference_step(model: nn.Module, data: Any, *masked: Any, **words: Any) -> oracle.Step:
-    model.gradient_checkpointing_disable()  # type: ignore[operator]
-    with MaskedProducts(model, *masked, **words):
-        return oracle.step(model, {**data, "use_cache": False})
 
 
 def assert_sliced(model: nn.Module, record: slx.Recording, count: int = 7) -> None:
