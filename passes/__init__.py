@@ -10,6 +10,7 @@ if __name__ != "sparselora_fx.passes":
 
 from sparselora_fx.passes.canonicalize import canonicalize
 from sparselora_fx.passes.clean_up import clean_up
+from sparselora_fx.passes.expand_packed import expand_packed
 from sparselora_fx.passes.find_regions import find_regions
 from sparselora_fx.passes.find_sites import find_sites
 from sparselora_fx.passes.find_unread_padding import find_unread_padding
@@ -22,12 +23,16 @@ from sparselora_fx.passes.orient_adapters import orient_adapters
 from sparselora_fx.passes.sink_producers import sink_producers
 from sparselora_fx.passes.skip_padding import skip_padding
 from sparselora_fx.passes.skip_zeros import skip_zeros
+from sparselora_fx.passes.slice_packed import slice_packed
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.passes.trim_logits import trim_logits
 from sparselora_fx.passes.trim_queries import trim_queries
 
 # Of a traced graph with its bodies, before any pass changes them.
-WHOLE_GRAPH = (find_unread_padding,)
+WHOLE_GRAPH = (
+    expand_packed,  # a quantised weight looks like a plain one
+    find_unread_padding,
+)
 
 # Then of each body and of the graph itself.
 PIPELINE = (
@@ -48,6 +53,7 @@ PIPELINE = (
     clean_up,  # erase what is unread
     join_adapters,  # LoRA down-projections of one input: one matmul
     orient_adapters,  # LoRA up-projections: the layout whose gradients are fast
+    slice_packed,  # of quantised weights only what is multiplied is unpacked
 )
 
 ONLINE_CALIBRATION = (insert_observers,)  # of a graph with observers and no site
@@ -59,6 +65,7 @@ NEEDED = {
     "sink_producers": "insert_predictor reads what it puts before the producers",
     "insert_predictor": "slice_sites reads the channels that it chooses",
     "slice_sites": "the graph returns the rows that it slices",
+    "slice_packed": "weights that look plain would be unpacked whole",
     "trim_logits": "it takes its own marker out; compile without trim_logits=True instead",
     "insert_observers": "it takes its own markers out; calibrate with an estimator instead",
 }

@@ -8,6 +8,7 @@ from sparselora_fx.analysis.regions import UNKNOWN, Site, Skip
 from sparselora_fx.analysis.sites import site_of
 from sparselora_fx.ir.markers import DENSE
 from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.packed import matrix_of
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.site_factors import fit_factors
 from sparselora_fx.rewrite.site_outputs import complete_site
@@ -39,7 +40,7 @@ def find_sites(rewrite: Rewrite) -> int:
     for weight, args in carried.items():
         if weight.op != "placeholder":
             continue  # computed in the graph (a parametrization): no frozen weight any more
-        found = site_of(weight, args, len(by_weight[weight]))
+        found = site_of(matrix_of(weight), args, len(by_weight[weight]))
         if isinstance(found, Site):
             found.padding_unread = {found.node, *found.more} <= rewrite.padding_unread
             found.order = orders.get(weight, UNKNOWN)

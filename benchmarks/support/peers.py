@@ -27,8 +27,11 @@ OPTIONS = ("trim", "whole", "cudagraphs", "verify")  # of ours: "ours+trim+cudag
 
 def missing(preset: Preset) -> dict[str, str]:
     """Peers of `build` that cannot run here, and why."""
-    reason = why_not("liger", preset.device)
-    return {} if reason is None else {"liger": reason}
+    found = {"liger": why_not("liger", preset.device)}
+    if preset.quantised:
+        reason = "it slices plain matrices only"
+        found |= {"reference": reason, "reference-cut": reason}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -62,11 +65,33 @@ def dense(preset: Preset, weights: nn.Module | None = None) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(preset.device):
         base = LlamaForCausalLM(LlamaConfig(**preset.shape)).to(preset.dtype)
+    if preset.quantised:
+        to_four_bits(base, preset.quantised)
     rank = preset.lora_rank
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
     )
     return get_peft_model(base, config).train()
+
+
+def to_four_bits(base: nn.Module, kind: str) -> None:
+    """Let bitsandbytes quantise the linears of the blocks, as transformers does on loading."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(base.named_modules()):
+        if isinstance(linear, nn.Linear) and "layers." in name:
+            made = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compute_dtype=linear.weight.dtype,
+                quant_type=kind,
+            )
+            made.weight = bnb.nn.Params4bit(
+                linear.weight.detach(), quant_type=kind, compress_statistics=False, module=made
+            )
+            owner, _, last = name.rpartition(".")
+            setattr(base.get_submodule(owner), last, made.to(linear.weight.device))
 
 
 def random_estimator(model: nn.Module) -> slx.SVDEstimator:
@@ -75,8 +100,8 @@ def random_estimator(model: nn.Module) -> slx.SVDEstimator:
     frozen = frozen_weights(model)
     factors: dict[str, Any] = {}
     for w in frozen:
-        a = torch.randn(w.out_features, RANK, dtype=torch.float32).to(w.weight.dtype)
-        factors[w.canonical] = (a, torch.randn(RANK, w.in_features).to(w.weight.dtype))
+        a = torch.randn(w.out_features, RANK, dtype=torch.float32).to(w.dtype)
+        factors[w.canonical] = (a, torch.randn(RANK, w.in_features).to(w.dtype))
     prints = {w.canonical: fingerprint_of(w.logical()) for w in frozen}
     return slx.SVDEstimator(factors, prints, complete=True)
 

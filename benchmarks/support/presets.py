@@ -32,6 +32,7 @@ class Preset:
     dtype: torch.dtype = torch.float32
     lora_rank: int = 8
     published: str = ""  # the model whose published plans the preset can take
+    quantised: str = ""  # how the base is stored: "nf4" (bitsandbytes)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -107,6 +108,10 @@ PRESETS = {
             "tiny", _shape(64, 160, 2, 4, 2, 128), (2, 24, 6), ((0, 0), (0.9, 0.5))
         ),
         Preset("cpu-small", _shape(512, 2048, 6, 8, 4, 4096), (4, 256, 64), _MIDDLE),
+        Preset(
+            "cpu-small-nf4", _shape(512, 2048, 6, 8, 4, 4096), (4, 256, 64), _MIDDLE,
+            quantised="nf4",
+        ),
         Preset("cpu-medium", _shape(1024, 4096, 8, 16, 8, 8192), (4, 512, 128), _DEEPER),
         Preset(
             "llama32-1b", _shape(2048, 8192, 16, 32, 8, 128256), BATCHES["Math10K"], None, "cuda",

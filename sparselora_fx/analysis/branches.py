@@ -7,7 +7,9 @@ from torch import fx
 from sparselora_fx.analysis.regions import is_trainable
 from sparselora_fx.graph.nodes import op_name, tensor
 
-LINEAR_CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"}
+LINEAR_CASTS = {
+    "to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach", "clone",
+}  # fmt: skip
 _MAX_BRANCH = 64  # nodes; a LoRA branch is a handful
 
 

@@ -18,6 +18,7 @@ from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.estimator.orientation import as_listed, oriented
 from sparselora_fx.estimator.statistics import Moment, Statistics, aware_factors, column_norms
 from sparselora_fx.model.frozen_weights import FrozenWeight
+from sparselora_fx.model.packed import kept_as_stored
 from sparselora_fx.model.preserve import kept_modes
 from sparselora_fx.model.weight_layout import likely_consumers
 
@@ -230,6 +231,6 @@ def _without_cache(model: nn.Module, inputs: dict[str, object]) -> dict[str, Any
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its own mode back."""
-    with kept_modes(model), torch.no_grad():
+    with kept_modes(model), kept_as_stored(model), torch.no_grad():
         model.eval()
         yield

@@ -153,7 +153,7 @@ def groups_of(
         return
     alike: dict[tuple[int, int, torch.dtype, int], list[FrozenWeight]] = defaultdict(list)
     for w in weights:
-        alike[w.out_features, w.in_features, w.weight.dtype, ranks[w.canonical]].append(w)
+        alike[w.out_features, w.in_features, w.dtype, ranks[w.canonical]].append(w)
     for (n, k, dtype, _), group in alike.items():
         size = max(1, _BATCH_BYTES // (n * k * max(4, dtype.itemsize)))
         yield from (tuple(group[i : i + size]) for i in range(0, len(group), size))

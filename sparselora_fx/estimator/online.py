@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -245,8 +246,8 @@ def _alone(frozen: list[FrozenWeight]) -> set[int]:
 
 
 def _zero_factors(w: FrozenWeight, rank: int) -> Factors:
-    like = w.weight
-    return Factors(like.new_zeros(w.out_features, rank), like.new_zeros(rank, w.in_features))
+    zeros = partial(torch.zeros, dtype=w.dtype, device=w.weight.device)
+    return Factors(zeros(w.out_features, rank), zeros(rank, w.in_features))
 
 
 def _zero_statistics(w: FrozenWeight, *, full: bool) -> Statistics:

@@ -120,8 +120,8 @@ def _factors(
             "the files belong to another model"
         )
     a_in, b_out = (first, second) if index is None else (first[index], second[index])
-    exact = torch.float64 if weight.weight.dtype == torch.float64 else torch.float32
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     right, left = a_in.to(exact), b_out.to(exact)
     scale = right.norm(dim=0).clamp_min(torch.finfo(exact).tiny)
-    dtype = weight.weight.dtype
+    dtype = weight.dtype
     return (left.t() * scale).to(dtype).contiguous(), (right / scale).t().to(dtype).contiguous()

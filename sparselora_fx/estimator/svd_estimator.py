@@ -157,7 +157,7 @@ class SVDEstimator:
             known = self.statistics.get(w.canonical)
             found: dict[str, Tensor] = {}
             if known is not None and len(known.offset):
-                found["offset"] = known.offset.to(w.weight.dtype)
+                found["offset"] = known.offset.to(w.dtype)
             if known is not None and score.prior:
                 found |= {"output": known.output} if len(known.output) else {}
                 found["prior"] = known.share if score.normalised else known.input

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from sparselora_fx.model.opaque import opaque_by
+from sparselora_fx.model.packed import STORAGE, Packed, packed_of
 
 _WRAPPERS = frozenset(
     {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -52,24 +53,55 @@ class FrozenWeight:
         return found
 
     @property
+    def packed(self) -> Packed | None:
+        """How a quantised parameter is stored now; None: it is plain."""
+        return packed_of(self.module) if self.param == "weight" else None
+
+    @property
+    def traced(self) -> torch.Tensor | None:
+        """What graphs know it by: the parameter, or the buffer that `compile` puts beside a
+        quantised one; None: it was removed."""
+        beside = self.module._buffers.get(STORAGE) if self.param == "weight" else None
+        return self.module._parameters.get(self.param) if beside is None else beside
+
+    @property
     def oriented(self) -> bool:
         """Whether the kind of module tells how the parameter is stored. Of a layer written by hand
         only its use tells: until then ``transposed`` is a guess."""
-        return self.transposed or (isinstance(self.module, nn.Linear) and self.param == "weight")
+        linear = isinstance(self.module, nn.Linear) and self.param == "weight"
+        return self.transposed or self.packed is not None or linear
 
     def logical(self) -> torch.Tensor:
-        """A ``[out_features, in_features]`` view of the parameter (no copy)."""
+        """A ``[out_features, in_features]`` view of the parameter (no copy). Of a quantised one its
+        values, made anew by each call: keep them no longer than needed."""
+        packed = self.packed
+        if packed is not None:
+            return packed.matrix()
         return self.weight.t() if self.transposed else self.weight
 
     @property
     def out_features(self) -> int:
         """Number of output channels, N."""
-        return int(self.logical().shape[0])
+        return self._shape[0]
 
     @property
     def in_features(self) -> int:
         """Number of input channels, K."""
-        return int(self.logical().shape[1])
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        packed = self.packed
+        if packed is not None:
+            return packed.layout.n, packed.layout.k
+        n, k = self.logical().shape
+        return int(n), int(k)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its values; of a quantised weight, the one that it had before."""
+        packed = self.packed
+        return self.weight.dtype if packed is None else packed.dtype
 
     @property
     def canonical(self) -> str:
@@ -114,9 +146,10 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
 
     Counted: 2-D floating parameters with ``requires_grad=False`` owned directly by ``nn.Linear``
     and its subclasses, by transformers' ``Conv1D`` or by any other module (hand-written layers).
-    Not counted: quantised and sharded weights (see `opaque`), embeddings and weights tied to one,
-    the output head (``get_output_embeddings()``), adapter weights (``lora_A``, ``lora_B``, ...)
-    even when frozen, and PEFT's unused ``original_module`` copies.
+    Quantised ones are counted where their storage is understood (see `packed`).
+    Not counted: other quantised and sharded weights (see `opaque`), embeddings and weights tied to
+    one, the output head (``get_output_embeddings()``), adapter weights (``lora_A``, ``lora_B``,
+    ...) even when frozen, and PEFT's unused ``original_module`` copies.
     """
     skipped = _embedding_parameters(model)
     heads = _output_heads(model)
@@ -134,10 +167,7 @@ def frozen_weights(model: nn.Module) -> list[FrozenWeight]:
                 continue
             found[id(value)] = FrozenWeight(full, module, param, _is_conv1d(module))
             aliases[id(value)] = set()
-    return [
-        FrozenWeight(w.name, w.module, w.param, w.transposed, frozenset(aliases[key]))
-        for key, w in found.items()
-    ]
+    return [replace(w, shared=frozenset(aliases[key])) for key, w in found.items()]
 
 
 def frozen_stacks(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -174,6 +204,9 @@ def fingerprint_of(weight: torch.Tensor) -> str:
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if packed_of(module) is not None:
+        yield "weight", module._parameters["weight"]  # type: ignore[misc]
+        return
     if opaque_by(module) is not None:
         return
     for param, value in module._parameters.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx.errors import SparseLoraError
+from sparselora_fx.model.packed import packed_of
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What quantised linears call their packed matrix: GPTQ and AWQ, compressed-tensors, HQQ, AQLM.
@@ -35,8 +36,9 @@ class Opaque(NamedTuple):
 
 
 def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
-    """What quantised or sharded a module's own matrix, and whether it is sharded; None: plain."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    """What quantised or sharded a module's own matrix, and whether it is sharded; None: it is
+    plain, or quantised in a way that is understood (`packed`)."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or packed_of(module) is not None:
         return None
     held = [*module._parameters.items(), *module._buffers.items()]
     for name, tensor in ((n, t) for n, t in held if t is not None):
@@ -79,7 +81,8 @@ def refuse_opaque(model: nn.Module, plain: int, error: type[SparseLoraError]) ->
     if found and not plain:
         raise error(
             f"the base is {_by(found)} ({len(found)} linears, first: {found[0].name}), which is "
-            "not supported yet: rows and columns are taken of plain matrices; load the base "
+            "not supported: of quantised bases bitsandbytes' 4 and 8 bits, torchao's weight-only "
+            "int8, float8 and intx, and transformers' fp8 are; load the base with one of these, or "
             "without quantization_config (dtype=torch.bfloat16), or call base.dequantize(), then "
             "attach LoRA and compile"
         )

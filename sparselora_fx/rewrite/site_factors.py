@@ -8,6 +8,7 @@ from torch import fx
 
 from sparselora_fx.analysis.regions import Site
 from sparselora_fx.ir.score_ops import ACROSS
+from sparselora_fx.rewrite.packed import is_packed
 from sparselora_fx.rewrite.token_split import cast_of
 
 
@@ -31,6 +32,9 @@ def _turn_factors(site: Site) -> None:
 def _cast_factors(site: Site) -> None:
     """Where the model casts a weight before it multiplies, its factors are cast alike."""
     cast = cast_of(site, site.node, site.x)
+    if is_packed(site.weight):  # it unpacks to the dtype of what it multiplies
+        made, kept = (node.meta["example_value"].dtype for node in (site.weight, site.factors[0]))
+        cast = made if made != kept else None
     if cast is not None:
         a, b = site.factors
         site.factors = (_at_start(a, "to", cast), _at_start(b, "to", cast))

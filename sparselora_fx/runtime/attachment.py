@@ -13,12 +13,19 @@ from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir.markers import OBSERVED, SiteSpec
 from sparselora_fx.model.attributes import buffer_name, spec_name
 from sparselora_fx.model.frozen_weights import FrozenWeight
-from sparselora_fx.model.weight_layout import GatherLayout
+from sparselora_fx.model.weight_layout import GatherLayout, likely_consumers
 from sparselora_fx.plan.plan import Sparsity
 from sparselora_fx.plan.score import Score
 from sparselora_fx.runtime.caching import cache_hook, caching_modules
 from sparselora_fx.runtime.copies import OWNER, forget_plain, keep_plain
 from sparselora_fx.runtime.hooks import SiteAttributes, TraceInputs, label_hook, site_hook
+from sparselora_fx.runtime.packed_forward import (
+    held_by,
+    keep_storage,
+    put_forward,
+    replace_buffers,
+    restore_packed,
+)
 
 
 @dataclass
@@ -38,6 +45,8 @@ class Attachment:
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     layout: GatherLayout = field(default_factory=GatherLayout)
     statistics: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    packed: dict[str, Tensor] = field(default_factory=dict)  # quantised weights, as last looked at
+    by_column: set[str] = field(default_factory=set)  # names of weights likely sliced by column
 
     def mark(
         self,
@@ -51,27 +60,56 @@ class Attachment:
         guard what they read, and without that a sparse block would run a dense block's graph.
         """
         owners: dict[nn.Module, list[SiteAttributes]] = {}
+        planned = [w for w in self.frozen if max(self.sparsity[w.name]) > 0]
+        self.by_column = {w.name for w in likely_consumers(planned)}
         for weight in self.frozen:
             names = (buffer_name(weight.param, "a"), buffer_name(weight.param, "b"))
             sparse = max(self.sparsity[weight.name]) > 0
             more = (vectors or {}).get(weight.canonical, {}) if sparse else {}
             self.statistics[weight.name] = tuple(more)
             buffers = tuple(self._attach(weight, what, values) for what, values in more.items())
-            mark = SiteAttributes(weight.param, *names, buffers, spec_name(weight.param))
+            held_in = self._attach_packed(weight, sparse=sparse) or weight.param
+            mark = SiteAttributes(held_in, *names, buffers, spec_name(weight.param))
             owners.setdefault(weight.module, []).append(mark)
             if not sparse:
                 continue
-            like = weight.weight
-            none = like.new_empty(
-                0, 0
-            )  # an estimator may know producers only; consumers are not scored
+            # An estimator may know producers only; consumers are not scored.
+            none = torch.empty(0, 0, dtype=weight.dtype)
             known = factors.get(weight.canonical, (none, none))
             for what, factor in zip("ab", known, strict=True):
-                self._attach(weight, what, factor.to(like.dtype))
+                self._attach(weight, what, factor.to(weight.dtype))
         for module, marks in owners.items():
             hook = site_hook(self.trace_inputs.key, tuple(marks))
             self._hang(module, hook, with_kwargs=True)
-        self.layout.apply(self.model, [w for w in self.frozen if max(self.sparsity[w.name]) > 0])
+        self.layout.apply(self.model, [weight for weight in planned if weight.packed is None])
+
+    def _attach_packed(self, weight: FrozenWeight, *, sparse: bool) -> str:
+        """Let graphs reach a quantised weight and, if the plan makes it sparse, what says what it
+        means. Returns the name of the buffer that holds it; empty: the weight is plain."""
+        packed = weight.packed
+        if packed is None:
+            return ""
+        if sparse:
+            held = held_by(packed, by_column=weight.name in self.by_column)
+            names = tuple(self._attach(weight, f"held{i}", value) for i, value in enumerate(held))
+            put_forward(weight.module, packed, names, spec_name(weight.param))
+        keep_storage(weight.module)
+        self.packed[weight.name] = weight.weight
+        return self._attach(weight, "packed", packed.storage)
+
+    def refresh_packed(self) -> None:
+        """Let graphs reach the quantised weights that stand on the modules now: merging an adapter
+        and taking it out again quantises anew.
+
+        Raises:
+            CompileError: one is quantised in another way than before, or not at all.
+        """
+        for weight in self.frozen if self.packed else ():
+            known = self.packed.get(weight.name)
+            if known is None or weight.module._parameters.get(weight.param) is known:
+                continue
+            replace_buffers(weight, by_column=weight.name in self.by_column)
+            self.packed[weight.name] = weight.weight
 
     def mark_model(self, head: nn.Module | None) -> None:
         """Put a hook on the output embedding, if given, which says which of its rows carry a label,
@@ -126,6 +164,7 @@ class Attachment:
     def unmark(self) -> None:
         """Take hooks, factors and specs off again."""
         self.unhook()
+        restore_packed(self.frozen)
         for module, name in self.buffers:
             module._buffers.pop(name, None)
             module._non_persistent_buffers_set.discard(name)

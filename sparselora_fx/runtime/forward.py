@@ -130,6 +130,7 @@ class CompiledForward(StandIn):
         if self.model.training and _decodes(arguments):
             return self.original(*args, **kwargs)
         check_devices(self.model, arguments)
+        runtime.attached.refresh_packed()
         self._allow_replay(True)
         sliced = self._set_trace_inputs(self._with_tokens(arguments), counted)
         trace_inputs.caching = self._caching(sliced)

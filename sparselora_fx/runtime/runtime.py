@@ -77,14 +77,14 @@ class Runtime:
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""
         found = self.names.get(id(weight))
-        if found is None or found.module._parameters.get(found.param) is not weight:
+        if found is None or found.traced is not weight:
             self.names = self._names()  # parameters may have been replaced since
             found = self.names.get(id(weight))
         return None if found is None else found.name
 
     def _names(self) -> dict[int, FrozenWeight]:
-        held = {w.name: w.module._parameters.get(w.param) for w in self.frozen}
-        return {id(held[w.name]): w for w in self.frozen if held[w.name] is not None}
+        held = [(w.traced, w) for w in self.frozen]
+        return {id(tensor): w for tensor, w in held if tensor is not None}
 
     def sparsity_scales(self) -> list[float]:
         """Every sparsity scale that the schedule takes as it is driven now, rising."""
@@ -162,7 +162,7 @@ class Runtime:
         if convention.learn(shown_conventions(gm.graph)) and traced.by_labels:
             convention.retry = True
             raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
-        own = {id(weight.weight) for weight in self.frozen}
+        own = {id(weight.traced) for weight in self.frozen}
         frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
 

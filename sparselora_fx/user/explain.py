@@ -75,6 +75,8 @@ def _row(runtime: Runtime, weight: FrozenWeight) -> tuple[str, str, str, str, st
         status += f" in {seen.sliced} of its {uses} uses, dense in others: {seen.dense[0]}"
     elif uses > 1:
         status += f", {uses} uses, each with a choice of its own"
+    if weight.packed is not None:
+        status += f", unpacked from {weight.packed.quantiser}"
     return name, shape, f"{seen.region} [{seen.kind}]", seen.kept, status
 
 
@@ -82,7 +84,7 @@ def _why_unseen(runtime: Runtime, weight: FrozenWeight) -> str:
     """Why no graph has told anything of a weight that the plan makes sparse."""
     if runtime.blocks and not any(weight.name.startswith(f"{block}.") for block in runtime.blocks):
         return "dense: outside the blocks that regional=True compiles"
-    inputs, held = runtime.trace_inputs, id(weight.weight)
+    inputs, held = runtime.trace_inputs, id(weight.traced)
     kind = adapter_kind(runtime.model, weight)
     if kind in UNTRACEABLE:
         return f"dense: its adapter, {kind}, {WHY[kind]}"

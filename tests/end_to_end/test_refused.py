@@ -132,7 +132,7 @@ def estimator() -> slx.SVDEstimator:
 def test_a_quantised_base_is_named(change: Any, quantiser: str) -> None:
     model = Net(change)
     before = marks(model)
-    words = f"quantised by.*{quantiser}.*not supported yet.*quantization_config"
+    words = f"quantised by.*{quantiser}.*not supported.*quantization_config"
     with pytest.raises(slx.CompileError, match=words):
         slx.compile(model, estimator(), plan=0.5)
     with pytest.raises(slx.CompileError, match=words):
