@@ -226,6 +226,35 @@ def test_of_three_linears_in_a_row_two_are_sliced() -> None:
     assert set(record.sites) == {"b.base", "out.base"}, "the plan keeps the first region dense"
 
 
+def two_halves(net: Any, x: Tensor) -> Tensor:
+    h = F.silu(net.a(x)) * net.b(x)
+    return net.out(h[..., : HIDDEN // 2]) + net.more(h[..., HIDDEN // 2 :])
+
+
+def one_scaled_too(net: Any, x: Tensor) -> Tensor:
+    h = F.silu(net.a(x)) * net.b(x)
+    return net.out(h) + net.out(0.5 * h)
+
+
+SHARED = [
+    (two_halves, HIDDEN // 2, "rows of its producer are used by something else"),
+    (one_scaled_too, HIDDEN, "would have to share one choice"),
+]
+
+
+@pytest.mark.parametrize(("body", "inner", "why"), SHARED, ids=["two halves", "scaled too"])
+def test_two_products_of_one_hidden_state_stay_dense_and_say_why(
+    body: Body, inner: int, why: str
+) -> None:
+    def make() -> nn.Module:
+        net = Net(body, inner)
+        net.more = Adapted(HIDDEN // 2, WIDTH) if body is two_halves else None
+        return net
+
+    record, table = check(make)
+    assert record.sites == {} and why in reasons(table)["out.base"], table
+
+
 # ---------------------------------------------------------------- LoRA branches
 
 
