@@ -41,6 +41,11 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward that is under way in this thread has ended. Run on 2.13."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def in_transform() -> bool:
     """Whether a transform of ``torch.func`` is under way in this thread. Run on 2.13."""
     return torch._C._functorch.peek_interpreter_stack() is not None

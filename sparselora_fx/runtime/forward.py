@@ -132,6 +132,7 @@ class CompiledForward(StandIn):
         check_devices(self.model, arguments)
         runtime.attached.refresh_packed()
         self._allow_replay(True)
+        begun = runtime.speed.begin(next(self.model.parameters())) if self._is_step() else None
         sliced = self._set_trace_inputs(self._with_tokens(arguments), counted)
         trace_inputs.caching = self._caching(sliced)
         packed = trace_inputs.caching == STANDS_IN and may_be_packed(arguments)
@@ -150,6 +151,7 @@ class CompiledForward(StandIn):
                     runtime.tally.warn_untrimmed()
                 runtime.tally.tell()
                 note_call(runtime)
+                runtime.speed.watch(begun, result, _rows(arguments))
             return result
         finally:
             trace_inputs.under_way = False
@@ -160,8 +162,11 @@ class CompiledForward(StandIn):
         """Tell CUDA graphs that a training call begins, or has ended; warm-up calls are none."""
         runtime = self.runtime
         if runtime.cuda_graphs is not None:
-            stepping = self.model.training and runtime.call.is_step
-            runtime.cuda_graphs.allowed = begins and stepping and torch.is_grad_enabled()
+            runtime.cuda_graphs.allowed = begins and self._is_step()
+
+    def _is_step(self) -> bool:
+        """Whether the present call is one of training, with gradients."""
+        return self.model.training and self.runtime.call.is_step and torch.is_grad_enabled()
 
     def _kind(self) -> Hashable:
         """What tells this call from others for which graphs of their own are compiled."""
@@ -210,10 +215,10 @@ class CompiledForward(StandIn):
         trace_inputs.arguments = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         # A pass without gradients trains nothing: a reference, a teacher, old probabilities.
         training = self.model.training and torch.is_grad_enabled()
-        sparsity_scale = runtime.sparsity_scale() if training and not runtime.given_up else 0.0
+        sparsity_scale = runtime.sparsity_scale() if training and not runtime.stays_dense else 0.0
         sparsity_scale = 1.0 if runtime.call.sparsity else sparsity_scale
         calibrating = runtime.collector is not None and self.model.training
-        calibrating &= not (runtime.call.is_measurement or runtime.given_up)
+        calibrating &= not (runtime.call.is_measurement or runtime.stays_dense)
         shift = self._shift(arguments)
         tokens = labelled = counts = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
@@ -222,15 +227,20 @@ class CompiledForward(StandIn):
             labelled = labelled_tokens(tokens, arguments, shift=shift)
         if tokens is not None and (tokens.split or calibrating or labelled is not None):
             counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
+        tally = replace(runtime.tally)
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
+        compared = sparse and runtime.runs_dense_to_compare(sparsity_scale)
+        if compared:
+            runtime.tally, sparse = tally, False
         warming = runtime.call.kind is CallKind.WARM_UP
-        if self.model.training and not (sparse or runtime.given_up or warming):
+        usual = not (sparse or compared or runtime.stays_dense or warming)
+        if self.model.training and usual:
             runtime.dense_calls.add(
                 "no token was sparse" if sparsity_scale else "the schedule was dense"
             )
         if sparsity_scale and calibrating and not warming:
             runtime.end_online_calibration()
-        observed = calibrating and not sparse
+        observed = calibrating and not (sparse or compared)
         trace_inputs.picked = self._observe(tokens, counts, arguments) if observed else []
         if runtime.call.sparsity and sparse:
             runtime.set_sparsity(runtime.call.sparsity)
@@ -260,6 +270,15 @@ class CompiledForward(StandIn):
         device = device or next(self.model.parameters()).device
         total = None if counts is None else counts.sparse
         return runtime.collector.begin(tokens, total, device, counting=counting)
+
+
+def _rows(arguments: Mapping[str, object]) -> int:
+    """How many tokens a call has; 1 where it does not say."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[:2].numel()
+    return 1
 
 
 def _decodes(arguments: Mapping[str, object]) -> bool:

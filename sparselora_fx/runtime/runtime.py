@@ -30,6 +30,7 @@ from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
+from sparselora_fx.runtime.speed_check import SpeedCheck
 from sparselora_fx.runtime.tally import TokenTally
 
 
@@ -44,6 +45,7 @@ class Runtime:
     convention: Convention = field(default_factory=lambda: Convention(True))
     collector: Collector | None = None  # of a plan that calibrates online
     cuda_graphs: CudaGraphs | None = None
+    verify_speed: bool | None = False  # None: where training has a dense phase
     trace_inputs: TraceInputs = field(default_factory=TraceInputs)
     kept_labels: KeptLabels | None = None  # of the present batch, which the model does not get
     tally: TokenTally = field(default_factory=TokenTally)
@@ -67,12 +69,38 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.names = self._names()
+        self.speed = SpeedCheck(self.verify_speed, self._work_done)
         self.attached = Attachment(self, self.model, self.frozen, self.sparsity, self.trace_inputs)
 
     @property
     def graphs(self) -> int:
         """How many graphs were compiled so far."""
         return self.recompiles.graphs
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether no training call will be sparse any more."""
+        return self.given_up or self.speed.stays_dense
+
+    def _work_done(self) -> tuple[int, int]:
+        """Graphs that were compiled or captured so far, and captures replayed."""
+        graphs = self.cuda_graphs
+        if graphs is None:
+            return self.graphs, 0
+        return self.graphs + graphs.captures, graphs.pool.forwards
+
+    def runs_dense_to_compare(self, sparsity_scale: float) -> bool:
+        """Whether a call that is to be sparse runs dense, so that speed can be compared: only at
+        the schedule's highest level, and unasked only where training has a dense phase."""
+        if not self.call.is_step or sparsity_scale < max(self.sparsity_scales()):
+            return False
+        if self.speed.wanted is None and (self.step is None or not self.plan.start_step):
+            return False
+        captures = self.cuda_graphs is not None and self.cuda_graphs.used
+        dense = self.speed.runs_dense(self.step[0] if self.step else None, captures=captures)
+        if self.speed.verdict is not None and not self.speed.verdict.pays:
+            self.warn_once(self.speed.verdict.advice())
+        return dense or self.speed.stays_dense
 
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""

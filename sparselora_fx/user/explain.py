@@ -52,6 +52,8 @@ def explain(model: nn.Module) -> str:
     lines.append(f"{done} of {count} frozen linears rewritten; {runtime.graphs} graphs compiled")
     if runtime.tally.describe():
         lines.append(runtime.tally.describe())
+    if runtime.speed.verdict is not None:
+        lines.append(runtime.speed.describe())
     if runtime.cuda_graphs is not None and runtime.cuda_graphs.used:
         lines.append(runtime.cuda_graphs.describe())
     if runtime.collector is not None:

@@ -19,6 +19,8 @@ from sparselora_fx.user.collating import count_in_loader
 from sparselora_fx.user.compile import step
 from sparselora_fx.user.trainer_labels import hide_labels, show_labels, trainer_of
 
+_SPEED = "sparselora_speed.json"  # in a checkpoint: what the speed check measured
+
 
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     """``Trainer(model=model, callbacks=[SparsityCallback()])``: tells the model each optimizer
@@ -26,7 +28,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     Follows the Trainer's own ``global_step`` and ``max_steps``, so gradient accumulation and
     resuming from a checkpoint need nothing more. With a plan that calibrates in the dense phase,
-    what was collected (later: the estimator) is saved in each checkpoint and loaded on resume.
+    what was collected (later: the estimator) is saved in each checkpoint and loaded on resume; so
+    is whether sparse steps were faster (``compile(verify_speed=)``).
     Labels that the Trainer keeps from the model (``label_smoothing_factor``, ``compute_loss_func``,
     a ``compute_loss`` of one's own) are shown to the token policy all the same: while it trains,
     the Trainer's ``compute_loss`` is wrapped. The training data loader counts each batch's tokens
@@ -51,7 +54,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
             show_labels(trainer, get_runtime(model))
         if self._stop_counting is None:
             self._stop_counting = count_in_loader(model, kwargs.get("train_dataloader"))
-        if state.global_step > 0 and get_runtime(model).collector is not None:
+        if state.global_step > 0:
             self._resume(args, state, model)
 
     def on_train_end(
@@ -77,9 +80,11 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = _compiled(kwargs["model"])
-        if get_runtime(model).collector is None:
+        runtime, folder = get_runtime(model), _checkpoint(args, state)
+        if folder.is_dir():
+            runtime.speed.save(folder / _SPEED)
+        if runtime.collector is None:
             return
-        folder = _checkpoint(args, state)
         if folder.is_dir():
             save_calibration(model, calibration_file(folder))
         else:
@@ -92,6 +97,10 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         given = self.resume_from or args.resume_from_checkpoint
         folder = Path(given) if isinstance(given, str | os.PathLike) else _checkpoint(args, state)
+        runtime = get_runtime(model)
+        runtime.speed.load(folder / _SPEED, next(model.parameters()))
+        if runtime.collector is None:
+            return
         file = calibration_file(folder)
         if file.is_file():
             load_calibration(model, file)
