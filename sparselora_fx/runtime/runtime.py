@@ -98,9 +98,13 @@ class Runtime:
             return False
         captures = self.cuda_graphs is not None and self.cuda_graphs.used
         dense = self.speed.runs_dense(self.step[0] if self.step else None, captures=captures)
-        if self.speed.verdict is not None and not self.speed.verdict.pays:
-            self.warn_once(self.speed.verdict.advice())
+        self.warn_of_speed()
         return dense or self.speed.stays_dense
+
+    def warn_of_speed(self) -> None:
+        """Say, once, if training stays dense because sparse steps are not faster."""
+        if self.speed.verdict is not None and self.speed.stays_dense:
+            self.warn_once(self.speed.verdict.advice())
 
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""

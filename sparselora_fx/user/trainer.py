@@ -99,6 +99,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(given) if isinstance(given, str | os.PathLike) else _checkpoint(args, state)
         runtime = get_runtime(model)
         runtime.speed.load(folder / _SPEED, next(model.parameters()))
+        runtime.warn_of_speed()
         if runtime.collector is None:
             return
         file = calibration_file(folder)
