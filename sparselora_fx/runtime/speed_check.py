@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,11 +232,19 @@ class SpeedCheck:
             path.write_text(json.dumps(asdict(self.verdict)) + "\n", encoding="utf-8")
 
     def load(self, path: Path, tensor: Tensor) -> None:
-        """Take over a verdict of an earlier run on such a device as ``tensor`` is on; without one,
-        speed is measured anew."""
+        """Take over a verdict of an earlier run on such a device as ``tensor`` is on. Without one,
+        and with a warning if the file is damaged, speed is measured anew."""
         if self.wanted is False or not path.is_file():
             return
-        verdict = Verdict(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            verdict = Verdict(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            warnings.warn(
+                f"{str(path)!r} is damaged ({error}); whether sparse steps are faster is measured "
+                "again in this run's first sparse steps",
+                stacklevel=2,
+            )
+            return
         timer = Timer.of(tensor.device)
         if timer is not None and timer.name == verdict.device:
             self.verdict, self.over = verdict, True

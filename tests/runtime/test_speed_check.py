@@ -13,7 +13,7 @@ from torch import nn
 
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
-from sparselora_fx.runtime.speed_check import DENSE_STEPS, FEW, MOST
+from sparselora_fx.runtime.speed_check import DENSE_STEPS, FEW, MOST, Verdict
 from sparselora_fx.runtime.timer import Timer
 from tests.support import oracle
 from tests.support.trainers import _trainer
@@ -172,6 +172,23 @@ def test_the_clock_of_a_cpu_times_forward_and_backward() -> None:
     verdict = get_runtime(model).speed.verdict
     assert verdict is not None and verdict.device == "cpu"
     assert 0 < verdict.sparse_ms < 10_000 and 0 < verdict.dense_ms < 10_000
+
+
+def test_a_damaged_verdict_is_measured_again(tmp_path: Path) -> None:
+    speed = get_runtime(compiled()).speed
+    (tmp_path / "file").write_text('{"ratio": 0.5', encoding="utf-8")
+    with pytest.warns(UserWarning, match="is damaged"):
+        speed.load(tmp_path / "file", torch.zeros(1))
+    assert speed.verdict is None and not speed.over
+
+
+def test_a_verdict_of_another_device_is_not_taken_over(tmp_path: Path) -> None:
+    speed = get_runtime(compiled()).speed
+    speed.verdict = Verdict(0.5, 3, 1.0, 2.0, "NVIDIA H200")
+    speed.save(tmp_path / "file")
+    again = get_runtime(compiled()).speed
+    again.load(tmp_path / "file", torch.zeros(1))
+    assert again.verdict is None and not again.over
 
 
 def test_a_verdict_is_resumed_from_a_checkpoint(tmp_path: Path) -> None:
