@@ -104,7 +104,7 @@ class Runtime:
     def warn_of_speed(self) -> None:
         """Say, once, if training stays dense because sparse steps are not faster."""
         if self.speed.verdict is not None and self.speed.stays_dense:
-            self.warn_once(self.speed.verdict.advice())
+            self.notices.warn(self.speed.verdict.advice())
 
     def name_of(self, weight: Tensor) -> str | None:
         """The module name of a frozen weight that a graph was called with."""
