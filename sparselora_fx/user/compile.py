@@ -71,32 +71,44 @@ def compile(
         trim_logits: sparse steps compute logits for labelled tokens only; they return None instead.
         shift: token t predicts label t + 1 (True) or label t (False); None: as traced graphs show.
         cuda_graphs: replay steps of recurring sizes as CUDA graphs; True: and warn where not.
-        verify_speed: time 3 to 12 of the first sparse steps dense in turn, and stay dense with a
-            warning if sparse is not faster; None: with "inductor", after a driven dense phase.
+        verify_speed: time a few steps, and warn and stay dense if sparse is slower (decision 18).
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told. Raises, and
     leaves the model as it was: CompileError (no module, frozen weight, block or head; an unknown
     word, or KeywordError; a quantised base), EstimatorError (another model's), PlanError.
     """
-    refuse_unknown(unknown)
+    verified = _verified(verify_speed, backend, unknown)
     checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, convention = found.score_of(checked.score), convention_of(model, shift)
     blocks = repeated_blocks(frozen) if regional else []
     captured = cuda_graphs_of(model, cuda_graphs, backend=backend, regional=regional)
-    verified = _verified(verify_speed, backend)
     head = output_embedding(model, regional=regional) if trim_logits else None
     _restore_earlier(model, frozen)
     runtime = Runtime(model, checked, sparsity, frozen, convention, collector, captured, verified)
-    options = Options(checked.channel_multiple, lora_branch, score, checked.track_adapter)
-    runner = make_backend(runtime, backend, options, block_names(frozen).values())
-    run = model.forward if regional else _torch.compile_callable(model.forward, runner, dynamic)
+    runner, run = _compiled(runtime, backend, lora_branch, score, dynamic, regional)
     forward = CompiledForward(model, runtime, run, compile_eval, precompile, trim_logits)
     blockwise = partial(compile_blocks, runtime, blocks, runner, dynamic)
     return _attach(runtime, forward, found, score, head, blockwise)
 
 
-def _verified(wanted: Any, backend: str) -> bool | None:
+def _compiled(
+    runtime: Runtime,
+    backend: str,
+    lora_branch: str,
+    score: Score,
+    dynamic: bool | None,
+    apart: bool,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The backend, and the model's forward under it; uncompiled where blocks are ``apart``."""
+    plan, forward = runtime.plan, runtime.model.forward
+    options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    runner = make_backend(runtime, backend, options, block_names(runtime.frozen).values())
+    return runner, forward if apart else _torch.compile_callable(forward, runner, dynamic)
+
+
+def _verified(wanted: Any, backend: str, unknown: Mapping[str, Any]) -> bool | None:
     """As `SpeedCheck` takes it: only native code is there to be fast, unless one asks."""
+    refuse_unknown(unknown)
     if wanted not in (True, False, None):
         raise CompileError(f"verify_speed must be True, False or None, got {wanted!r}")
     return False if wanted is None and backend != "inductor" else wanted
