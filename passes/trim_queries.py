@@ -16,6 +16,7 @@ from sparselora_fx.analysis.token_liveness import (
 from sparselora_fx.graph.mutation import is_mutated
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.markers import TokenList
+from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.gather_motion import token_gather_of
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.token_split import filled
@@ -49,11 +50,18 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
     example = tensor(node)
     if example is None or example.dim() != 3 or rows[node].axis != 1 or node.op == "placeholder":
         return False
-    if is_mutated(node):
+    if is_mutated(node) or _is_trimmed(node, rows[node].lists):
         return False
     inner = [user for user in node.users if rows.get(user, DEAD) != DEAD]
     ends = (ATTENTION, *MATMULS)
     return any(tensor(u).dim() != 3 or op_name(u) in ends for u in inner)  # type: ignore[union-attr]
+
+
+def _is_trimmed(node: fx.Node, lists: Lists) -> bool:
+    """Whether a node is what this pass puts in the place of queries."""
+    placed = node.args[1] if op_name(node) == "where" else None
+    made = isinstance(placed, fx.Node) and placed.target is OPS.scatter_tokens.default
+    return made and placed.args[1:] == lists  # type: ignore[union-attr]
 
 
 def _trim(graph: fx.Graph, node: fx.Node, lists: Lists) -> None:

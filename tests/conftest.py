@@ -1,5 +1,6 @@
 """Settings every test shares. Nothing heavy is imported before a test needs it."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,15 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Modules live as long as the process, and each compilation makes millions of short-lived
+    objects: look through them less often. Twelve tests of near misses took 16.0 processor seconds
+    with this, imports included, and 18.4 without."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,17 @@ _PRODUCTS = {"matmul", "bmm", "__matmul__"}
 
 
 def attention_value(node: fx.Node, values: Values) -> Value | None:
-    """The value of an attention's score or mix node, or None if the node is neither."""
+    """The value of an attention's score or mix node, or None if the node is neither.
+
+    Lattice:    that of `channel_flow`, and between products `AttentionLogits`: (query, key).
+    Direction:  forward, one call.
+    Rule:       channels times channels are scores; scores (or a fused attention's queries and keys)
+                with values are a mix, whose heads are read off the layouts. Queries and keys meet
+                channel by channel over the longest run that both hold.
+    Sound:      ``q k^T`` is a sum over head channels: leaving one out of both leaves its term out,
+                whatever function comes between. Heads whose layouts do not say which key head they
+                share make a mix without ports, which no region is built on.
+    """
     name = op_name(node)
     if name in _FUSED:
         operands = [argument(node, i, key) for i, key in enumerate(("query", "key", "value"))]

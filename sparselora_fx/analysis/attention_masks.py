@@ -23,6 +23,12 @@ def hides_padding(attention: fx.Node, node: fx.Node, spans: ScoreSpans) -> bool:
 
     Recognised are the fused attention with a mask, and the two products of
     ``softmax(f(q @ k^T)) @ v`` with an f that works place by place and puts a mask in.
+
+    Rule:   forward from the scores, every reader keeps each column in its place until a softmax
+            along the last dimension reads bounds that `ScoreSpans.hide`; backward from the weights,
+            nothing but what keeps zeros (casts, dropout, reshapes of rows) since that softmax.
+    Sound:  a weight of 0 times any finite row is 0, and so is its gradient. One reader of the
+            scores that is not understood makes the answer no.
     """
     name = op_name(attention)
     if name == ATTENTION:

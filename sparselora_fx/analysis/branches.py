@@ -19,6 +19,11 @@ def adapter_branch(node: fx.Node, x: fx.Node) -> set[fx.Node] | None:
 
     Recognises any spelling (modules, `F.linear`, `@`, einsum, scaling, dropout, casts): the leaves
     decide, not the shape.
+
+    Rule:   backward from the node, every leaf is x (or x before views and casts) or an input; some
+            leaf is x, and some a matrix that trains.
+    Sound:  what reads x and weights alone reads no other site's channels, so leaving it as it is
+            changes nothing else. That it reads no frozen weight is asked by `reads`.
     """
     branch: set[fx.Node] = set()
     todo, reads_x, has_weight = [node], False, False

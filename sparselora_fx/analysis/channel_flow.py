@@ -50,7 +50,19 @@ _IN_PLACE = {
 
 def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
     """The value of every node that holds sites' channels. Attention nodes become sources of their
-    own."""
+    own.
+
+    Lattice:    of a node: nothing (it holds no channel), then ports with a layout, then ports
+                without one, then no ports; the roots only grow. A port is (source, layout): row
+                ``layout(i)`` of the source at position i.
+    Direction:  forward, once: a graph has no loops.
+    Rule:       data movement maps layouts (`channel_moves`); a pointwise call unites the ports of
+                its operands; norms keep them; `cat` and `stack` join layouts that continue each
+                other; attention starts a source of its own; what no rule knows keeps its roots.
+    Sound:      a layout is claimed only where the operation's own definition gives it. Nothing
+                that was made of channels loses its roots but sizes and what writes in place, so
+                `readers` sees every reader: an unknown call costs a region, never a wrong slice.
+    """
     starts = {node: site for site in sites for node in (site.node, *site.more)}
     branches = {node for site in sites for node in site.adapter_nodes}
     values: Values = {}

@@ -18,7 +18,16 @@ _LIST = (list, fx.Node)  # an index of numbers, or of a tensor
 
 
 def move(node: fx.Node, name: str, held: Channels) -> Value | None:
-    """Data movement: map every port's layout."""
+    """What ``node`` holds if all it does is to move what ``held`` says of its input; None: it is
+    no data movement, or one that is not known.
+
+    Lattice:    that of `channel_flow`: a layout, or None where the move is no affine map.
+    Direction:  forward, one call.
+    Rule:       the operation's definition on layouts (`graph.layout`), port by port. Indices count
+                only where they are numbers of the graph.
+    Sound:      a layout says for each position which row is there; tests compare that with the
+                operation on a tensor of row numbers.
+    """
     out = tensor(node)
     if name in CASTS:
         return held

@@ -74,7 +74,13 @@ def stored_kn(weight: fx.Node) -> bool | None:
 
 
 def linear_parts(node: fx.Node, weight: fx.Node) -> tuple[fx.Node, fx.Node | None, bool] | None:
-    """``(x, bias, weight is given as [K, N])`` of any spelling of a linear, or None."""
+    """``(x, bias, weight is given as [K, N])`` of any spelling of a linear, or None.
+
+    Rule:   `linear`, `addmm` without factors, `matmul`, `mm`, ``@`` and an einsum that sums over
+            x's last letter alone, with the weight in the weight's place.
+    Sound:  each is ``x W^T + b`` by its definition; a spelling that is not listed is None, and its
+            weight stays dense.
+    """
     name = op_name(node)
     bias: fx.Node | None = None
     if name == "linear":

@@ -18,7 +18,12 @@ def adapter_weights(sites: Iterable[Site]) -> set[fx.Node]:
 
 
 def is_down_projection(node: fx.Node, weights: set[fx.Node]) -> bool:
-    """Whether a node is ``linear(x[..., N], A[r, N])`` for a trained A with r well below N."""
+    """Whether a node is ``linear(x[..., N], A[r, N])`` for a trained A with r well below N.
+
+    Rule:   a linear without a bias whose weight some site's branch reads, by its shape.
+    Sound:  passes that ask rewrite to the same product in another order or over the columns that
+            are not zero: a linear that is no adapter's would be computed as exactly.
+    """
     sizes = _sizes(node, weights)
     return sizes is not None and sizes[0] * _NARROW <= sizes[1]
 

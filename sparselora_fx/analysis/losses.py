@@ -44,6 +44,10 @@ def labels_of(target: object) -> tuple[fx.Node, bool, bool] | None:
         labels.view(-1)                                  row t is label t
         pad(labels, (0, 1), value=-100)[..., 1:]         row t is label t + 1
         labels[..., 1:]                                  the same, without a row for the last token
+
+    Rule:   backward through reshapes, casts, one slice from 1 and one pad with the ignored label.
+    Sound:  each of these moves labels row by row, and none is written into: row t of the targets is
+            the label that is said, whatever the labels are.
     """
     found = _labels_of(target)
     while found is not None and isinstance(target, fx.Node):

@@ -35,6 +35,14 @@ class MaskValues:
 
     They are computed for batches with padding on the left, on the right, on both sides and inside,
     whatever the traced batch holds; buffers and whole numbers are what they are in that batch.
+
+    Lattice:    of a node: known (one value for each of the batches), or not.
+    Direction:  backward from a mask to the inputs it is made of (`is_known`), then forward: the
+                graph's own operations are run.
+    Rule:       known is what is made of inputs that are neither weights nor the caller's numbers,
+                by operations of which no layer is made, with nothing changed in place on the way.
+    Sound:      values are computed, not inferred. That a mask does for every padding what it does
+                for these four is an assumption, and the only one.
     """
 
     def __init__(

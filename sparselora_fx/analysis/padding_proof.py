@@ -35,6 +35,13 @@ def padding_unread(
     look at real ones alone. A graph that ends before it has seen the loss (a block compiled by
     itself, a part before a graph break, a model whose loss is computed elsewhere) proves nothing.
 
+    Lattice:    that of `token_liveness.read_rows`, with the list of real tokens.
+    Direction:  backward, over a graph and its bodies.
+    Rule:       that of `read_rows`; a body that is called several times must prove it each time.
+    Sound:      padding stops at a loss whose labels ignore it and at an attention whose mask,
+                computed for several paddings, gives it no weight (`score_spans`). What is believed
+                of the caller is said above; docs/decisions/0008 says why.
+
     Args:
         gm: as it was traced, with site markers.
         inputs: what it was traced with.

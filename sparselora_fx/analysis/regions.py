@@ -1,5 +1,5 @@
-"""The vocabulary that passes share: sites, regions, skips, and the state of one graph being
-rewritten."""
+"""The vocabulary that passes share: sites, regions, skips, what is observed. It holds what analyses
+found; it finds nothing itself."""
 
 from __future__ import annotations
 

@@ -19,6 +19,13 @@ def can_score(node: fx.Node, values: Values, answers: dict[fx.Node, bool]) -> bo
 
     ``answers`` keeps the answers, as consumers all along a residual stream ask about the same
     nodes.
+
+    Lattice:    yes or no.
+    Direction:  backward from the consumer's input to its producers, each node once.
+    Rule:       a moved value needs a channel map; a call must be pointwise, a cast, a reshape, a
+                norm or a reduction, on operands that can be rebuilt; no side input may have a value
+                for each token and channel, as the approximation has other tokens.
+    Sound:      a wrong yes would choose other channels, never compute another function of them.
     """
     if node not in answers:
         answers[node] = _can_score(node, values, answers)

@@ -1,8 +1,5 @@
-"""Between which numbers the scores of an attention lie, column by column, once masks are in them.
-
-Interval arithmetic over the few operations that stand between ``q @ k^T`` and its softmax: whatever
-order masks, scales, biases, caps and casts come in, what counts is what the softmax reads.
-"""
+"""Between which numbers the scores of an attention lie, column by column, once masks are in them:
+interval arithmetic over the operations between ``q @ k^T`` and its softmax, in any order."""
 
 from __future__ import annotations
 
@@ -48,7 +45,14 @@ class Span:
 
 
 class ScoreSpans:
-    """Spans of the nodes of a graph and its bodies; None where none can be told."""
+    """Spans of the nodes of a graph and its bodies; None where none can be told.
+
+    Lattice:    intervals for each place and batch of `MaskValues`; above them None: any number.
+    Direction:  backward from a softmax's input to masks and layers, each node once.
+    Rule:       masks are their values, layers return +- `_LAYER`; a pointwise call is tried at its
+                operands' ends and middle; moves keep bounds that are alike everywhere.
+    Sound:      for monotone calls and scores within +- `_LAYER`; what has no rule is None.
+    """
 
     def __init__(self, masks: MaskValues) -> None:
         self.masks = masks

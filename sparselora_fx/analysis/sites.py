@@ -18,6 +18,10 @@ from sparselora_fx.ir.markers import WITHOUT_GRADIENTS, MarkedTokens, SiteSpec
 def site_of(weight: fx.Node, args: tuple[Any, ...], markers: int) -> Site | Skip:
     """What a marker says of a weight, and where the weight is used; or why it stays dense.
 
+    Rule:   every use of the weight that matters to its channels (`linears.products`) is a linear
+            over the last dimension, of one input, in a graph that marks the weight once.
+    Sound:  a site is claimed only of linears whose operands are all known; else there is a reason.
+
     Args:
         args: those of the marker, whose result has been replaced by its input.
         markers: how many markers the weight has in this graph.

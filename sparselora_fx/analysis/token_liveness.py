@@ -53,6 +53,15 @@ def read_rows(graph: fx.Graph, end: End) -> Rows:
 
     ``end(user, node, rows)`` says what a user needs of a node by itself, as a `gather_tokens` does;
     None: that follows from what is needed of the user. The rows of later nodes are known.
+
+    Lattice:    `DEAD` (nothing is read), then the rows of one list along given axes, then no entry:
+                all rows.
+    Direction:  backward, once: every user comes before what it reads.
+    Rule:       what a node must have is what its readers need of it, if they agree, else all; a
+                reader needs place i of its operand where place i alone makes place i of its result
+                (`needed`, one rule for each kind of operation).
+    Sound:      an operation without a rule needs all rows, and so does what is written in place,
+                but for updates that nothing else sees. Readers of a shape alone read no row.
     """
     rows: Rows = {}
     for node in reversed(graph.nodes):

@@ -44,6 +44,17 @@ def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node,
     ``IN_ORDER`` where some way back keeps samples and tokens in place, else ``UNKNOWN`` where some
     way ends in what another part of the model has computed, else ``SWAPPED`` (tokens first), else
     ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``.
+
+    Lattice:    the four words, in the order above, for each place ``(node, axes of samples and
+                tokens)``.
+    Direction:  backward from the markers, through bodies, until nothing new is reached; then the
+                answers come forward again.
+    Rule:       `token_liveness.needed` says where the named axes were before a call; an embedding
+                leads to its indices; a call that leads nowhere and moves rows ends a way as
+                ``MOVED``.
+    Sound:      ``IN_ORDER`` needs a way on which every call keeps row i at row i, from the marker
+                to the batch. Sums of several ways (a residual) have equal rows on all of them, as
+                the model itself adds them row to row.
     """
     walk = _Walk(gm)
     starts = {mark: start for mark in walk.marks if (start := _start(mark)) is not None}

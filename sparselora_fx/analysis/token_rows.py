@@ -27,6 +27,13 @@ def token_rows(
 
     ``batch``: the graph's inputs that hold the tokens; ``passed``: all that the model's caller
     gave. What a part of a model is given besides may be made of the tokens too.
+
+    Lattice:    no entry (not made of tokens), then `Whole`, `Part` and `Joined`, then None.
+    Direction:  forward, once.
+    Rule:       an embedding, and what works row by row (`token_liveness.needed`), keeps the rows of
+                its inputs if they agree; ``cat`` along rows joins, ``x[:, a:b]`` takes a part.
+    Sound:      row i of a result is made of row i of the input alone, or the entry is None; inputs
+                that another part of the model may have computed begin as None.
     """
     found: dict[fx.Node, TokenRows | None] = {}
     for node in graph.nodes:

@@ -18,6 +18,7 @@ from sparselora_fx.ir.ops import OPS
 from tests.support import oracle
 from tests.support.padded_batches import ragged
 from tests.support.rewritten_graphs import rewritten
+from tests.support.slow import slow
 from tests.support.token_batches import by_token, predicting
 
 PLAN = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
@@ -91,8 +92,8 @@ def same_as_masked_dense(model: nn.Module, data: dict[str, Any], *, shift: bool 
     oracle.assert_close(got, oracle.step(model, data), 1e-9)
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("left", [False, slow(True)], ids=["right", "left"])
+@pytest.mark.parametrize("case", [slow(case) if "checkpointed" in case else case for case in READ])
 def test_padding_that_is_read(case: str, left: bool) -> None:
     build, shift = READ[case]
     same_as_masked_dense(build(), ragged(left=left), shift=shift)

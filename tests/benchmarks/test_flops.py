@@ -81,6 +81,7 @@ def test_held_bytes_count_each_storage_once_and_no_input() -> None:
     assert Counted(graph).held() == 2 * 3 * 5 * 4
 
 
+@pytest.mark.slow
 def test_sparse_layers_hold_less() -> None:
     """Kept channels of context tokens, all of output tokens: less than a dense step's."""
     counter = Counter(SHAPE, BATCH)

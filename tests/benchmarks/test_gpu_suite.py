@@ -254,6 +254,7 @@ def test_a_preset_is_measured(
     assert rows["peft+compile"]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_the_check_sees_other_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """It agrees where the channels agree, and would notice if they did not."""
     preset = replace(preset_of("8b-math10k", 2, tiny=True), dtype=torch.float32)

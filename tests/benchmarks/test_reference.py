@@ -5,11 +5,12 @@ import torch
 
 from benchmarks.support import reference
 from tests.support import oracle
+from tests.support.slow import slow
 
 LEVELS = [(0.75, 0.25), (0.6, 0.5)]
 
 
-@pytest.mark.parametrize("targets", [oracle.ATTENTION_TARGETS, "all-linear"])
+@pytest.mark.parametrize("targets", [slow(oracle.ATTENTION_TARGETS), "all-linear"])
 def test_reference_equals_sliced(targets: str | tuple[str, ...]) -> None:
     """On the same channels, loss and every adapter gradient agree."""
     model = oracle.llama(layers=2, targets=targets, dtype=torch.float64, bias=True)

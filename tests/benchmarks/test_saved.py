@@ -33,6 +33,7 @@ def rank_wide(graphs: list[Counted]) -> list[fx.Node]:
     return [n for n, val in made if isinstance(val, Tensor) and val.shape[-1:] == (RANK,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_backward_does_not_choose_again(checkpointing: bool) -> None:
     forwards, backwards = graphs("context", checkpointing=checkpointing)
@@ -48,6 +49,7 @@ def saved(forward: Counted) -> list[fx.Node]:
     return [n for n in outputs if isinstance(n, fx.Node) and n.op != "placeholder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["all", "context"])
 def test_no_full_hidden_width_is_saved_for_context_tokens(tokens: str) -> None:
     """Without adapters on the feed-forward: only the dense output tokens keep their full width."""

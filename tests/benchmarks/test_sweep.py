@@ -11,14 +11,15 @@ import pytest
 from benchmarks import architectures
 from benchmarks.sweep import check_model, tiny_models
 from benchmarks.sweep.architectures_page import page, ran, refused, summary, whole
+from tests.support.slow import slow
 
 # (task, model, attentions sliced, FFN linears sliced); -1: as many as there are.
 FAST = [
-    ("causal-lm", "apertus", 2, 4),
+    slow("causal-lm", "apertus", 2, 4),
     ("causal-lm", "codegen", 2, 4),
     ("causal-lm", "granite_swa", 2, 6),
-    ("causal-lm", "minicpm3", 2, 6),
-    ("seq2seq", "marian", 6, 8),
+    slow("causal-lm", "minicpm3", 2, 6),
+    slow("seq2seq", "marian", 6, 8),
     ("image-classification", "vit", 2, 4),
 ]
 SLOW = [

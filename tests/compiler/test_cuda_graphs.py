@@ -20,6 +20,7 @@ from tests.support import oracle
 from tests.support.labelled_models import Plain
 from tests.support.recorder import Recorder
 from tests.support.replayed_steps import PLAN, batches, graphs_of
+from tests.support.slow import slow
 
 
 def small(dropout: float = 0.0) -> nn.Module:
@@ -123,6 +124,7 @@ def captured(first: nn.Module, second: nn.Module) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_what_a_replay_cannot_answer_is_computed_again() -> None:
     """Two forwards before their backwards, gradients of the logits, a second backward."""
     first, second = pair(dropout=0.1)
@@ -188,9 +190,10 @@ def idle(run: Any) -> Any:
     return lambda: None, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capture", "why"),
-    [pytest.param(refusing, "not permitted", marks=pytest.mark.slow), (idle, "differs")],
+    [(refusing, "not permitted"), (idle, "differs")],
 )
 def test_what_cannot_be_captured_runs_as_usual_and_says_why(capture: Any, why: str) -> None:
     """Nor is a replay used that does not do what the call does."""
@@ -233,7 +236,7 @@ def test_words_that_are_refused() -> None:
         assert "forward" not in model.__dict__
 
 
-@pytest.mark.parametrize("asked", ["auto", True])
+@pytest.mark.parametrize("asked", [slow("auto"), True])
 def test_without_a_gpu_nothing_is_captured(asked: Any) -> None:
     model = small()
     slx.compile(

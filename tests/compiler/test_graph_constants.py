@@ -25,6 +25,7 @@ from benchmarks.support.graphs import batch_of, capture, llama
 from sparselora_fx.ir.ops import channel_rows
 from sparselora_fx.lowering import inductor_backend
 from tests.support import oracle
+from tests.support.slow import slow
 from tests.support.token_batches import ragged
 
 
@@ -43,7 +44,7 @@ def _real(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
-@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("trim", [slow(False), True])
 def test_no_graph_holds_a_real_tensor(trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of a sparse step with token lists, as Inductor gets them."""
     found: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ import sparselora_fx as slx
 from sparselora_fx.compiler import backend as slx_backend
 from sparselora_fx.compiler.piecewise import compile_piecewise
 from tests.support import oracle
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.private_torch
 
@@ -192,9 +193,7 @@ def model_of(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "kind", ["dropout", pytest.param("checkpointing", marks=pytest.mark.slow), "trimmed"]
-)
+@pytest.mark.parametrize("kind", ["dropout", slow("checkpointing"), slow("trimmed")])
 def test_a_model_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three graphs for all layers; gradients are those of the model compiled whole, or masked."""
     split = kind == "trimmed"

@@ -170,6 +170,7 @@ def check_as_plain(
         assert graphs(model, batches) <= allowed
 
 
+@pytest.mark.slow
 def test_pieces_have_as_many_graphs_as_plain() -> None:
     """The second batch without padding makes sizes dynamic; the first with padding adds token
     lists, and one graph."""
@@ -193,6 +194,7 @@ def test_sizes_seen_in_dense_steps_are_known_in_sparse_ones() -> None:
     assert counted == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_dynamic_from_the_first_batch() -> None:
     """Numbers on modules are symbols then; AOTAutograd must know them again in the pieces."""
     check_as_plain(3, FEW[2:4], more=0, dynamic=True, backend="aot_eager")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparselora_fx as slx
 from tests.support import oracle
+from tests.support.slow import slow
 
 V = oracle.VOCABULARY
 COMMON: dict[str, Any] = {
@@ -102,8 +103,12 @@ def adapted(build: Callable[[], nn.Module]) -> nn.Module:
     return oracle.randomise(get_peft_model(build(), lora)).double().train()
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "sparse"])
-@pytest.mark.parametrize(("build", "regions"), MODELS, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize("lora_branch", ["dense", slow("sparse")])
+@pytest.mark.parametrize(
+    ("build", "regions"),
+    [slow(*pair) if pair[0] in (t5, bart) else pair for pair in MODELS],
+    ids=lambda v: getattr(v, "__name__", None),
+)
 def test_regions_are_found_and_equal_masked_dense(
     build: Callable[[], nn.Module], regions: int, lora_branch: str
 ) -> None:
@@ -227,7 +232,10 @@ STYLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("style", STYLES)
+FEW = ("linear", "baddbmm", "in place")  # one of each kind
+
+
+@pytest.mark.parametrize("style", [style if style in FEW else slow(style) for style in STYLES])
 def test_a_hand_written_transformer_with_hand_written_lora(style: str) -> None:
     torch.manual_seed(0)
     check_hand_written(HandModel(style), "aot_eager")

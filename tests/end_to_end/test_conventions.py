@@ -119,6 +119,7 @@ def test_what_the_user_says_stands_and_is_contradicted_aloud(shift: bool) -> Non
     assert get_runtime(model).tally.real - get_runtime(model).tally.sparse == int(dense.sum())
 
 
+@pytest.mark.slow
 def test_a_causal_class_with_a_loss_of_its_own() -> None:
     """Trusted by its class until a loss function is set; then the graph decides."""
     model, data = oracle.llama(dtype=torch.float64), ragged()

@@ -57,6 +57,7 @@ def test_sliced_is_masked_dense(words: dict[str, Any]) -> None:
     oracle.assert_close(got, reference_step(model, data, got.record), BOUND)
 
 
+@pytest.mark.slow
 def test_only_context_tokens_are_sliced() -> None:
     """Both products of each weight are dense on output tokens, also in a checkpointed block."""
     model, data = model_of(lora_dropout=0.3, bias=True), oracle.batch()

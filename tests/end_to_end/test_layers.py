@@ -10,13 +10,15 @@ import torch
 import sparselora_fx as slx
 from tests.support import oracle
 from tests.support.layered_models import EVEN, LAYERS, UNEVEN, check, model_of, scored
+from tests.support.slow import slow
 
 
-@pytest.mark.parametrize("plan", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("plan", [slow(EVEN), UNEVEN], ids=["even", "uneven"])
 def test_whole_model(plan: dict[str, float]) -> None:
     check(model_of(), plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing(dropout: float) -> None:
     check(model_of(dropout=dropout, checkpointing=False), EVEN)
@@ -27,16 +29,19 @@ def test_gradient_checkpointing_with_uneven_layers() -> None:
     check(model_of(checkpointing=False), UNEVEN)
 
 
+@pytest.mark.slow
 def test_input_require_grads() -> None:
     check(model_of(input_grads=True), EVEN)
 
 
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing_and_input_require_grads(dropout: float) -> None:
     check(model_of(dropout=dropout, checkpointing=False, input_grads=True), EVEN)
 
 
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_reentrant_checkpointing_is_right_or_refused(dropout: float) -> None:
     model = model_of(dropout=dropout, checkpointing=True, input_grads=True)
     try:
@@ -45,6 +50,7 @@ def test_reentrant_checkpointing_is_right_or_refused(dropout: float) -> None:
         assert "reentrant" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_layers_compiled_one_by_one(plan: dict[str, float]) -> None:
     if len(plan) > 2:  # keys that name a layer; the wrappers add a step to each

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sparselora_fx as slx
 from tests.support import oracle
 from tests.support.adapted_nets import HIDDEN, WIDTH, Adapted, Net, check, plain, reasons
+from tests.support.slow import slow
 
 
 def compare(model: nn.Module, data: dict[str, Any]) -> tuple[slx.Recording, str]:
@@ -219,7 +220,7 @@ class Routed(nn.Module):
         return out.square().sum()
 
 
-@pytest.mark.parametrize("first", [0, 3, 7])
+@pytest.mark.parametrize("first", [0, slow(3), 7])
 @pytest.mark.parametrize("dense_phase", [False, True])
 def test_tokens_that_are_routed_may_be_none(first: int, dense_phase: bool) -> None:
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from transformers import (
 
 import sparselora_fx as slx
 from tests.support import oracle
+from tests.support.slow import slow
 from tests.support.token_batches import by_token, predicting
 
 KINDS: dict[str, Any] = {
@@ -89,7 +90,8 @@ def samples_are_apart(model: nn.Module, data: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "cache"), [("llama", True), ("qwen3", True), ("mistral", True), ("llama", False)]
+    ("kind", "cache"),
+    [("llama", True), slow("qwen3", True), slow("mistral", True), slow("llama", False)],
 )
 def test_packed_rows_mean_one_function(kind: str, cache: bool) -> None:
     model, data = model_of(kind, cache), packed()
@@ -101,7 +103,7 @@ def test_packed_rows_in_blocks_compiled_one_by_one() -> None:
     check(model_of("llama", True), packed(), regional=True)
 
 
-@pytest.mark.parametrize("position_ids", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("position_ids", [slow(True), False], ids=["packed", "plain"])
 def test_attention_in_a_wrapper_is_sliced_whatever_use_cache_says(position_ids: bool) -> None:
     data = packed()
     if not position_ids:

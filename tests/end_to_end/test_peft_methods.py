@@ -15,6 +15,7 @@ from torch import nn
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.slow import slow
 
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 TABLE = Path(__file__).parents[2] / "docs" / "peft_methods.md"
@@ -70,7 +71,7 @@ def test_the_table_has_every_method_tested() -> None:
     assert set(METHODS) == set(rows()) - {"method", "---"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [slow(m) if m == "OFT" else m for m in METHODS])
 def test_the_table_is_true(method: str) -> None:
     """Sliced or not, as the table says; and where nothing is, one warning names the adapter, and so
     does every line of `explain`."""
@@ -94,7 +95,9 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("config", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize(
+    "config", [v if k == "seen in a graph" else slow(v) for k, v in DENSE.items()], ids=DENSE
+)
 def test_later_steps_are_plain(config: Any) -> None:
     """Where nothing is sliced, steps compute what they did, with no more graphs than plain
     `torch.compile` has, unless only a whole call could tell: then those come on top once."""

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparselora_fx as slx
 from tests.support import oracle
+from tests.support.slow import slow
 
 VOCABULARY, WIDTH, CHANNELS = 31, 16, 40
 
@@ -80,7 +81,7 @@ def test_two_backwards(backend: str, checkpointed: bool, tokens: str) -> None:
         torch.testing.assert_close(second[name], gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointed", [False, slow(True)], ids=["plain", "checkpointed"])
 def test_two_backwards_of_a_llama_with_token_lists(checkpointed: bool) -> None:
     model = oracle.llama(dtype=torch.float64)
     if checkpointed:

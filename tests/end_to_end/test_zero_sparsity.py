@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.slow import slow
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -32,6 +33,7 @@ def test_plan_zero_with_dropout() -> None:
     oracle.assert_identical(oracle.run_compiled(model, data, oracle.plan_of(0.0)), expected)
 
 
+@pytest.mark.slow
 def test_a_plan_that_keeps_every_channel_is_plain_compile() -> None:
     """k rounds up to all channels: the same as sparsity 0."""
     model, data = oracle.llama(), oracle.batch()
@@ -41,7 +43,7 @@ def test_a_plan_that_keeps_every_channel_is_plain_compile() -> None:
     assert "k rounds up to all of its channels" in slx.explain(model)
 
 
-@pytest.mark.parametrize("level", [0.0, 0.05])
+@pytest.mark.parametrize("level", [0.0, slow(0.05)])
 def test_padding_changes_nothing_either(level: float) -> None:
     """Tokens are split, and some are padding: nothing is left out of a model without a choice."""
     model, data = oracle.llama(layers=2), oracle.batch(padding=3)

@@ -26,6 +26,7 @@ from tests.support.online_calibration import (
     offline,
     plan_of,
 )
+from tests.support.slow import slow
 
 SITE = "model.layers.0."
 
@@ -50,7 +51,7 @@ def tokens_seen(model: nn.Module) -> set[int]:
     return {moment.count for moment in collector_of(model).moments.values()}
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize("regional", [slow(False), True], ids=["whole", "regional"])
 def test_statistics_and_factors_are_those_of_an_offline_calibration(regional: bool) -> None:
     model = oracle.llama(bias=True, dtype=torch.float64)
     expected = offline(model, batches())
@@ -66,7 +67,7 @@ def test_statistics_and_factors_are_those_of_an_offline_calibration(regional: bo
     assert_same(collector.build(), expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 def test_the_dense_phase_is_plain_compile_bit_for_bit(backend: str) -> None:
     model, data = oracle.llama(layers=2, dropout=0.1), batches(1)[0]
     plain = oracle.plain_compiled_step(model, data, backend)
@@ -89,6 +90,7 @@ def test_the_dense_phase_is_plain_inductor_bit_for_bit(checkpointing: bool) -> N
     assert tokens_seen(model) == {int(data["attention_mask"].sum())}
 
 
+@pytest.mark.slow
 def test_sliced_equals_masked_dense_after_the_switch() -> None:
     model, data = oracle.llama(dtype=torch.float64), batches()
     expected = offline(model, data)
@@ -127,6 +129,7 @@ def test_only_context_tokens_count() -> None:
     assert oracle.difference(moment.square(), expected) <= 1e-9
 
 
+@pytest.mark.slow
 def test_what_counts_and_what_does_not() -> None:
     model, (data, other) = oracle.llama(), batches(2)
     compiled(model)
@@ -147,7 +150,7 @@ def test_what_counts_and_what_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("regional", "reentrant"), [(False, False), (True, False), (True, True)],
+    ("regional", "reentrant"), [slow(False, False), (True, False), (True, True)],
     ids=["whole", "regional", "regional-reentrant"],
 )  # fmt: skip
 def test_a_recomputed_forward_counts_once(regional: bool, reentrant: bool) -> None:
@@ -192,7 +195,7 @@ def test_the_switch_compiles_the_sparse_graph_and_no_other() -> None:
     assert graphs == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [slow(None), True])
 def test_observing_adds_no_graph_for_other_lengths(dynamic: bool | None) -> None:
     counts = []
     for calibrate in (False, True):
@@ -212,7 +215,7 @@ def test_observing_adds_no_graph_for_other_lengths(dynamic: bool | None) -> None
     assert counts[1] == counts[0] <= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
 def test_half_precision_weights_keep_moments_in_float32(dtype: torch.dtype) -> None:
     model, data = oracle.llama(dtype=dtype), batches(2)
     compiled(model, plan_of(start=2))

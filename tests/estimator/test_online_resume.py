@@ -16,6 +16,7 @@ from sparselora_fx.estimator.online import Collector
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 from tests.support.resumed_training import trained, trainer_of
+from tests.support.slow import slow
 
 PLAN = {"layers.0.mlp": 0.5, "layers.0.self_attn": 0.5}
 FILE = "sparselora_estimator.safetensors"
@@ -46,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, trained(model)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5], ids=["dense", "at the switch", "sparse"])
+@pytest.mark.parametrize("at", [slow(1), slow(3), 5], ids=["dense", "at the switch", "sparse"])
 def test_resume_is_bit_equal(whole: Any, at: int) -> None:
     folder, expected = whole
     model = compiled(3)

@@ -32,6 +32,7 @@ def test_a_twentieth_of_the_steps_is_dense(every: int | None, steps: int, dense:
     assert [n for n in range(steps) if refreshes(n, every)] == dense
 
 
+@pytest.mark.slow
 def test_the_factors_follow_what_the_latest_dense_step_read() -> None:
     model, data = oracle.llama(dtype=torch.float64), batches(3)
     early, late = offline(model, data[:1]), offline(model, data[1:2])
@@ -85,6 +86,7 @@ def refreshed() -> nn.Module:
     return slx.compile(oracle.llama(dropout=0.1), plan=plan, backend="eager")
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal(tmp_path: Path) -> None:
     model = refreshed()
     trainer_of(model, tmp_path).train()

@@ -16,6 +16,7 @@ from sparselora_fx.graph.mutation import is_mutated
 from sparselora_fx.graph.nodes import changes_input
 from tests.support import oracle
 from tests.support.padded_batches import ragged
+from tests.support.slow import slow
 from tests.support.token_batches import by_token, predicting
 
 WIDTH, HIDDEN = 40, 72
@@ -88,7 +89,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["hidden", "output"])
-@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("padding", [slow(0), 4])
 @pytest.mark.parametrize("written", WRITES)
 def test_reads_stay_behind_writes(
     written: Callable[[Tensor], Tensor], padding: int, inside: bool

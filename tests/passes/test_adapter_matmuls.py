@@ -32,8 +32,10 @@ def test_down_projections_on_one_input_are_one_matmul(
     assert count(joint, torch.narrow) == (0 if dropout else 3)
 
 
-@pytest.mark.parametrize("tokens", ["all", "context"])
-@pytest.mark.parametrize("branch", ["dense", "sparse"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "branch"), [("all", "dense"), ("context", "sparse")]
+)  # two stand for what small graphs hold of each pass
 def test_nothing_changes(monkeypatch: pytest.MonkeyPatch, tokens: str, branch: str) -> None:
     model = oracle.llama(layers=2, dtype=torch.float64)
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)

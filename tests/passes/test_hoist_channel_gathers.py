@@ -1,15 +1,155 @@
-"""Gathers and takes move up to the producers, so that nothing outside the selection is computed."""
+"""Each rule by which a channel gather moves up, what holds one back, and what that makes of whole
+models."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import fx
 
 import sparselora_fx as slx
 from sparselora_fx.ir.ops import OPS
+from sparselora_fx.passes.hoist_channel_gathers import hoist_channel_gathers
 from tests.support import oracle
 from tests.support.rewritten_graphs import count, rewritten
+from tests.support.small_graphs import Small, changes_nothing, keeps_values, shown, text
 from tests.support.token_batches import ragged
+
+GATHER, SCATTER, ROWS = (
+    getattr(OPS, name).default for name in ("gather_channels", "scatter_channels", "channel_rows")
+)
+
+
+class Selected(Small):
+    """A graph with a selection ``s`` of 3 of 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = self.input("x", 2, 3, 8, trains=True)
+        self.s = self.call(OPS.topk_channels.default, self.input("scores", 8), 3)
+
+    def kept(self, width: int) -> fx.Node:
+        """What a sliced linear might have returned."""
+        return self.call("neg", self.input("c", 2, 3, width, trains=True))
+
+    def gather(self, node: fx.Node, idx: fx.Node | None = None) -> fx.Node:
+        return self.call(GATHER, node, idx or self.s)
+
+    def scatter(self, node: fx.Node, n: int = 8, idx: fx.Node | None = None) -> fx.Node:
+        return self.call(SCATTER, node, idx or self.s, n)
+
+    def rows(self, *offsets: int, stride: int = 1) -> fx.Node:
+        return self.call(ROWS, self.s, 1, stride, list(offsets))
+
+
+def test_the_example_of_the_docstring() -> None:
+    small = Selected()
+    whole = small.scatter(small.kept(3))
+    h = small.call(F.silu, small.call(torch.add, whole, small.input("b", 8, trains=True)))
+    rewrite = small.rewrite(small.gather(h))
+    assert keeps_values(rewrite, hoist_channel_gathers) == 3
+    assert text(rewrite) == shown("""
+        v0 = topk_channels(scores, 3)
+        v1 = gather_channels(b, v0)
+        v2 = neg(c)
+        v3 = add(v2, v1)
+        v4 = silu(v3)
+        return (v4)
+    """)
+    changes_nothing(rewrite, hoist_channel_gathers)
+
+
+Build = Callable[[Selected], fx.Node]
+RULES: dict[str, tuple[Build, str]] = {
+    "a LoRA up-projection": (
+        lambda s: s.gather(s.linear(s.x, s.input("B", 8, 8, trains=True), s.input("bias", 8))),
+        "v1 = sliced_linear(x, B, v0); v2 = gather_channels(bias, v0); "
+        "v3 = add(v1, v2); return (v3)",
+    ),
+    "half of a fused projection": (
+        lambda s: s.gather(
+            s.call(operator.getitem, s.input("wide", 2, 3, 16), (Ellipsis, slice(8, None)))
+        ),
+        "v1 = channel_rows(v0, 1, 1, [8]); v2 = gather_channels(wide, v1); return (v2)",
+    ),
+    "every other channel": (
+        lambda s: s.gather(
+            s.call(operator.getitem, s.input("wide", 2, 3, 16), (Ellipsis, slice(1, None, 2)))
+        ),
+        "v1 = channel_rows(v0, 1, 2, [1]); v2 = gather_channels(wide, v1); return (v2)",
+    ),
+    "flattened tokens": (
+        lambda s: s.gather(s.call("reshape", s.x, 6, 8)),
+        "v1 = gather_channels(x, v0); v2 = reshape(v1, (6, 3)); return (v2)",
+    ),
+    "round trip": (
+        lambda s: s.gather(s.scatter(s.kept(3))),
+        "v1 = neg(c); return (v1)",
+    ),
+    "a part of the round trip": (
+        lambda s: s.gather(s.scatter(s.kept(6), 16, s.rows(0, 8)), s.rows(8)),
+        "v1 = neg(c); v2 = channel_rows(v0, 1, 1, [0, 8]); v3 = channel_rows(v0, 1, 1, [8]); "
+        "v4 = narrow(v1, -1, 3, 3); return (v4)",
+    ),
+    "a value for each token": (
+        lambda s: s.gather(s.call(torch.mul, s.x, s.input("m", 2, 3, 1, trains=True))),
+        "v1 = gather_channels(x, v0); v2 = mul(v1, m); return (v2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule: str) -> None:
+    build, expected = RULES[rule]
+    small = Selected()
+    rewrite = small.rewrite(build(small))
+    assert keeps_values(rewrite, hoist_channel_gathers) == 1
+    assert text(rewrite).splitlines()[1:] == expected.split("; ")
+    changes_nothing(rewrite, hoist_channel_gathers)
+
+
+def test_dropout_draws_the_mask_it_would_have_drawn() -> None:
+    small = Selected()
+    rewrite = small.rewrite(small.gather(small.call(F.dropout, small.x, 0.3)))
+    assert keeps_values(rewrite, hoist_channel_gathers) == 1
+    assert "new_ones" in text(rewrite) and "mul" in text(rewrite)
+    changes_nothing(rewrite, hoist_channel_gathers)
+
+
+STAYS: dict[str, Build] = {
+    "softmax over channels": lambda s: s.gather(s.call(F.softmax, s.x, dim=-1)),
+    "cumulative": lambda s: s.gather(s.call("cumsum", s.x, -1)),
+    "another selection": lambda s: s.gather(
+        s.scatter(s.x, 16, s.call(OPS.topk_channels.default, s.input("others", 16), 8))
+    ),
+    "rows that were not scattered": lambda s: s.gather(
+        s.scatter(s.kept(3), 16, s.rows(0)), s.rows(8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_near_misses_stay(name: str) -> None:
+    small = Selected()
+    changes_nothing(small.rewrite(STAYS[name](small)), hoist_channel_gathers)
+
+
+def test_another_reader_holds_a_gather_back() -> None:
+    small = Selected()
+    h = small.call(F.silu, small.x)
+    changes_nothing(small.rewrite(small.gather(h), h), hoist_channel_gathers)
+
+
+def test_what_is_written_in_place_is_read_where_it_was() -> None:
+    small = Selected()
+    h = small.call(F.silu, small.x)
+    taken = small.gather(h)
+    small.call("mul_", h, 2.0)
+    changes_nothing(small.rewrite(taken), hoist_channel_gathers)
 
 
 @pytest.mark.parametrize("tokens", ["all", "context"])

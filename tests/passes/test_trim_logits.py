@@ -2,27 +2,151 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, fx, nn
 from transformers import BertConfig, BertForMaskedLM
 
 import sparselora_fx as slx
+from sparselora_fx.ir.ops import OPS
+from sparselora_fx.passes.trim_logits import trim_logits
+from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
 from tests.support.labelled_models import ROUNDING, SPARSE, Plain, compare, plan_of
 from tests.support.rewritten_graphs import rewritten
+from tests.support.slow import slow
+from tests.support.small_graphs import (
+    Small,
+    after,
+    changes_nothing,
+    list_values,
+    shown,
+    text,
+    values_of,
+)
 from tests.support.token_batches import ragged
 
+LABELS = torch.tensor([[-100, -100, 4, 1], [-100, 2, 0, -100]])
+SHIFTED = torch.tensor([[False, True, True, False], [True, True, False, False]])  # predict a label
+
+
+def labelled(
+    *,
+    target: Callable[[Small, fx.Node], fx.Node] | None = None,
+    also: Callable[[Small, fx.Node], Any] | None = None,
+    shift: bool = True,
+    weighted: bool = False,
+    **options: Any,
+) -> Rewrite:
+    """An output embedding behind its marker, and a loss on the labels."""
+    small = Small()
+    h = small.input("h", 2, 4, 8, trains=True)
+    labels = small.input("labels", 2, 4, dtype=torch.int64)
+    lists = small.lists("p", 6, 2, 4)
+    mark = small.call(OPS.label_rows.default, h, labels, *lists, shift)
+    z = small.linear(mark, small.input("w", 6, 8, trains=True))
+    options |= {"weight": small.input("class_weight", 6)} if weighted else {}
+    own = (target or next_labels)(small, labels)
+    loss = small.call(F.cross_entropy, small.call("view", z, -1, 6), own, **options)
+    return small.rewrite(loss, z if also is None else also(small, z))
+
+
+def next_labels(small: Small, labels: fx.Node, value: int = -100) -> fx.Node:
+    shifted = small.call(F.pad, labels, (0, 1), value=value)
+    return small.call(
+        "reshape", small.call(operator.getitem, shifted, (Ellipsis, slice(1, None))), -1
+    )
+
+
+def own_labels(small: Small, labels: fx.Node) -> fx.Node:
+    return small.call("view", labels, -1)
+
+
+def loss_of(rewrite: Rewrite, taken: Tensor) -> list[Tensor]:
+    """The loss and its gradients; logits are returned or not."""
+    output = rewrite.graph.output_node()
+    held = output.args
+    output.args = ((held[0][0],),)  # type: ignore[index]
+    got = values_of(rewrite, labels=LABELS, **list_values("p", taken, 6))
+    output.args = held
+    return got
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_reads_labelled_rows_alone(reduction: str) -> None:
+    rewrite = labelled(reduction=reduction)
+    expected = loss_of(rewrite, SHIFTED)
+    assert after(rewrite, trim_logits) == 1
+    for one, other in zip(loss_of(rewrite, SHIFTED), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    assert text(rewrite) == shown(f"""
+        v0 = linear(h, w, None)
+        v1 = pad(labels, (0, 1), value=-100)
+        v2 = getitem(v1, (Ellipsis, slice(1, None, None)))
+        v3 = reshape(v2, -1)
+        v4 = view(v0, -1, 6)
+        v5 = gather_tokens(v4, p_idx, p_pos)
+        v6 = clamp(p_idx, min=0)
+        v7 = ge(p_idx, 0)
+        v8 = index_select(v3, 0, v6)
+        v9 = where(v7, v8, -100)
+        v10 = cross_entropy(v5, v9, reduction='{reduction}')
+        return (v10, None)
+    """)
+    changes_nothing(rewrite, trim_logits)
+
+
+def test_labels_that_are_not_shifted() -> None:
+    rewrite = labelled(target=own_labels, shift=False)
+    expected = loss_of(rewrite, LABELS >= 0)
+    assert after(rewrite, trim_logits) == 1
+    for one, other in zip(loss_of(rewrite, LABELS >= 0), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"also": lambda s, z: s.call("logsumexp", z, -1)},
+        {"target": own_labels},
+        {"target": lambda s, labels: next_labels(s, labels, 0)},
+        {"ignore_index": 0},
+        {"reduction": "none"},
+        {"weighted": True},
+    ],
+    ids=["logits are read", "another convention", "filled with a label", "other labels ignored",
+         "no sum", "weighted"],
+)  # fmt: skip
+def test_near_misses_are_computed_whole_and_say_so(options: dict[str, Any]) -> None:
+    rewrite = labelled(**options)
+    before = text(rewrite)
+    with pytest.warns(UserWarning, match="every logit is computed"):
+        assert after(rewrite, trim_logits) == 0
+    assert "gather_tokens" not in text(rewrite) and "label_rows" not in text(rewrite)
+    assert len(text(rewrite).splitlines()) == len(before.splitlines()) - 1  # the marker
+
+
+ATTENTION, FEED_FORWARD = ["q", "k", "v", "o"], ["gate", "up", "down", "o"]
 WHOLE = SPARSE | {"layers.1.mlp": 0.6, "layers.1.self_attn": 0.5}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("targets", [["q", "k", "v", "o"], ["gate", "up", "down", "o"]])
-@pytest.mark.parametrize("sparsity", [{"layers.0": 0.5}, 0.5], ids=["dense-last", "sparse-last"])
+@pytest.mark.parametrize(
+    ("sparsity", "targets", "dropout"),
+    [
+        ({"layers.0": 0.5}, ATTENTION, 0.0),
+        slow({"layers.0": 0.5}, FEED_FORWARD, 0.1),
+        slow(0.5, ATTENTION, 0.1),
+        slow(0.5, FEED_FORWARD, 0.0),
+    ],
+)
 def test_nothing_changes_in_fp64(sparsity: Any, targets: list[str], dropout: float) -> None:
+    """A dense or a sparse last layer, other targets, dropout: every pair of values."""
     torch.manual_seed(0)
     lora = oracle.lora_config(tuple(targets), dropout)
     lora.task_type = None
@@ -30,8 +154,8 @@ def test_nothing_changes_in_fp64(sparsity: Any, targets: list[str], dropout: flo
     compare(model, ragged(), plan_of(sparsity), 1e-9)
 
 
-@pytest.mark.parametrize("targets", [oracle.ATTENTION_TARGETS, "all-linear"])
-@pytest.mark.parametrize("sparsity", [SPARSE, WHOLE], ids=["dense-last", "sparse-last"])
+@pytest.mark.parametrize("targets", [slow(oracle.ATTENTION_TARGETS), "all-linear"])
+@pytest.mark.parametrize("sparsity", [slow(SPARSE), WHOLE], ids=["dense-last", "sparse-last"])
 def test_loss_and_gradients_stay(sparsity: Any, targets: Any) -> None:
     model = oracle.llama(layers=2, targets=targets, dtype=torch.float64, bias=True)
     compare(model, ragged(), plan_of(sparsity))
@@ -39,7 +163,7 @@ def test_loss_and_gradients_stay(sparsity: Any, targets: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tokens": "all"}, {"sink_tokens": 2}, {"sparse_outputs": 0.5}],
+    [{"tokens": "all"}, slow({"sink_tokens": 2}), slow({"sparse_outputs": 0.5})],
     ids=["all", "sinks", "sparse-outputs"],
 )
 def test_other_token_policies_have_a_list_of_their_own(options: Any) -> None:
@@ -47,11 +171,13 @@ def test_other_token_policies_have_a_list_of_their_own(options: Any) -> None:
     compare(model, ragged(), plan_of(WHOLE, **options))
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_masks() -> None:
     model = oracle.llama(layers=2, dropout=0.1, dtype=torch.float64)
     compare(model, ragged(), plan_of(SPARSE))
 
 
+@pytest.mark.slow
 def test_a_sum_over_a_number_of_items() -> None:
     model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
     compare(model, {**ragged(), "num_items_in_batch": torch.tensor(11)}, plan_of(SPARSE))
@@ -64,6 +190,7 @@ def test_gradient_checkpointing() -> None:
     compare(model, ragged(), plan_of(SPARSE))
 
 
+@pytest.mark.slow
 def test_padding_on_the_left() -> None:
     model = oracle.llama(layers=2, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
     compare(model, ragged(left=True), plan_of(WHOLE))
@@ -93,6 +220,7 @@ def test_inductor() -> None:
     oracle.assert_close(steps[1], steps[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_other_lengths_and_numbers_of_labels() -> None:
     model = oracle.llama(layers=1, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
     data = [ragged(3, 17), ragged(3, 25), ragged(2, 31), ragged(3, 40)]
@@ -137,6 +265,7 @@ class OtherLoss(nn.Module):
         return found
 
 
+@pytest.mark.slow
 def test_logits_that_are_read_are_kept() -> None:
     model = OtherLoss(oracle.llama(layers=1, dtype=torch.float64)).train()
     plain = oracle.run_compiled(model, ragged(), plan_of(0.5))

@@ -152,6 +152,7 @@ def test_a_shallow_copy_runs_dense() -> None:
     assert record.sites == {}
 
 
+@pytest.mark.slow
 def test_a_pickle_needs_none_of_our_code(tmp_path: Path) -> None:
     model = compiled(oracle.llama()).get_base_model()
     wrapped = compiled(oracle.llama())

@@ -89,6 +89,7 @@ def trainer_for(model: nn.Module, folder: Path, **options: Any) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
     through = compiled(oracle.llama(), backend="aot_eager")
     start = adapters(through)
@@ -103,6 +104,7 @@ def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert [n for n, v in finished.items() if not torch.equal(resumed[n], v)] == []
 
 
+@pytest.mark.slow
 def test_restore_after_mixed_precision_training(tmp_path: Path) -> None:
     """The Trainer's bf16 wraps the forward on the instance once more."""
     model, data = oracle.llama(), oracle.batch()
@@ -129,6 +131,7 @@ def test_restore_after_mixed_precision_training(tmp_path: Path) -> None:
         assert torch.equal(model(**data).logits.float(), twin(**data).logits.float())
 
 
+@pytest.mark.slow
 def test_compile_again_after_mixed_precision_training(tmp_path: Path) -> None:
     """A forward that was wrapped since must not bring the old plan back."""
     model, data = compiled(oracle.llama()), oracle.batch()
@@ -231,6 +234,7 @@ def test_batch_lengths_recompile_little() -> None:
     oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
 
 
+@pytest.mark.slow
 def test_batch_lengths_recompile_little_behind_autograd() -> None:
     model = compiled(oracle.llama(), backend="aot_eager")
     counts = []

@@ -12,6 +12,7 @@ import sparselora_fx as slx
 from sparselora_fx.runtime.regional import CompiledBlock
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import adapted_nets, layered_models, oracle
+from tests.support.slow import slow
 
 
 def compiled(model: nn.Module, plan: Any = None, **options: Any) -> nn.Module:
@@ -30,7 +31,7 @@ def graphs(layers: int, plan: Any = None) -> int:
 
 
 @pytest.mark.parametrize(
-    "plan", [layered_models.EVEN, layered_models.UNEVEN], ids=["even", "uneven"]
+    "plan", [layered_models.EVEN, slow(layered_models.UNEVEN)], ids=["even", "uneven"]
 )
 @pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointing"])
 def test_layers_do_not_share_choices(plan: dict[str, float], checkpointing: bool | None) -> None:
@@ -112,7 +113,7 @@ def test_a_block_that_writes_its_input_writes_the_models_tensor() -> None:
         oracle.assert_close(got, step(), 1e-9)
 
 
-@pytest.mark.parametrize("regional", [True, False], ids=["regional", "broken"])
+@pytest.mark.parametrize("regional", [True, slow(False)], ids=["regional", "broken"])
 def test_a_sparse_block_does_not_run_a_dense_blocks_graph(regional: bool) -> None:
     """Dynamo guards no hooks: blocks 1 and 2 differ only in what their hooks read."""
     model = layered_models.model_of(cut=not regional)
@@ -125,6 +126,7 @@ def test_a_sparse_block_does_not_run_a_dense_blocks_graph(regional: bool) -> Non
     }
 
 
+@pytest.mark.slow
 def test_restore_leaves_no_trace() -> None:
     model = oracle.llama(layers=2)
     before, weights = oracle.marks(model), oracle.copy_of_weights(model)

@@ -13,6 +13,7 @@ import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
+from tests.support.slow import slow
 from tests.support.token_batches import IGNORED, by_token, predicting, ragged
 
 
@@ -74,7 +75,7 @@ def test_a_function_whose_derivative_is_infinite_at_zero() -> None:
     oracle.assert_close(got, expected, 1e-9)
 
 
-@pytest.mark.parametrize("lora_branch", ["dense", "sparse"])
+@pytest.mark.parametrize("lora_branch", ["dense", slow("sparse")])
 @pytest.mark.parametrize("targets", ["all-linear", oracle.ATTENTION_TARGETS])
 def test_context_tokens_are_sparse_and_output_tokens_dense(targets: Any, lora_branch: str) -> None:
     data = ragged()
@@ -99,6 +100,7 @@ def test_one_sample_of_output_tokens_only() -> None:
     check(data, predicting(data))
 
 
+@pytest.mark.slow
 def test_sink_tokens_are_dense() -> None:
     data = ragged()
     dense = predicting(data)
@@ -142,7 +144,7 @@ def test_padding_on_the_left(prompt: bool) -> None:
     check(data, dense)
 
 
-@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("left", [slow(False), True])
 def test_padding_content_changes_nothing(left: bool) -> None:
     model = oracle.llama(layers=2, dtype=torch.float64)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
@@ -206,7 +208,7 @@ def test_packed_samples_have_sinks_of_their_own(name: str) -> None:
     assert tokens.dense.nonzero()[:, 1].tolist() == [0, 4]
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", [slow(n) if n == "position_ids" else n for n in STARTS])
 def test_packed_samples_are_sliced_right(name: str) -> None:
     """The separator of two samples carries no label; no attention mask, as collators pack them."""
     data = oracle.batch(1, 10, padding=0) | {name: STARTS[name]}

@@ -43,6 +43,7 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True])
 def test_every_level_compiles_in_the_first_step_and_results_are_bit_equal(regional: bool) -> None:
     """Dense and two levels; by blocks, a dense one for the first block, too."""
@@ -65,6 +66,7 @@ def test_other_lengths_are_compiled_ahead_too() -> None:
     assert graphs[3:] == [4] * 6, graphs
 
 
+@pytest.mark.slow
 def test_warm_up_leaves_no_trace() -> None:
     model, data = compiled(), oracle.batch()
     model.eval()
@@ -141,6 +143,7 @@ class Count(TrainerCallback):
         self.graphs.append(get_runtime(kwargs["model"]).graphs)
 
 
+@pytest.mark.slow
 def test_the_trainer_switches_without_compiling(tmp_path: Path) -> None:
     count, trainer = Count(), _trainer(compiled(precompile=True), tmp_path)
     trainer.add_callback(count)

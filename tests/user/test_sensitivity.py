@@ -57,6 +57,7 @@ def test_saved_flops_are_those_of_the_kept_channels() -> None:
     assert table.share_saved(table.rows[0]) == table.rows[0].saved / table.base_flops
 
 
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_depth() -> None:
     """One dense graph and one for each kind and level."""
     for layers in (2, 4):
@@ -65,6 +66,7 @@ def test_graphs_do_not_grow_with_depth() -> None:
         assert (len(table.rows), table.graphs) == (4 * layers, 1 + 2 * len(LEVELS))
 
 
+@pytest.mark.slow
 def test_batches_of_other_lengths_share_graphs() -> None:
     data = batches((13, 18, 9))
     table = measure(oracle.llama(layers=2), data)
@@ -156,6 +158,7 @@ def table() -> slx.SensitivityTable:
     return measure(oracle.llama(layers=2))
 
 
+@pytest.mark.slow
 def test_save_and_load(table: slx.SensitivityTable, tmp_path: Path) -> None:
     table.save(tmp_path / "t.json")
     assert slx.SensitivityTable.load(tmp_path / "t.json") == table
