@@ -14,13 +14,14 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types check clean
+.PHONY: help install demo test test-slow lint format types docs check clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    fine-tune the shipped model, dense and sparse side by side"
 	@echo "make test    run the tests (ARGS=... goes to pytest);  make test-slow  those marked slow"
 	@echo "make lint    ruff check, ruff format --check;  make format  applies both"
+	@echo "make docs    the documentation as a site, in build/docs"
 	@echo "make types   mypy --strict on the package"
 	@echo "make check   lint, types, every test: what continuous integration runs"
 	@echo "make clean   remove caches and build output (.venv stays)"
@@ -55,6 +56,9 @@ format: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
 
 # The order is deliberate: pytest's closing line comes last.
 check: lint types test-slow test

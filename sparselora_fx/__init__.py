@@ -19,7 +19,9 @@ from sparselora_fx.user.calibration_file import load_calibration, save_calibrati
 from sparselora_fx.user.collating import count_tokens
 from sparselora_fx.user.compile import compile, restore, step
 from sparselora_fx.user.explain import explain
+from sparselora_fx.user.graphs import graphs
 from sparselora_fx.user.record import Recording, record
+from sparselora_fx.user.report import report
 from sparselora_fx.user.sensitivity import sensitivity
 
 __version__ = "0.1.0"
@@ -39,9 +41,11 @@ __all__ = [
     "compile",
     "count_tokens",
     "explain",
+    "graphs",
     "load_calibration",
     "output_tokens",
     "record",
+    "report",
     "restore",
     "save_calibration",
     "sensitivity",

@@ -51,6 +51,34 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_traced() -> bool:
+    """Whether torch writes a structured log (``TORCH_TRACE``), which tlparse shows. Run on 2.13."""
+    from torch._logging._internal import GET_DTRACE_STRUCTURED, trace_log
+
+    return bool(trace_log.handlers) or GET_DTRACE_STRUCTURED
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured log, under the graph that is compiled now. Run on 2.13."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+        expect_trace_id=False,
+    )
+
+
+@contextmanager
+def sizes_forgotten() -> Iterator[None]:
+    """Trace with fixed sizes, and let no later compilation know of these. Run on 2.13."""
+    import torch._dynamo.config as dynamo_config
+
+    with dynamo_config.patch(automatic_dynamic_shapes=False):
+        yield
+
+
 def mark_dynamic(tensor: torch.Tensor) -> None:
     """Let a tensor's sizes vary without a recompile, where the compiler can."""
     import torch._dynamo

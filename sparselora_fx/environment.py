@@ -10,6 +10,13 @@ from sparselora_fx.errors import CompileError
 DEBUG_BOUNDS = "SPARSELORA_DEBUG_BOUNDS"
 KERNEL_TABLE = "SPARSELORA_KERNEL_TABLE"
 DISABLED_PASSES = "SPARSELORA_DISABLED_PASSES"
+DISABLED_LAYERS = "SPARSELORA_DISABLED_LAYERS"
+LAYERS = ("pieces", "cuda_graphs", "templates")  # below the passes, and above the backend
+
+
+def given(name: str) -> str:
+    """What a setting says; "" if it is not set."""
+    return os.environ.get(name, "")
 
 
 def check_bounds() -> bool:
@@ -31,3 +38,14 @@ def disabled_passes() -> tuple[str, ...]:
     """Names of passes to leave out, joined by commas: ``SPARSELORA_DISABLED_PASSES``."""
     names = os.environ.get(DISABLED_PASSES, "").split(",")
     return tuple(name.strip() for name in names if name.strip())
+
+
+def disabled_layers() -> frozenset[str]:
+    """Layers of the stack to leave out, of `LAYERS`, joined by commas:
+    ``SPARSELORA_DISABLED_LAYERS``."""
+    asked = [name.strip() for name in os.environ.get(DISABLED_LAYERS, "").split(",")]
+    for name in filter(None, asked):
+        if name not in LAYERS:
+            allowed = ", ".join(LAYERS)
+            raise CompileError(f"{DISABLED_LAYERS} names {name!r}; layers that may go: {allowed}")
+    return frozenset(filter(None, asked))

@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     with phase("channels used in one step"):
         share, predictor = flops_shares(sparse, batches[0])
         found = overlaps(sparse, as_trained(batches[0])).values()
-        print("  ", str(slx.explain(sparse)).splitlines()[-1])
+        print("  ", slx.explain(sparse).worth["verdict"])
     rows[1].step_ms, rows[1].speedup, rows[1].base_flops = slow, 1.0, 1.0
     rows[2].step_ms, rows[2].speedup, rows[2].base_flops = fast, ratio, share
     print_table(rows)

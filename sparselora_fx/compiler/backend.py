@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from sparselora_fx.compiler.patience import told_if_slow
+from sparselora_fx.compiler.pass_log import PassLog
+from sparselora_fx.compiler.patience import Clock
 from sparselora_fx.compiler.piecewise import compile_piecewise
 from sparselora_fx.compiler.pipeline import run
-from sparselora_fx.compiler.report import GraphReport
+from sparselora_fx.compiler.report import DENSE, OBSERVED, SPARSE, Compilation, GraphReport
 from sparselora_fx.compiler.switches import switched_on
+from sparselora_fx.environment import disabled_layers
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.lowering import inductor_backend
 from sparselora_fx.passes import ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
@@ -30,9 +32,16 @@ class Listener(Protocol):
         """A graph was traced. Returns whether labels are shifted, and what is known of the model's
         call; raises `OtherConvention` if that call must begin anew."""
 
-    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> None:
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> int:
         """A graph is about to be compiled: what the passes did to it; None for one that is left as
-        it was. Raises `NothingSparse` if the model's call must begin anew, dense."""
+        it was. Returns its number, from 1; raises `NothingSparse` if the model's call must begin
+        anew, dense."""
+
+    def pass_log(self) -> PassLog:
+        """What follows a graph through the passes."""
+
+    def graph_compiled(self, compilation: Compilation) -> None:
+        """A graph was compiled."""
 
     def replayable(
         self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
@@ -55,29 +64,55 @@ def make_backend(
     untouched. ``blocks``: the names of the model's repeated blocks, between which graphs may be
     cut."""
     repeated = tuple(blocks)
+    clock = Clock()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., object]:
-        shift, call = listener.graph_traced(gm, inputs)
-        # A graph that is observed is otherwise left as it is, and compiled as it would be.
-        observed = _is_observed(gm)
-        passes = switched_on(ONLINE_CALIBRATION if observed else PIPELINE)
-        now = replace(options, shift=shift)
-        report = run(gm, inputs, now, passes, switched_on(WHOLE_GRAPH), call)
-        rewritten = report is not None and not observed
+        report, compilation = rewrite_graph(listener, gm, inputs, options)
+        rewritten = compilation.kind == SPARSE
         if report is not None:
             inputs = report.passed(inputs)
-        listener.graph_rewritten(report if rewritten else None, inputs)
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
-        kind = "a sparse" if rewritten else "a dense"
-        with told_if_slow(f"compiling {kind} graph, once for each kind of step"):
-            if rewritten:
+        with clock.timing(compilation):
+            if rewritten and "pieces" not in disabled_layers():
                 compiled = compile_piecewise(gm, inputs, repeated, compile_graph)
             else:
                 compiled = compile_graph(gm, inputs)
+        listener.graph_compiled(compilation)
         compiled = listener.replayable(compiled, gm, inputs, report.extra if report else 0)
         return compiled if report is None else _Rewritten(compiled, report, listener)
 
     return backend
+
+
+def rewrite_graph(
+    listener: Listener, gm: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> tuple[GraphReport | None, Compilation]:
+    """Run the passes over a traced graph, in place. Returns what they did (None: it has no marked
+    site) and what the graph is."""
+    shift, call = listener.graph_traced(gm, inputs)
+    # A graph that is observed is otherwise left as it is, and compiled as it would be.
+    observed = _is_observed(gm)
+    passes = switched_on(ONLINE_CALIBRATION if observed else PIPELINE)
+    now, log = replace(options, shift=shift), listener.pass_log()
+    report = run(gm, inputs, now, passes, switched_on(WHOLE_GRAPH), call, log)
+    rewritten = report is not None and not observed
+    if report is not None:
+        inputs = report.passed(inputs)
+    number = listener.graph_rewritten(report if rewritten else None, inputs)
+    kind = SPARSE if rewritten else OBSERVED if observed else DENSE
+    return report, Compilation(number, kind, _batch(call), _size(gm), log)
+
+
+def _batch(call: TracedCall) -> str:
+    """The sizes of the tokens of a call."""
+    grids = [v.shape[:2] for v in call.arguments.values() if v.dim() >= 2]
+    return " x ".join(map(str, grids[0])) if grids else ""
+
+
+def _size(gm: fx.GraphModule) -> int:
+    """How many calls a graph has, its bodies' included."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return sum(node.op.startswith("call") for graph in graphs for node in graph.nodes)
 
 
 def _is_observed(gm: fx.GraphModule) -> bool:

@@ -25,6 +25,7 @@ from sparselora_fx.compiler.capacities import Capacities, Lengths
 from sparselora_fx.compiler.capture_engine import CudaEngine, Engine
 from sparselora_fx.compiler.captures import Capture, Pool, replayed
 from sparselora_fx.compiler.replay_check import replays_differently
+from sparselora_fx.environment import disabled_layers
 from sparselora_fx.errors import CompileError
 from sparselora_fx.notices import Notices
 
@@ -120,7 +121,8 @@ def cuda_graphs_of(
     if wanted is True and (regional or backend == "eager"):
         what = "regional=True (each block is a graph of its own)" if regional else "backend='eager'"
         raise CompileError(f"cuda_graphs=True does not go with {what}; leave one of them out")
-    if wanted is False or regional or (wanted == "auto" and backend != "inductor"):
+    off = wanted is False or "cuda_graphs" in disabled_layers()
+    if off or regional or (wanted == "auto" and backend != "inductor"):
         return None
     return CudaGraphs(model, CudaEngine(), demanded=wanted is True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from sparselora_fx.compiler.report import Compilation
+
+log = logging.getLogger(__name__)
 AFTER = 5.0  # seconds
 
 
@@ -32,3 +36,29 @@ def told_if_slow(what: str) -> Iterator[None]:
 
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
+
+
+class Clock:
+    """Times the compilations of one model, and says how long the next one may take."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, float] = {}  # by kind of graph: seconds for each of its calls
+
+    @contextlib.contextmanager
+    def timing(self, compilation: Compilation) -> Iterator[None]:
+        """Time one compilation; ``TORCH_LOGS="sparselora_fx"`` shows it, a long one shows anyway.
+
+        The guess goes by an earlier graph of the same kind, per call in it.
+        """
+        kind, batch = compilation.kind, compilation.batch
+        rate = self.known.get(kind)
+        guess = f", about {rate * compilation.nodes:.0f} s" if rate else ""
+        sizes = f", batch {batch}" if batch else ""
+        what = f"compiling: graph {compilation.number} ({kind}){sizes}{guess}"
+        log.info("%s", what)
+        start = time.monotonic()
+        with told_if_slow(what):
+            yield
+        compilation.seconds = time.monotonic() - start
+        self.known[kind] = compilation.seconds / max(1, compilation.nodes)
+        log.info("compiled: graph %d in %.1f s", compilation.number, compilation.seconds)

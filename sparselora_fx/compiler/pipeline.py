@@ -1,21 +1,20 @@
 """Run the passes over a graph and its bodies, and lift what they chose to the graph's outputs.
 
-Knows no pass by name. ``TORCH_LOGS="sparselora_fx"`` shows one numbered line for each pass;
-``"+sparselora_fx"`` also what each changed."""
+Knows no pass by name. ``TORCH_LOGS="+sparselora_fx"`` shows one numbered line for each pass, and
+what each changed."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from sparselora_fx.analysis.token_order import token_inputs, token_orders
 from sparselora_fx.compiler import checkpointing, spec
 from sparselora_fx.compiler.lift_outputs import Lifted, lift_outputs, report_of
+from sparselora_fx.compiler.pass_log import PassLog
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.compiler.unread_inputs import drop_unread
 from sparselora_fx.graph.bodies import bodies
@@ -23,8 +22,6 @@ from sparselora_fx.graph.emit import unwatch
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.ir.ops import MARKERS
 from sparselora_fx.rewrite.rewrite import Options, Program, Rewrite, TracedCall
-
-log = logging.getLogger(__name__)
 
 Pass = Callable[[Rewrite], int]
 WholePass = Callable[[Program], int]
@@ -37,21 +34,24 @@ def run(
     passes: Sequence[Pass],
     whole: Sequence[WholePass] = (),
     call: TracedCall | None = None,
+    log: PassLog | None = None,
 ) -> GraphReport | None:
     """Rewrite a Dynamo graph in place: ``whole`` see it with its bodies, ``passes`` one by one.
-    Returns what was done, or None (graph untouched) if no site is marked in it."""
+    ``log`` follows. Returns what was done, or None (graph untouched) if no site is marked in it."""
     if not any(_is_marked(module) for module in gm.modules()):
         return None
     call = call or TracedCall()
     program = Program(gm, inputs, options, call)
     program.batch, program.passed = token_inputs(gm, inputs, call.arguments)
     program.orders = token_orders(gm, program.batch)
-    for number, first in enumerate(whole, start=1):
-        _timed(first, program, number, len(whole) + len(passes))
+    log = log or PassLog()
+    log.begin(gm, "", of=len(whole) + len(passes))
+    for first in whole:
+        log.after(gm, "", first.__name__, *_timed(first, program))
     rewrites: dict[fx.GraphModule, Rewrite] = {}
     own = gm.graph.find_nodes(op="placeholder")
     frozen = frozenset(own[i] for i in call.frozen)
-    _rewrite_all(gm, program, frozen, passes, rewrites, len(whole))
+    _rewrite_all(_Part(gm, "", frozen), program, passes, rewrites, log)
     if not rewrites:
         return None
     lifted_of: dict[fx.GraphModule, Lifted] = {}
@@ -71,51 +71,44 @@ def _is_marked(module: object) -> bool:
     return any(op_name(node) in MARKERS for node in module.graph.nodes)
 
 
+class _Part(NamedTuple):
+    """A graph or a body of it: its name there, and its inputs that hold frozen weights."""
+
+    gm: fx.GraphModule
+    name: str
+    frozen: frozenset[fx.Node]
+
+
 def _rewrite_all(
-    gm: fx.GraphModule,
+    part: _Part,
     program: Program,
-    frozen: frozenset[fx.Node],
     passes: Sequence[Pass],
     rewrites: dict[fx.GraphModule, Rewrite],
-    before: int,
+    log: PassLog,
 ) -> None:
-    for _, body, operands in bodies(gm):
+    gm = part.gm
+    for node, body, operands in bodies(gm):
         if body not in rewrites:
             held = zip(body.graph.find_nodes(op="placeholder"), operands, strict=True)
-            inside = frozenset(node for node, given in held if given in frozen)
-            _rewrite_all(body, program, inside, passes, rewrites, before)
+            inside = frozenset(node for node, given in held if given in part.frozen)
+            _rewrite_all(_Part(body, node.name, inside), program, passes, rewrites, log)
     if not _is_marked(gm):
         return
     rewrite = rewrites[gm] = Rewrite(
         gm, program.options, program.padding_unread, program.orders, program.batch, program.passed,
-        frozen,
+        part.frozen,
     )  # fmt: skip
-    for number, step in enumerate(passes, start=before + 1):
-        counted = _op_counts(gm.graph) if log.isEnabledFor(logging.DEBUG) else None
-        changes = _timed(step, rewrite, number, before + len(passes))
+    if part.name:
+        log.begin(gm, part.name, of=len(passes))
+    for step in passes:
+        changes, seconds = _timed(step, rewrite)
         rewrite.counts[step.__name__] = rewrite.counts.get(step.__name__, 0) + changes
+        log.after(gm, part.name, step.__name__, changes, seconds)
         if changes:
             spec.check(rewrite, step.__name__)
-        if counted is not None:
-            log.debug("%s", _difference(counted, _op_counts(gm.graph)))
-            log.debug("after %s:\n%s", step.__name__, gm.graph)
 
 
-def _timed(step: Callable[[Any], int], subject: object, number: int, total: int) -> int:
+def _timed(step: Callable[[Any], int], subject: object) -> tuple[int, float]:
     start = time.perf_counter()
     changes = step(subject)
-    milliseconds = 1e3 * (time.perf_counter() - start)
-    name = step.__name__
-    log.info("%d/%d %s: %d matched in %.1f ms", number, total, name, changes, milliseconds)
-    return changes
-
-
-def _op_counts(graph: fx.Graph) -> Counter[str]:
-    return Counter(map(op_name, graph.nodes))
-
-
-def _difference(before: Counter[str], after: Counter[str]) -> str:
-    """``linear: 12 -> 8 (-4), take: 0 -> 2 (+2)``, or that nothing has changed."""
-    changed = sorted(name for name in {*before, *after} if before[name] != after[name])
-    lines = [f"{n}: {before[n]} -> {after[n]} ({after[n] - before[n]:+d})" for n in changed]
-    return ", ".join(lines) or "graph unchanged"
+    return changes, time.perf_counter() - start

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparselora_fx.compiler.pass_log import PassLog
+
+SPARSE, DENSE, OBSERVED = "sparse", "dense", "observed"  # kinds of graphs
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -59,3 +63,26 @@ class GraphReport:
         if len(args) == len(self.inputs):
             return tuple(args)
         return tuple(args[place] for place in self.inputs)
+
+
+@dataclass
+class Compilation:
+    """One graph that was compiled (or only traced).
+
+    Attributes:
+        number: from 1, in the order of compilation.
+        kind: "sparse", "dense", or "observed" (dense, and calibration looks on).
+        batch: the sizes of the call's tokens, such as "4 x 53"; "" if no argument has two
+            dimensions.
+        nodes: calls in the graph, after the passes.
+        log: what each pass did; nothing for a graph without marked sites.
+        seconds: the compiler's, without the trace before it and, where sizes are fixed, without the
+            backward, which is compiled when it first runs.
+    """
+
+    number: int
+    kind: str
+    batch: str
+    nodes: int
+    log: PassLog
+    seconds: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from sparselora_fx.environment import DISABLED_PASSES, disabled_passes
+from sparselora_fx.environment import DISABLED_PASSES, disabled_layers, disabled_passes
 from sparselora_fx.errors import CompileError
 from sparselora_fx.passes import NEEDED, ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
 
@@ -15,8 +15,10 @@ Step = TypeVar("Step", bound=Callable[..., int])
 def check_switches() -> frozenset[str]:
     """The passes that ``SPARSELORA_DISABLED_PASSES`` leaves out, by their exact names.
 
-    Raises `CompileError` for a name that no pass has, and for a pass that others need.
+    Raises `CompileError` for a name that no pass has, for a pass that others need, and for a layer
+    of ``SPARSELORA_DISABLED_LAYERS`` that there is not.
     """
+    disabled_layers()
     asked = frozenset(disabled_passes())
     known = [step.__name__ for step in (*WHOLE_GRAPH, *PIPELINE, *ONLINE_CALIBRATION)]
     for name in sorted(asked):

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from sparselora_fx.environment import check_bounds
+from sparselora_fx.environment import check_bounds, disabled_layers
 from sparselora_fx.lowering import measured
 
 _PACKAGE = Path(__file__).parents[1]
@@ -25,7 +25,8 @@ def key() -> str:
     for folder in _FOLDERS:
         found = (_PACKAGE / folder).rglob("*.*")
         files += sorted(file for file in found if file.suffix in (".py", ".jinja"))
-    digest = hashlib.sha256(f"check_bounds={check_bounds()},{measured.key()}".encode())
+    settings = f"check_bounds={check_bounds()},{measured.key()},off={sorted(disabled_layers())}"
+    digest = hashlib.sha256(settings.encode())
     for file in files:
         digest.update(
             file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes() + b"\0"

@@ -17,6 +17,7 @@ from sparselora_fx.lowering.configs import CHANNEL_MULTIPLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+SWITCHED_OFF = "SPARSELORA_DISABLED_LAYERS names the templates"
 NOT_CUDA = "the template is for NVIDIA GPUs"
 MIXED_DEVICES = "x, w and idx are on different devices"
 DTYPE = "the template computes in float16, bfloat16 or float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from sparselora_fx.environment import disabled_layers
 from sparselora_fx.graph.layout import Size
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import constraints, gather_matmul, inductor, triton
@@ -31,7 +32,8 @@ def _sliced(family: triton.Family) -> Callable[..., Value]:
 
     def lower(x: Value, w: Value, idx: Value) -> Value:
         problem = triton.problem(family, x, w, idx)
-        reason = constraints.ineligible(problem)
+        off = "templates" in disabled_layers()
+        reason = constraints.SWITCHED_OFF if off else constraints.ineligible(problem)
         if reason is None and not triton.autotunes():
             reason = constraints.unpromising(problem, triton.measured_ratio(family, problem))
         if reason is not None:

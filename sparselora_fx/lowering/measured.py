@@ -69,6 +69,11 @@ def key() -> str:
     return f"measured={json.dumps(_table(), sort_keys=True)},assumed={_assumed[-1:]}"
 
 
+def known_gpus() -> list[str]:
+    """The names of the GPUs that the table holds. Raises as `ratio` does."""
+    return list(_table())
+
+
 def _path() -> Path:
     return kernel_table() or SHIPPED
 

@@ -14,6 +14,7 @@ class CallKind(Enum):
 
     STEP = "step"  # the user: it follows the schedule, and is counted
     WARM_UP = "warm-up"  # `warm_up` compiles a level of the schedule ahead of need
+    TRACE = "trace"  # `explain` and `graphs` trace a batch: nothing runs, its tokens are counted
     MEASUREMENT = "measurement"  # `sensitivity` evaluates with some regions sparse
 
 
@@ -22,7 +23,7 @@ class Call:
     """What the next calls of a model are for.
 
     Attributes:
-        level: of a warm-up: the sparsity scale.
+        level: of a warm-up or a trace: the sparsity scale.
         sparsity: of a measurement: what is sparse, by `FrozenWeight.name`; all else is dense.
     """
 
@@ -34,6 +35,11 @@ class Call:
     def is_step(self) -> bool:
         """Whether it is the user's own call."""
         return self.kind is CallKind.STEP
+
+    @property
+    def has_level(self) -> bool:
+        """Whether it says itself how sparse it is, whatever the schedule says."""
+        return self.kind in (CallKind.WARM_UP, CallKind.TRACE)
 
     @property
     def is_measurement(self) -> bool:

@@ -55,13 +55,19 @@ def put(module: nn.Module, name: str, stand_in: StandIn) -> None:
 
 def take_off(module: nn.Module, name: str) -> None:
     """Give a module the method back that a stand-in replaced, if one stands there."""
-    found = module.__dict__.get(name)
-    found = getattr(found, "__func__", found)  # accelerate binds what it unwraps
-    if not isinstance(found, StandIn):
+    found = stand_in_of(module, name)
+    if found is None:
         return
     del module.__dict__[name]
     if found.replaced is not None:
         module.__dict__[name] = found.replaced
+
+
+def stand_in_of(module: nn.Module, name: str) -> StandIn | None:
+    """The stand-in that answers for a method of one module, if one does."""
+    found = module.__dict__.get(name)
+    found = getattr(found, "__func__", found)  # accelerate binds what it unwraps
+    return found if isinstance(found, StandIn) else None
 
 
 def keep_plain(module: nn.Module) -> None:

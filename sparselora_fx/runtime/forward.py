@@ -22,7 +22,6 @@ from sparselora_fx.runtime.caching import (
     may_be_packed,
     takes_use_cache,
 )
-from sparselora_fx.runtime.calls import CallKind
 from sparselora_fx.runtime.copies import StandIn
 from sparselora_fx.runtime.counting import KEY, CountedBatch
 from sparselora_fx.runtime.devices import check_devices
@@ -232,7 +231,7 @@ class CompiledForward(StandIn):
         compared = sparse and runtime.runs_dense_to_compare(sparsity_scale)
         if compared:
             runtime.tally, sparse = tally, False
-        warming = runtime.call.kind is CallKind.WARM_UP
+        warming = runtime.call.has_level
         usual = not (sparse or compared or runtime.stays_dense or warming)
         if self.model.training and usual:
             runtime.dense_calls.add(

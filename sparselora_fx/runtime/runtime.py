@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from sparselora_fx._torch import in_backward
 from sparselora_fx.analysis.losses import shown_conventions
 from sparselora_fx.compiler.cuda_graphs import CudaGraphs
+from sparselora_fx.compiler.pass_log import PassHook, PassLog
 from sparselora_fx.compiler.recompiles import Recompiles
-from sparselora_fx.compiler.report import GraphReport
+from sparselora_fx.compiler.report import Compilation, GraphReport
 from sparselora_fx.errors import CompileError
 from sparselora_fx.estimator.online import Collector
 from sparselora_fx.model.attributes import RUNTIME
@@ -22,9 +23,9 @@ from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
-from sparselora_fx.rewrite.rewrite import TracedCall
+from sparselora_fx.rewrite.rewrite import Options, TracedCall
 from sparselora_fx.runtime.attachment import Attachment
-from sparselora_fx.runtime.calls import Call, CallKind
+from sparselora_fx.runtime.calls import Call
 from sparselora_fx.runtime.copies import OWNER
 from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
@@ -58,6 +59,9 @@ class Runtime:
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
     recorders: list[Any] = field(default_factory=list)  # those of the open `record` blocks
     recompiles: Recompiles = field(default_factory=Recompiles)
+    compilations: list[Compilation] = field(default_factory=list)
+    after_pass: PassHook | None = None  # the user's, after each pass of each compilation
+    options: Options = field(default_factory=Options)  # of the rewrite, to trace it again
     calls: int = 0  # compiled calls of the model
     dense_calls: set[str] = field(default_factory=set)  # why training calls were dense as a whole
     step: tuple[int, int | None] | None = None  # (step, total), once something drives the schedule
@@ -130,7 +134,7 @@ class Runtime:
     def sparsity_scale(self) -> float:
         """The sparsity scale, by which the plan's sparsities are multiplied now: 0 is dense."""
         plan = self.plan
-        if self.call.kind is CallKind.WARM_UP:
+        if self.call.has_level:
             return self.call.level
         if self.step is not None:
             sparsity_scale = sparsity_scale_at(
@@ -198,12 +202,21 @@ class Runtime:
         frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
 
-    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> None:
+    def pass_log(self) -> PassLog:
+        """What follows a graph through the passes; see `backend.Listener`."""
+        return PassLog(hook=self.after_pass)
+
+    def graph_compiled(self, compilation: Compilation) -> None:
+        """Keep what is known of a compiled graph; see `backend.Listener`."""
+        self.compilations.append(compilation)
+
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
         """Count a graph, unless it shows that nothing can be sliced; see `backend.Listener`."""
         if report is not None and slices_nothing(self, report, inputs):
             self.convention.retry = True
             raise NothingSparse("the call begins anew, dense")
         self.recompiles.compiling()
+        return self.graphs
 
     def replayable(
         self,

@@ -16,6 +16,7 @@ from sparselora_fx.ir.token_lists import (
     list_lengths,
     token_lists,
 )
+from sparselora_fx.runtime.calls import CallKind
 from sparselora_fx.runtime.counting import CountedBatch
 from sparselora_fx.runtime.runtime import Runtime
 
@@ -71,7 +72,7 @@ def _padding_as_dense(tokens: Tokens, counts: TokenCounts) -> tuple[Tokens, Toke
 def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | None) -> bool:
     """Whether a call that the schedule makes sparse has sparse tokens enough."""
     plan = runtime.plan
-    counted = runtime.call.is_step
+    counted = runtime.call.is_step or runtime.call.kind is CallKind.TRACE
     if tokens is None or counts is None or not tokens.split:
         if counted:
             runtime.tally.all_sparse += 1

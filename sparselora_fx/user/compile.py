@@ -101,8 +101,9 @@ def _compiled(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The backend, and the model's forward under it; uncompiled where blocks are ``apart``."""
     plan, forward = runtime.plan, runtime.model.forward
-    options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
-    runner = make_backend(runtime, backend, options, block_names(runtime.frozen).values())
+    runtime.options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    blocks = block_names(runtime.frozen).values()
+    runner = make_backend(runtime, backend, runtime.options, blocks)
     return runner, forward if apart else _torch.compile_callable(forward, runner, dynamic)
 
 

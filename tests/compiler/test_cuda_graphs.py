@@ -94,7 +94,7 @@ def test_replayed_steps_are_the_same_steps(trim: bool) -> None:
     graphs = graphs_of(first)
     assert graphs.captures == 1 and graphs.pool.forwards >= 6, graphs.describe()
     assert len(set(map(float, losses))) == len(losses)
-    assert "1 captured" in slx.explain(first)
+    assert "1 captured" in slx.explain(first, verbose=True)
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_what_a_replay_cannot_answer_is_computed_again() -> None:
             loss.backward()
     assert_same_gradients(first, second)
     assert graphs_of(first).pool.forwards == replays + 1
-    assert "waits for its backward" in slx.explain(first)
+    assert "waits for its backward" in slx.explain(first, verbose=True)
     for model in (first, second):
         torch.manual_seed(4)
         out = model(**one)
@@ -207,7 +207,7 @@ def test_what_cannot_be_captured_runs_as_usual_and_says_why(capture: Any, why: s
             assert torch.equal(got, expected)
     assert_same_gradients(first, second)
     assert sum("cuda_graphs" in str(w.message) for w in caught) == 1
-    assert why in slx.explain(first) and graphs.captures == 0
+    assert why in slx.explain(first, verbose=True) and graphs.captures == 0
 
 
 @pytest.mark.slow
@@ -248,4 +248,4 @@ def test_without_a_gpu_nothing_is_captured(asked: Any) -> None:
             backward(model, data, seed=0)
     said = [w for w in caught if "cuda_graphs=True" in str(w.message)]
     assert len(said) == (asked is True)
-    assert "CUDA graphs" not in slx.explain(model)
+    assert "CUDA graphs" not in slx.explain(model, verbose=True)

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 import sparselora_fx as slx
-from sparselora_fx.compiler import spec
+from sparselora_fx.compiler import backend, spec
+from sparselora_fx.compiler.cuda_graphs import cuda_graphs_of
 from sparselora_fx.compiler.switches import switched_on
-from sparselora_fx.environment import DISABLED_PASSES
+from sparselora_fx.environment import DISABLED_LAYERS, DISABLED_PASSES, LAYERS
 from sparselora_fx.ir.ops import OPS
+from sparselora_fx.lowering import cache_key, constraints, gather_matmul, install, triton
 from sparselora_fx.passes import NEEDED, ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
 from sparselora_fx.rewrite.rewrite import Options, Rewrite
 from tests.support import oracle
@@ -33,7 +35,7 @@ def test_a_pass_is_left_out_and_the_numbers_stay(
     with caplog.at_level(logging.DEBUG, "sparselora_fx.compiler.pipeline"):
         _, report = rewritten(monkeypatch, model, ragged(), PLAN)
     assert not {"hoist_channel_gathers", "skip_zeros"} & report.counts.keys()
-    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    lines = [line for r in caplog.records if " matched in " in (line := r.getMessage())]
     total = len(WHOLE_GRAPH) + len(PIPELINE) - 2
     shown = [re.match(r"(\d+)/(\d+) (\w+): \d+ matched in [\d.]+ ms", line) for line in lines]
     assert [m and (int(m[1]), int(m[2])) for m in shown] == [(n + 1, total) for n in range(total)]
@@ -75,3 +77,38 @@ def test_a_marker_that_is_left_is_seen() -> None:
     rewrite.counts["find_sites"] = 1
     with pytest.raises(AssertionError, match="after find_sites: the markers"):
         spec.check(rewrite, "find_sites")
+
+
+def test_layers_are_left_out_and_the_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = oracle.llama(layers=3), ragged()
+    called: list[str] = []
+    monkeypatch.setattr(
+        backend, "compile_piecewise", lambda *args: called.append("pieces") or args[3](*args[:2])
+    )
+    whole = oracle.run_compiled(model, data, PLAN)
+    assert called == ["pieces"] and cuda_graphs_of(model, True, backend="inductor", regional=False)
+    key = cache_key.key()
+    monkeypatch.setenv(DISABLED_LAYERS, ", ".join(LAYERS))
+    oracle.assert_identical(oracle.run_compiled(model, data, PLAN), whole)
+    assert called == ["pieces"] and cache_key.key() != key
+    assert cuda_graphs_of(model, True, backend="inductor", regional=False) is None
+
+
+def test_a_switched_off_template_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(iter(triton.FAMILIES.values()))
+    monkeypatch.setattr(triton, "problem", lambda *_: None)
+    monkeypatch.setattr(constraints, "ineligible", lambda _: None)
+    monkeypatch.setattr(triton, "autotunes", lambda: True)
+    monkeypatch.setattr(triton, "lower", lambda *_: "template")
+    monkeypatch.setitem(gather_matmul.SLICED, family.op, lambda *_: "gather")
+    lower = install._sliced(family)
+    assert lower(None, None, None) == "template"
+    monkeypatch.setenv(DISABLED_LAYERS, "templates")
+    assert lower(None, None, None) == "gather"
+
+
+def test_other_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLED_LAYERS, "piece")
+    model = oracle.llama(layers=1)
+    with pytest.raises(slx.CompileError, match="may go: pieces, cuda_graphs, templates"):
+        slx.compile(model, oracle.estimator_of(model), plan=PLAN, backend="eager")

@@ -46,7 +46,7 @@ def compare(model: nn.Module, lora_branch: str = "dense") -> tuple[slx.Recording
     data = oracle.batch()
     plan = oracle.plan_of(0.5)
     got = oracle.run_compiled(model, data, plan, lora_branch=lora_branch, restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     expected = oracle.reference_step(model, data, got.record, lora_branch=lora_branch)
     oracle.assert_close(got, expected, 1e-9)
@@ -122,7 +122,7 @@ def test_prompt_tuning(tokens: str) -> None:
     data["labels"][:, :5] = -100
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     if tokens == "context":  # virtual tokens have no labels, so the grids differ
         assert got.record.sites == {}, table

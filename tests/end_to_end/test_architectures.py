@@ -258,7 +258,7 @@ def check_hand_written(model: HandModel, backend: str) -> None:
         loss = model(ids).square().mean()
     loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    assert len(record.sites) == 14, slx.explain(model)
+    assert len(record.sites) == 14, slx.explain(model, verbose=True)
     slx.restore(model)
     for name, (role, chosen) in record.sites.items():
         layer = model.get_submodule(name)

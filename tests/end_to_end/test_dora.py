@@ -131,7 +131,7 @@ def test_products_of_one_input_share_a_choice(other: Any, sliced: int) -> None:
         torch.manual_seed(2)
         model(x).backward()
     results.append(model.scale.grad.clone())
-    assert len(record.sites) == sliced, slx.explain(model)
+    assert len(record.sites) == sliced, slx.explain(model, verbose=True)
     slx.restore(model)
     model.zero_grad()
     torch.manual_seed(2)

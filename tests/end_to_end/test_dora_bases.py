@@ -57,7 +57,7 @@ def test_conv1d(dropout: float, tokens: str) -> None:
     data["labels"][:, :7] = -100
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, backend="eager", restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert len(got.record.sites) == 4, table
     context = [] if tokens == "all" else [~F.pad(data["labels"][:, 1:] != -100, (0, 1))]
@@ -69,7 +69,7 @@ def test_fp32_adapters_on_a_bf16_base(dropout: float) -> None:
     """Products of both dtypes are sliced; the bound is that of gradients which pass two in bf16."""
     model, data = on_bf16(dropout), oracle.batch()
     got = oracle.run_compiled(model, data, oracle.plan_of(0.5), backend="eager", restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert len(got.record.sites) == 7, table
     assert {g.dtype for g in got.gradients.values()} == {torch.float32}

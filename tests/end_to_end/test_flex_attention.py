@@ -42,7 +42,7 @@ def test_flex_attention_is_sliced(body: Callable[..., Tensor]) -> None:
     slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.5), backend="aot_eager")
     with slx.record(model) as record:
         got = model(x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert set(record.sites) == set("qkvo"), table
     with torch.no_grad(), oracle.masked_reference(model, record):

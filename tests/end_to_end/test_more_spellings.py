@@ -176,7 +176,7 @@ def test_products_with_a_frozen_weight(product: str) -> None:
     slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(0.5), backend="eager")
     with slx.record(model) as record:
         got = step(model, x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert set(record.sites) == {"a", "b", "out"}, table
     for name, (role, kept) in record.sites.items():

@@ -20,7 +20,7 @@ from tests.support.slow import slow
 def compare(model: nn.Module, data: dict[str, Any]) -> tuple[slx.Recording, str]:
     """One sliced step against the masked-dense step; what was recorded, and the table."""
     got = oracle.run_compiled(model, data, oracle.plan_of(0.5), restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     oracle.assert_close(got, oracle.reference_step(model, data, got.record), 1e-9)
     return got.record, table
@@ -84,7 +84,7 @@ def test_a_linear_on_something_else_than_tokens(tokens: str) -> None:
     data["attention_mask"] = torch.ones_like(data["input_ids"])
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert set(got.record.sites) == {"up.base", "down.base"}, table
     why = reasons(table)
@@ -145,7 +145,7 @@ def test_tokens_in_another_order_than_the_labels_stay_dense(layout: str) -> None
     data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
     plan = slx.SparsityPlan(0.5, tokens="context", start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, restore=False)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert got.record.sites == {}, table
     assert all("token grid" in reason for reason in reasons(table).values()), table
@@ -172,7 +172,7 @@ def test_tokens_with_a_dimension_more_are_sliced() -> None:
     data = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(13) < 8, -100)}
     plan = slx.SparsityPlan(0.5, tokens="context", start_step=0, channel_multiple=1)
     got = oracle.run_compiled(model, data, plan, restore=False, shift=True)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert set(got.record.sites) == {"up.base", "down.base"}, table
     position = torch.arange(13)

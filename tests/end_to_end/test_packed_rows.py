@@ -116,5 +116,5 @@ def test_a_cache_that_is_asked_for_is_the_reason() -> None:
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
     model(**data, use_cache=True)
-    lines = [line for line in slx.explain(model).splitlines() if "self_attn" in line]
+    lines = [line for line in slx.explain(model, verbose=True).splitlines() if "self_attn" in line]
     assert len(lines) == 4 and all("KV cache" in line for line in lines)

@@ -76,7 +76,7 @@ def test_the_table_is_true(method: str) -> None:
     """Sliced or not, as the table says; and where nothing is, one warning names the adapter, and so
     does every line of `explain`."""
     model, warned = compiled(model_with(METHODS[method]()), 0.5)
-    table, lines = slx.explain(model), slx.explain(model).splitlines()
+    table, lines = slx.explain(model, verbose=True), slx.explain(model, verbose=True).splitlines()
     sliced = int(re.search(r"(\d+) of \d+ frozen linears rewritten", table)[1])  # type: ignore[index]
     said = rows()[method]
     assert (sliced == 7, sliced == 0) == (said == "yes", said == "no"), table

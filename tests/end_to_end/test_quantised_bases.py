@@ -40,7 +40,7 @@ def test_four_bits_equal_masked_dense(tmp_path: Path, kind: dict[str, Any]) -> N
     got = run(model, data, backend="aot_eager" if kind is NF4 else "eager")
     oracle.assert_rewrote(got.record, plain, PLAN)
     oracle.assert_close(got, oracle.reference_step(plain, data, got.record), 2e-5)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     assert table.count("unpacked from bitsandbytes " + kind["bnb_4bit_quant_type"]) == 7
     assert "7 of 7 frozen linears rewritten" in table
 
@@ -101,7 +101,7 @@ def test_eight_bits_equal_masked_dense(tmp_path: Path, dtype: torch.dtype) -> No
     oracle.assert_rewrote(got.record, plain, PLAN)
     bound = 2e-5 if dtype == torch.float32 else 0.08
     oracle.assert_close(got, oracle.reference_step(plain, data, got.record), bound)
-    assert slx.explain(model).count("unpacked from bitsandbytes int8") == 7
+    assert slx.explain(model, verbose=True).count("unpacked from bitsandbytes int8") == 7
 
 
 def test_the_lora_branch_sparse_too(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_torchao_equals_masked_dense(tmp_path: Path, config: Any, kind: str) -> 
     got = oracle.run_compiled(model, data, oracle.plan_of(PLAN), backend, restore=False)
     oracle.assert_rewrote(got.record, plain, PLAN)
     oracle.assert_close(got, oracle.reference_step(plain, data, got.record), 2e-5)
-    assert slx.explain(model).count(f"unpacked from torchao {kind}") == 7
+    assert slx.explain(model, verbose=True).count(f"unpacked from torchao {kind}") == 7
     slx.restore(model)
     assert oracle.marks(model) == before
 
@@ -107,4 +107,4 @@ def test_fp8_checkpoints_equal_masked_dense(block: tuple[int, int] | None) -> No
     with oracle.masked_reference(plain, got.record):
         expected = oracle.step(plain, data)
     oracle.assert_close(got, expected, 2e-5)
-    assert slx.explain(model).count("unpacked from transformers fp8") == 2
+    assert slx.explain(model, verbose=True).count("unpacked from transformers fp8") == 2

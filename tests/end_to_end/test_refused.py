@@ -149,7 +149,7 @@ def test_a_base_that_is_quantised_in_part_warns_and_says_so(change: Any, quantis
     found = slx.SVDEstimator.build(model, rank=4, progress=False)
     with pytest.warns(UserWarning, match=f"2 of 3 frozen linears are quantised by.*{quantiser}"):
         slx.compile(model, found, plan=0.5, backend="eager")
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     assert table.count("dense: quantised by") == 2 and quantiser in table
 
 

@@ -36,7 +36,7 @@ def test_a_linear_that_the_plan_keeps_dense_is_no_branch(branch: str) -> None:
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", lora_branch=branch)
     with slx.record(model) as record:
         got = step(model, x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert record.sites == {}, table
     assert "also read by linear" in reasons(table)["up.base"], table
@@ -67,7 +67,7 @@ def test_a_linear_without_sparsity_in_the_sum_is_computed_whole() -> None:
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", lora_branch="sparse")
     with slx.record(model) as record:
         got = step(model, x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert record.sites == {}, table
     oracle.assert_close(got, expected, 1e-12)

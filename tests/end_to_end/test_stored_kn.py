@@ -69,7 +69,7 @@ def chosen(
     slx.compile(model, oracle.estimator_of(model, 16), plan=plan, backend="eager")
     with slx.record(model) as record:
         got = step(model, x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     assert len(record.sites) == 3, table
     if masked is not None:

@@ -145,7 +145,7 @@ def test_each_matrix_of_a_module_has_a_name() -> None:
     with slx.record(model) as record:
         got = step(model, ids)
     assert set(record.sites) == {"mlp.up", "mlp.down"} and set(record.selections) == {"mlp"}
-    rows = {line.split()[0]: line for line in slx.explain(model).splitlines()}
+    rows = {line.split()[0]: line for line in slx.explain(model, verbose=True).splitlines()}
     assert "rewritten (rows)" in rows["mlp.up"] and "40x16" in rows["mlp.up"]
     assert "rewritten (columns)" in rows["mlp.down"]
     assert "dense: the weight is used" in rows["mlp.mix"]
@@ -160,7 +160,7 @@ def test_a_plan_names_one_matrix_of_a_module() -> None:
     model = Matrices().double().train()
     compiled(model, {"mlp": 0.5, "mlp.down": 0.0})
     step(model, batch())
-    rows = {line.split()[0]: line for line in slx.explain(model).splitlines()}
+    rows = {line.split()[0]: line for line in slx.explain(model, verbose=True).splitlines()}
     assert "the plan keeps it dense" in rows["mlp.down"]
     assert "the plan keeps it dense" not in rows["mlp.up"]
 
@@ -209,7 +209,7 @@ def test_every_choice_of_a_repeated_block_is_recorded(run: Any, times: int) -> N
     assert len({tuple(k.tolist()) for k in kept}) == times, "choices agree: the test shows nothing"
     dense = step(reference, ids)
     assert_same(got, step(with_masks(reference, [mask(k) for k in kept]), ids), dense)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     assert f"{times} uses, each with a choice of its own" in table, table
 
 
@@ -228,7 +228,9 @@ def test_a_call_with_fewer_uses_leaves_no_old_entries() -> None:
 
 
 def middle_row(model: nn.Module) -> str:
-    (row,) = [line for line in slx.explain(model).splitlines() if line.startswith("up ")]
+    (row,) = [
+        line for line in slx.explain(model, verbose=True).splitlines() if line.startswith("up ")
+    ]
     return row
 
 
@@ -268,7 +270,11 @@ def test_calls_past_the_compiled_forward_are_named() -> None:
 
     model = compiled(Outer(Applied(directly).double()).train())
     step(model.inner, batch())
-    (row,) = [line for line in slx.explain(model).splitlines() if line.startswith("inner.up ")]
+    (row,) = [
+        line
+        for line in slx.explain(model, verbose=True).splitlines()
+        if line.startswith("inner.up ")
+    ]
     assert "past the compiled forward" in row
 
 

@@ -84,7 +84,7 @@ def test_dense_with_the_reason_and_right(kind: str, backend: str) -> None:
     slx.compile(net, oracle.estimator_of(net), plan=plan_of(0.5), backend=backend)
     with slx.record(net) as record:
         got = gradients(net, x)
-    lines = {line.split()[0]: line for line in slx.explain(net).splitlines()}
+    lines = {line.split()[0]: line for line in slx.explain(net, verbose=True).splitlines()}
     assert REASON in lines["mlp.up"] and REASON in lines["mlp.down"]
     assert set(record.sites) == {"other_mlp.up", "other_mlp.down"}
     slx.restore(net)

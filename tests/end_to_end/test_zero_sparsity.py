@@ -24,7 +24,7 @@ def test_plan_zero_is_plain_compile_bit_for_bit(backend: str, zero: str) -> None
     got = oracle.run_compiled(model, data, plan, backend, restore=False)
     oracle.assert_identical(got, expected)
     assert got.record.sites == {} and got.record.selections == {}
-    assert "0 of 7 frozen linears rewritten" in slx.explain(model)
+    assert "0 of 7 frozen linears rewritten" in slx.explain(model, verbose=True)
 
 
 def test_plan_zero_with_dropout() -> None:
@@ -40,7 +40,7 @@ def test_a_plan_that_keeps_every_channel_is_plain_compile() -> None:
     expected = oracle.plain_compiled_step(model, data, "aot_eager")
     got = oracle.run_compiled(model, data, oracle.plan_of(0.05, 112), restore=False)
     oracle.assert_identical(got, expected)
-    assert "k rounds up to all of its channels" in slx.explain(model)
+    assert "k rounds up to all of its channels" in slx.explain(model, verbose=True)
 
 
 @pytest.mark.parametrize("level", [0.0, slow(0.05)])

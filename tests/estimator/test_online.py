@@ -146,7 +146,7 @@ def test_what_counts_and_what_does_not() -> None:
     assert tokens_seen(model) == {count} and collector_of(model).calls == 1
     oracle.step(model, other)  # accumulation: a second forward of the same optimizer step
     assert tokens_seen(model) == {count + other_count}
-    assert "calibration: 2 dense calls observed, 7 of 7 linears" in slx.explain(model)
+    assert "calibration: 2 dense calls observed, 7 of 7 linears" in slx.explain(model, verbose=True)
 
 
 @pytest.mark.parametrize(

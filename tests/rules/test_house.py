@@ -32,6 +32,7 @@ RANKS = (
     ("compiler",),
     ("runtime",),
     ("user",),
+    ("cli",),
     ("sparselora_fx",),  # the public names
 )
 RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

@@ -40,7 +40,7 @@ MAY_USE_PRIVATE_TORCH = (
     "sparselora_fx/lowering/inductor.py",
     "sparselora_fx/lowering/inductor_backend.py",
 )
-HEAVY = ("transformers", "peft", "triton", "torch._inductor")
+HEAVY = ("transformers", "peft", "triton", "torch._inductor", "typer")
 
 
 # ---------------------------------------------------------------- reading the tree
@@ -123,6 +123,9 @@ def test_wheel_holds_every_file(tmp_path: Path, with_link: bool) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

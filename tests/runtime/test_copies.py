@@ -89,7 +89,7 @@ def test_a_copy_is_plain_and_the_compiled_model_stays(
     oracle.assert_identical(oracle.step(other, data), oracle.step(plain, data))
     again = oracle.step(model, data)
     oracle.assert_identical(again, first)
-    assert "rewritten" in slx.explain(model)
+    assert "rewritten" in slx.explain(model, verbose=True)
     assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
 
 
@@ -115,7 +115,7 @@ def test_compiling_a_copy_of_the_base_leaves_the_original(recwarn: pytest.Warnin
         teacher(**data).loss.backward()
     assert not one.sites and two.sites
     slx.restore(teacher)
-    assert "rewritten" in slx.explain(model)
+    assert "rewritten" in slx.explain(model, verbose=True)
 
 
 def test_hooks_in_a_copy_by_other_means_do_not_count() -> None:
@@ -139,7 +139,7 @@ def test_hooks_in_a_copy_by_other_means_do_not_count() -> None:
     first = Net().requires_grad_(False)
     second = copy.deepcopy(compiled(first, plan=0.5))
     compiled(second, plan=0.5)
-    assert "2 of 2" not in slx.explain(first)  # still compiled: no error
+    assert "2 of 2" not in slx.explain(first, verbose=True)  # still compiled: no error
 
 
 def test_a_shallow_copy_runs_dense() -> None:
@@ -220,7 +220,7 @@ def test_merging_leaves_nothing_behind(how: str, ran: bool, options: Any) -> Non
     for name, value in plain.state_dict().items():
         assert torch.equal(merged.state_dict()[name], value), name
     with pytest.raises(slx.CompileError, match="not compiled"):
-        slx.explain(model)
+        slx.explain(model, verbose=True)
     assert b"sparselora" not in pickle.dumps(merged)
     with torch.no_grad():
         assert torch.equal(merged.eval()(**data).logits, plain.eval()(**data).logits)

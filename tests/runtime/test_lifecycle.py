@@ -186,7 +186,7 @@ def test_another_model_on_the_same_base_replaces() -> None:
     with pytest.warns(UserWarning, match="shares frozen linears"):
         compiled(model)
     with pytest.raises(slx.CompileError, match="not compiled"):
-        slx.explain(first)
+        slx.explain(first, verbose=True)
     with slx.record(model) as record:
         got = oracle.step(model, data)
     assert len(record.sites) == 7
@@ -404,7 +404,7 @@ def test_a_refused_second_compile_leaves_the_first() -> None:
 
 
 def test_explain_before_a_step_tells_the_plan() -> None:
-    table = slx.explain(compiled(oracle.llama()))
+    table = slx.explain(compiled(oracle.llama()), verbose=True)
     assert "not traced yet" in table and "0 of 7 frozen linears rewritten" in table
 
 
@@ -412,5 +412,5 @@ def test_default_plan_and_options() -> None:
     """`compile(model, estimator)` alone works; four layers: the first and the last stay dense."""
     model = oracle.llama(layers=4)
     slx.compile(model, oracle.estimator_of(model))
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     assert table.count("sparsity 0") == 14 and table.count("not traced yet") == 14

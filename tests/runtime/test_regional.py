@@ -170,7 +170,7 @@ def test_explain_names_what_is_outside_the_blocks() -> None:
     model.add_module("extra", nn.Linear(8, 8).requires_grad_(False))
     compiled(model, oracle.plan_of(0.5))
     oracle.step(model, oracle.batch())
-    lines = {line.split()[0]: line for line in slx.explain(model).splitlines()}
+    lines = {line.split()[0]: line for line in slx.explain(model, verbose=True).splitlines()}
     assert "outside the blocks" in lines["extra"]
     assert sum("rewritten (" in line for line in lines.values()) == 14
 

@@ -86,7 +86,7 @@ def test_slower_sparse_steps_leave_training_dense_with_one_warning(calls: int) -
     assert f"1.30 of a dense one ({13 * calls} ms against {10 * calls} ms" in text[0]
     assert "verify_speed=False" in text[0] and f"{FEW} pairs" in text[0]
     assert all(dense[12:]) and dense[START:].count(False) <= 2 + FEW
-    assert "training stays dense" in slx.explain(model)
+    assert "training stays dense" in slx.explain(model, verbose=True)
 
 
 @pytest.mark.parametrize("calls", [1, 2], ids=["", "accumulated"])
@@ -98,7 +98,7 @@ def test_faster_sparse_steps_stay_at_the_cost_of_three_dense_ones(calls: int) ->
     assert dense[START:] == [False, False, True, False, False, True, True] + [False] * 11
     verdict = get_runtime(model).speed.verdict
     assert verdict is not None and verdict.ratio == pytest.approx(0.7) and verdict.pairs == FEW
-    assert "a sparse step takes 0.70 of a dense one" in slx.explain(model)
+    assert "a sparse step takes 0.70 of a dense one" in slx.explain(model, verbose=True)
 
 
 def test_pairs_that_disagree_are_outvoted() -> None:
@@ -138,7 +138,7 @@ def test_other_backends_and_false_measure_nothing(wanted: bool | None) -> None:
     model = compiled(wanted)
     dense = train(model, slower)
     assert dense == [True] * START + [False] * (20 - START)
-    assert "speed:" not in slx.explain(model)
+    assert "speed:" not in slx.explain(model, verbose=True)
 
 
 def test_a_word_that_is_not_known_is_refused() -> None:

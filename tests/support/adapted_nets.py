@@ -71,7 +71,7 @@ def check(make: Callable[[], nn.Module], sparsity: float = 0.6) -> tuple[slx.Rec
     )
     with slx.record(model) as record:
         got = step(model, x)
-    table = slx.explain(model)
+    table = slx.explain(model, verbose=True)
     slx.restore(model)
     with oracle.masked_reference(model, record):
         expected = step(model, x)

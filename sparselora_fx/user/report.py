@@ -1,0 +1,169 @@
+"""`report`: one HTML file that shows what a sparse step does. It loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparselora_fx.compiler.report import Compilation
+from sparselora_fx.errors import CompileError
+from sparselora_fx.model.frozen_weights import canonical_path
+from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.tracing import trace
+from sparselora_fx.user.explain import explain_trace
+from sparselora_fx.user.explanation import Explanation
+from sparselora_fx.user.folding import PlanKeys
+from sparselora_fx.user.linear_rows import LinearRow
+from sparselora_fx.user.record import Recording
+from sparselora_fx.user.report_drawing import drawing_of
+
+_DIFF_LINES = 400  # of one pass; a deep model's are alike
+
+
+def report(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    recordings: Sequence[Recording] = (),
+) -> Path:
+    """Write what a sparse step on a batch would do as one HTML file; the step is traced, not run.
+
+    Verdict, a map of the layers, a region before and after, all linears with a search, and what
+    each pass changed. With ``recordings``, how stable the choices are from one to the next.
+
+    Args:
+        model: compiled with `compile`.
+        batch: keyword arguments of the model, as in training.
+        path: file to write.
+        recordings: of `record`, each of one step, in their order.
+
+    Returns:
+        The path.
+
+    Raises:
+        CompileError: the model is not compiled, or the file cannot be written.
+    """
+    from jinja2 import Environment
+
+    runtime = get_runtime(model)
+    traced = trace(runtime, batch, texts=True)
+    said = explain_trace(runtime, traced)
+    source = Path(__file__).with_name("templates") / "report.html.jinja"
+    template = Environment(autoescape=True).from_string(source.read_text(encoding="utf-8"))
+    base = getattr(model, "get_base_model", lambda: model)()
+    keys = PlanKeys(row.name for row in said.rows)
+    page = template.render(
+        title=f"{type(base).__name__}, {sum(r.sliced for r in said.rows)} linears sliced",
+        verdict=said.worth["verdict"],
+        facts=_facts(said, traced.compilations),
+        strips=_strips(said.rows, keys),
+        bars=_bars(said),
+        drawing=drawing_of(said.rows, keys),
+        stability=_stability(recordings, keys),
+        rows=[_shown(row, keys) for row in said.rows],
+        graphs=[_graph(one) for one in traced.compilations if one.log.records],
+    )
+    target = Path(path)
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CompileError(f"cannot write the report to {str(path)!r}: {error}") from error
+    return target
+
+
+def _facts(said: Explanation, compilations: Sequence[Compilation]) -> list[tuple[str, str]]:
+    sizes = {one.batch for one in compilations if one.batch}
+    why = [
+        (f"dense: {', '.join(group.names)}", f"{group.count} linears. {group.note}")
+        for group in said.dense
+    ]
+    return [("batch", ", ".join(sorted(sizes)) or "-"), ("graphs", str(len(compilations))), *why]
+
+
+def _bars(said: Explanation) -> list[tuple[str, int]]:
+    names = {"sparse_tokens": "tokens that are sparse", "sliced": "frozen weights that are sliced"}
+    known = ((text, said.worth[key]) for key, text in names.items())
+    return [(text, round(100 * value)) for text, value in known if value is not None]
+
+
+def _strips(rows: Sequence[LinearRow], keys: PlanKeys) -> list[tuple[str, list[dict[str, Any]]]]:
+    """By kind of region, a cell for each."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row.sliced:
+            key = keys.key(row.region or row.name)
+            numbers = re.findall(r"\.(\d+)(?=\.|$)", f".{key}")
+            cell = {
+                "key": key, "label": ".".join(numbers) or key, "kept": row.kept,
+                "percent": skipped_percent(row.kept),
+            }  # fmt: skip
+            found.setdefault(row.kind, {}).setdefault(key, cell)
+    return [(kind, list(cells.values())) for kind, cells in found.items()]
+
+
+def skipped_percent(kept: str) -> int:
+    """``"32 of 128, 64 of 128"`` -> the percentage of all those channels that is skipped."""
+    pairs = [(int(k), int(n)) for k, n in re.findall(r"(\d+) of (\d+)", kept)]
+    total = sum(n for _, n in pairs)
+    return round(100 * (1 - sum(k for k, _ in pairs) / total)) if total else 0
+
+
+def _shown(row: LinearRow, keys: PlanKeys) -> dict[str, str]:
+    region = f"{keys.key(row.region or row.name)} ({row.kind})" if row.sliced else "-"
+    return {
+        "key": keys.key(row.name), "shape": row.shape, "region": region, "kept": row.kept or "-",
+        "status": row.status,
+    }  # fmt: skip
+
+
+def _stability(recordings: Sequence[Recording], keys: PlanKeys) -> list[dict[str, Any]]:
+    """By region and choice, how much of it the next recording kept."""
+    shares: dict[tuple[str, str], list[float]] = {}
+    for one, after in itertools.pairwise(recordings):
+        for region, choices in one.selections.items():
+            for choice, kept in choices.items():
+                later = after.selections.get(region, {}).get(choice)
+                if later is not None:
+                    shares.setdefault((region, choice), []).append(_overlap(kept, later))
+    return [
+        {
+            "region": keys.key(region.partition("#")[0]) if region else canonical_path(region),
+            "choice": choice, "mean": round(100 * mean(values)), "least": round(100 * min(values)),
+        }
+        for (region, choice), values in shares.items()
+    ]  # fmt: skip
+
+
+def _overlap(kept: Tensor, later: Tensor) -> float:
+    one, other = set(kept.tolist()), set(later.tolist())
+    return len(one & other) / max(1, len(one))
+
+
+def _graph(one: Compilation) -> dict[str, Any]:
+    """The passes of a graph that changed it, each with a diff."""
+    texts, steps = dict(one.log.start), []
+    for record in one.log.records:
+        if not record.text:
+            continue
+        before, texts[record.part] = texts[record.part], record.text
+        lines = list(
+            difflib.unified_diff(
+                before.splitlines(), record.text.splitlines(), "before", "after", "", "", 1, ""
+            )
+        )
+        left = len(lines) - _DIFF_LINES
+        more = [f"... and {left} more lines"] if left > 0 else []
+        name = f"{record.name} in {record.part}" if record.part else record.name
+        words = f"{record.changes} changes; {record.difference or 'no op came or went'}"
+        diff = "\n".join([*lines[:_DIFF_LINES], *more])
+        steps.append({"name": f"{record.number}. {name}", "words": words, "diff": diff})
+    return {"title": f"Graph {one.number} ({one.kind}), {one.nodes} calls", "steps": steps}
