@@ -14,12 +14,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types docs check clean
+.PHONY: help install demo evidence test test-slow lint format types docs check clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    fine-tune the shipped model, dense and sparse side by side"
 	@echo "make test    run the tests (ARGS=... goes to pytest);  make test-slow  those marked slow"
+	@echo "make evidence  where the comparison on a real language model stands (docs/evidence.md)"
 	@echo "make lint    ruff check, ruff format --check;  make format  applies both"
 	@echo "make docs    the documentation as a site, in build/docs"
 	@echo "make types   mypy --strict on the package"
@@ -36,6 +37,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+
+evidence: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.evidence --json benchmarks/results/evidence.json --status $(ARGS)
 
 # Two processes of one thread each: tracing, where most of the time goes, runs on one core.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2
