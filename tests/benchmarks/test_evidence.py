@@ -279,3 +279,12 @@ def test_rates_are_tuned_on_the_validation_split(
     assert again.tried("arithmetic", DENSE) == losses["validation"]
     assert [run["lr"] for run in again.runs] == [1e-3, 1e-3]
     assert [run["loss"] for run in again.runs] == [0.9, 0.9]
+
+
+def test_committed_results_are_of_the_form() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "evidence.json"
+    body = json.loads(path.read_text(encoding="utf-8"))
+    assert all(tuple(row) == FACE for row in body["runs"])
+    assert {row["arm"] for row in body["runs"]} <= {*ARMS, UNTRAINED}
+    assert {row["task"] for row in body["runs"]} <= set(TASKS)
+    assert body["tost"] == tost(body["runs"])
