@@ -27,6 +27,7 @@ from sparselora_fx.passes.slice_packed import slice_packed
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.passes.trim_logits import trim_logits
 from sparselora_fx.passes.trim_queries import trim_queries
+from sparselora_fx.passes.weigh_regions import weigh_regions
 
 # Of a traced graph with its bodies, before any pass changes them.
 WHOLE_GRAPH = (
@@ -39,6 +40,7 @@ PIPELINE = (
     canonicalize,  # one form for what later passes look for
     find_sites,  # markers -> sites (frozen linear + LoRA branch)
     find_regions,  # sites -> FFN and attention regions, or the reason why not
+    weigh_regions,  # those that cannot pay stay dense, where speed is asked for
     sink_producers,  # all that a predictor reads comes before the first producer
     insert_predictor,  # each region's channel choice, from the factors
     slice_sites,  # each site by its masked-dense definition, on the choice only

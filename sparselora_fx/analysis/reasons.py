@@ -5,5 +5,6 @@ OTHER_GRID = "its tokens are not the token grid of the labels"
 NO_TOKENS = "its rows are not the batch's tokens, so padding cannot be told there"
 CACHED = " (a KV cache? use_cache=False in training calls)"
 WITHOUT = "it runs without gradients inside a training step"
+UNPROFITABLE = "slicing cannot pay at this size"
 
-OF_CALL = (UNORDERED, OTHER_GRID, NO_TOKENS, CACHED, WITHOUT)
+OF_CALL = (UNORDERED, OTHER_GRID, NO_TOKENS, CACHED, WITHOUT, UNPROFITABLE)

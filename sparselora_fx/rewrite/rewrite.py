@@ -25,6 +25,7 @@ class Options:
     score: Score = field(default_factory=Score)
     track_adapter: bool = False
     shift: bool = True
+    weigh: bool = False  # leave regions dense that are predicted not to pay
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,10 @@ def _compiled(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The backend, and the model's forward under it; uncompiled where blocks are ``apart``."""
     plan, forward = runtime.plan, runtime.model.forward
-    runtime.options = Options(plan.channel_multiple, lora_branch, score, plan.track_adapter)
+    wanted = runtime.verify_speed
+    weigh = wanted is True or (wanted is None and bool(plan.start_step))
+    terms = plan.channel_multiple, lora_branch, score, plan.track_adapter
+    runtime.options = Options(*terms, weigh=weigh)
     blocks = block_names(runtime.frozen).values()
     runner = make_backend(runtime, backend, runtime.options, blocks)
     return runner, forward if apart else _torch.compile_callable(forward, runner, dynamic)
