@@ -93,7 +93,7 @@ def test_compiled_graphs_have_their_counts() -> None:
 
 def test_what_is_not_there_is_refused() -> None:
     shown = slx.graphs(compiled(oracle.llama()), ragged())
-    with pytest.raises(slx.CompileError, match="those that did: .*find_unread_padding"):
+    with pytest.raises(slx.CompileError, match=r"those that did: .*find_unread_padding"):
         shown.before("slice")
     with pytest.raises(slx.CompileError, match=r"graphs that passes saw: \[1\]"):
         shown.before(graph=2)
