@@ -11,6 +11,7 @@ from sparselora_fx.errors import (
     SparseLoraError,
 )
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
+from sparselora_fx.plan.domain_tables import DomainTables
 from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.plan.sensitivity_table import SensitivityTable
 from sparselora_fx.runtime.named_tokens import output_tokens
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompileError",
     "DeviceError",
+    "DomainTables",
     "EstimatorError",
     "KeywordError",
     "PlanError",

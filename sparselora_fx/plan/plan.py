@@ -22,6 +22,7 @@ from sparselora_fx.plan.checks import (
     check_sparsity,
     check_tokens,
 )
+from sparselora_fx.plan.domain_tables import DomainTables
 from sparselora_fx.plan.plan_file import OWN_KEYS, read_plan
 from sparselora_fx.plan.schedule import (
     When,
@@ -157,10 +158,11 @@ class SparsityPlan:
     @classmethod
     def from_sensitivity(
         cls,
-        table: SensitivityTable,
+        table: SensitivityTable | DomainTables,
         *,
         flops: float | None = None,
         max_loss: float | None = None,
+        worst_case: bool = False,
         **options: object,
     ) -> SparsityPlan:
         """The best plan under one budget that a table of `sensitivity` allows; see ``budget``.
@@ -169,11 +171,19 @@ class SparsityPlan:
             table: its token policy and ``channel_multiple`` are taken over.
             flops: keep at most this share of the base FLOPs of a sparse token, at the least loss.
             max_loss: the regions' absolute loss changes sum to at most this, at the least FLOPs.
+            worst_case: needed for the tables of several domains: every one keeps the budget.
             options: further attributes of the plan, such as ``start_step``.
 
         Raises:
             PlanError: not exactly one budget, or one that no choice of levels meets.
         """
+        if isinstance(table, DomainTables) != worst_case:
+            raise PlanError(
+                f"worst_case is {worst_case!r} for a {type(table).__name__}; pass worst_case=True "
+                "with the tables of several domains, and with those alone"
+            )
+        if isinstance(table, DomainTables):
+            table = table.worst_case()
         found = choose(table, flops=flops, max_loss=max_loss)
         if table.tokens is None and "tokens" not in options:
             raise PlanError("the table was measured with a function as token policy: pass tokens=")

@@ -18,6 +18,7 @@ from sparselora_fx.model.attributes import RUNTIME
 from sparselora_fx.model.blocks import block_names
 from sparselora_fx.model.frozen_weights import canonical_path, frozen_weights
 from sparselora_fx.model.preserve import kept_modes, kept_random_numbers
+from sparselora_fx.plan.domain_tables import DomainTables, check_domains
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
 from sparselora_fx.runtime.calls import Call, CallKind
@@ -42,7 +43,7 @@ class _Region:
 def sensitivity(
     model: nn.Module,
     estimator: SVDEstimator,
-    batches: Iterable[Mapping[str, object]],
+    batches: Iterable[Mapping[str, object]] | Mapping[str, Iterable[Mapping[str, object]]],
     levels: Iterable[float] = LEVELS,
     *,
     tokens: str | Callable[[dict[str, Any]], object] = "context",
@@ -50,7 +51,7 @@ def sensitivity(
     lora_branch: str = "dense",
     backend: str = "inductor",
     progress: bool = True,
-) -> SensitivityTable:
+) -> SensitivityTable | DomainTables:
     """The loss change of every region at every level, when it alone is sparse.
 
     The loss is the compiled model's, in evaluation mode (no dropout), without gradients, each
@@ -65,7 +66,8 @@ def sensitivity(
     Args:
         model: not compiled; left as it was, also if a batch raises.
         estimator: of this model.
-        batches: keyword arguments of the model, which must return a loss; read once, kept.
+        batches: keyword arguments of the model, which must return a loss; read once, kept. Or a
+            mapping of names to such batches, one for each kind of data: `DomainTables` come back.
         levels: fractions of channels to skip, in (0, 1).
         tokens, channel_multiple: as in `SparsityPlan`. lora_branch, backend: as in `compile`.
 
@@ -73,9 +75,7 @@ def sensitivity(
         SensitivityError: no batch, no loss, a level out of range, or no region to measure.
         CompileError, EstimatorError, PlanError: as `compile`, and if the model is compiled already.
     """
-    kept, steps = [dict(batch) for batch in batches], _check_levels(levels)
-    if not kept:
-        raise SensitivityError("there is no batch; give at least one, as a mapping of arguments")
+    kept, steps = _by_domain(batches), _check_levels(levels)
     if RUNTIME in model.__dict__:
         raise CompileError("the model is already compiled; call sparselora_fx.restore(model) first")
     plan = SparsityPlan(steps[-1], tokens=tokens, start_step=0, channel_multiple=channel_multiple)
@@ -83,12 +83,37 @@ def sensitivity(
         "plan": plan,
         "lora_branch": lora_branch,
         "regional": bool(block_names(frozen_weights(model))),
-        "dynamic": True if len({_shapes(batch) for batch in kept}) > 1 else None,
+        "dynamic": True if len({_shapes(b) for own in kept.values() for b in own}) > 1 else None,
     }
     with _untouched(model), torch.no_grad():
-        regions = _regions(model, estimator, kept[0], options)
+        regions = _regions(model, estimator, next(iter(kept.values()))[0], options)
         compile(model, estimator, backend=backend, **options)
-        return _measure(model, kept, regions, steps, progress)
+        found = {d: _measure(model, own, regions, steps, progress) for d, own in kept.items()}
+    return DomainTables(found) if isinstance(batches, Mapping) else found[""]
+
+
+def _by_domain(
+    batches: Iterable[Mapping[str, object]] | Mapping[str, Iterable[Mapping[str, object]]],
+) -> dict[str, list[Batch]]:
+    """Lists of batches by domain; one that is called "" where none were named."""
+    named: dict[str, Any] = {"": batches}
+    if isinstance(batches, Mapping):
+        check_domains(batches)
+        named = dict(batches)
+    kept: dict[str, list[Batch]] = {}
+    for domain, own in named.items():
+        if isinstance(own, Tensor) or not isinstance(own, Iterable):
+            raise SensitivityError(
+                f"domain {domain!r} holds a {type(own).__name__}; give a list of batches for each "
+                "domain, or a list of batches alone"
+            )
+        kept[domain] = [dict(batch) for batch in own]
+        if not kept[domain]:
+            where = f" for {domain!r}" if domain else ""
+            raise SensitivityError(
+                f"there is no batch{where}; give at least one, as a mapping of arguments"
+            )
+    return kept
 
 
 def _measure(

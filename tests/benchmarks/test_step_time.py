@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from benchmarks import step_time
 from benchmarks.support import measuring, peers, stepping
 from benchmarks.support.presets import PRESETS
-from sparselora_fx.model.frozen_weights import frozen_weights
 
 FACE = {
     "preset", "baseline", "ratio", "flop_ratio", "realised", "peers", "peak_memory_ratio",
@@ -72,16 +70,3 @@ def test_memory_counts_weights_and_activations() -> None:
     peak = measuring.peak_memory(model, lambda: model(**batch).loss.backward())
     logits = 2 * 24 * 128 * 4
     assert peak > weights + 2 * logits
-
-
-def test_a_quantised_preset_has_quantised_blocks() -> None:
-    tiny = PRESETS["tiny"]
-    preset = replace(tiny, quantised="nf4", shape={**tiny.shape, "intermediate_size": 192})
-    model = peers.dense(preset)
-    weights = frozen_weights(model)
-    assert len(weights) == 14 and all(weight.packed is not None for weight in weights)
-    assert peers.missing(preset).keys() == {"liger", "reference", "reference-cut"}
-    again = frozen_weights(peers.dense(preset, model))
-    pairs = zip(again, weights, strict=True)
-    assert all(w.weight is known.weight for w, known in pairs)
-    assert PRESETS["cpu-small-nf4"].quantised == "nf4"
