@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,32 @@ class _Region:
     keys: tuple[str, ...]
 
 
+@overload
+def sensitivity(
+    model: nn.Module,
+    estimator: SVDEstimator,
+    batches: Mapping[str, Iterable[Mapping[str, object]]],
+    levels: Iterable[float] = ...,
+    *,
+    tokens: str | Callable[[dict[str, Any]], object] = ...,
+    channel_multiple: int = ...,
+    lora_branch: str = ...,
+    backend: str = ...,
+    progress: bool = ...,
+) -> DomainTables: ...
+@overload
+def sensitivity(
+    model: nn.Module,
+    estimator: SVDEstimator,
+    batches: Iterable[Mapping[str, object]],
+    levels: Iterable[float] = ...,
+    *,
+    tokens: str | Callable[[dict[str, Any]], object] = ...,
+    channel_multiple: int = ...,
+    lora_branch: str = ...,
+    backend: str = ...,
+    progress: bool = ...,
+) -> SensitivityTable: ...
 def sensitivity(
     model: nn.Module,
     estimator: SVDEstimator,
