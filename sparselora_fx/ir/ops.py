@@ -288,11 +288,8 @@ def label_rows(x: Tensor, labels: Tensor, idx: Tensor, pos: Tensor, shift: bool)
 def agree(x: Tensor, grid: Tensor) -> bool:
     """Whether x has one row per token of the grid. Asked while tracing, it tells the compiler that
     sizes are equal."""
-    lead = list(x.shape[:-1])
-    if len(lead) > 2:  # a dimension between, as in [samples, 1, length, channels]
-        lead = [size for size in lead if not (isinstance(size, int) and size == 1)]
-    if len(lead) == 2:
-        return bool(lead[0] == grid.shape[0]) and bool(lead[1] == grid.shape[1])
+    if x.dim() == 3:
+        return bool(x.shape[0] == grid.shape[0]) and bool(x.shape[1] == grid.shape[1])
     return same_tokens(x, grid)
 
 

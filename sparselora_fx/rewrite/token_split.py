@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import fx
+from torch import SymInt, fx
 
 from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, Site
 from sparselora_fx.graph.layout import same_count
@@ -98,5 +101,15 @@ def sees_grid(site: Site, pos: fx.Node) -> bool:
         square = same_count(tokens[:1], tokens[1:]) or len(lead) == 1
         if site.order == SWAPPED or square:
             return False
-    ordered = len(lead) == len(tokens) and all(map(same_count, zip(lead), zip(tokens)))
-    return site.order != MOVED and (ordered or (len(lead) == 1 and same_count(lead, tokens)))
+    ordered = len(lead) == len(tokens) and all(map(_as_many, zip(lead), zip(tokens)))
+    return site.order != MOVED and (ordered or (len(lead) == 1 and _as_many(lead, tokens)))
+
+
+def _as_many(rows: Sequence[int | SymInt], tokens: Sequence[int | SymInt]) -> bool:
+    """Whether rows are as many as tokens. Rows whose number is fixed fix that of the tokens, too:
+    the grid's sizes are symbols from the first call on (`step_tokens`), the batch's only when they
+    have varied."""
+    held = math.prod(rows)
+    if isinstance(held, int):
+        return bool(math.prod(tokens) == held)
+    return same_count(rows, tokens)
