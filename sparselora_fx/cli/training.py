@@ -76,6 +76,7 @@ def _last_checkpoint(folder: Path) -> Path:
 
 
 def _trainer(loaded: Loaded, *, progress: bool) -> Any:
+    import torch
     from transformers import Trainer, TrainingArguments
 
     from sparselora_fx.user.trainer import SparsityCallback
@@ -92,6 +93,7 @@ def _trainer(loaded: Loaded, *, progress: bool) -> Any:
         warmup_steps=round(section.warmup_ratio * steps),
         weight_decay=section.weight_decay,
         bf16=section.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # which alone lets bf16 run on a CPU
         gradient_checkpointing=section.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=section.logging_steps,
