@@ -4,9 +4,9 @@ every page."""
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def test_the_api_page_has_every_public_name() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mkdocs") is None, reason="needs mkdocs")
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs")
 def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
