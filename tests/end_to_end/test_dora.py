@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparselora_fx as slx
 from tests.support import oracle
-from tests.support.masked_products import MaskedProducts, reference_step
+from tests.support.masked_products import MaskedProducts, randomise_dora, reference_step
 
 BOUND = 1e-10
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -25,14 +25,7 @@ def model_of(*, layers: int = 1, bias: bool = False, **words: Any) -> nn.Module:
     base = oracle.llama(layers=layers, bias=bias).unload()
     words = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "use_dora": True, **words}
     model = get_peft_model(base, LoraConfig(**words)).double().train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=generator)
-            elif "magnitude" in name:
-                parameter.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4, generator=generator))
-    return model
+    return randomise_dora(model)
 
 
 def assert_sliced(model: nn.Module, record: slx.Recording, count: int = 7) -> None:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sparselora_fx as slx
 from tests.support import oracle
-from tests.support.masked_products import reference_step
+from tests.support.masked_products import randomise_dora, reference_step
 
 LLAMA = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
@@ -20,14 +20,7 @@ def with_dora(base: nn.Module, targets: list[str], **words: object) -> nn.Module
     """DoRA whose magnitudes are not the norms of their rows, and non-zero B."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, **words)
     model = get_peft_model(base, lora).train()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=generator)
-            elif "magnitude" in name:
-                parameter.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4, generator=generator))
-    return model
+    return randomise_dora(model)
 
 
 def gpt2(dropout: float) -> nn.Module:

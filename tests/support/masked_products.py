@@ -100,3 +100,15 @@ def reference_step(model: nn.Module, data: Any, *masked: Any, **words: Any) -> o
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     with MaskedProducts(model, *masked, **words):
         return oracle.step(model, {**data, "use_cache": False})
+
+
+def randomise_dora(model: nn.Module) -> nn.Module:
+    """Give a DoRA model a non-zero B, and magnitudes that are not the norms of their rows."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+            elif "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.6, 1.4, generator=generator))
+    return model
