@@ -123,6 +123,13 @@ def text(rewrite: Rewrite) -> str:
     return text_of(rewrite.graph)
 
 
+def text_after_choice(rewrite: Rewrite) -> str:
+    """The calls behind the first choice of channels: what is computed with it."""
+    lines = text(rewrite).splitlines()
+    chosen = next(i for i, line in enumerate(lines) if "topk_channels" in line)
+    return "\n".join(lines[chosen + 1 :])
+
+
 def shown(expected: str) -> str:
     """An expected graph as it is written in a test."""
     return "\n".join(line.strip() for line in expected.strip().splitlines())
