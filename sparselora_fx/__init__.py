@@ -2,6 +2,7 @@
 torch.compile."""
 
 from sparselora_fx.errors import (
+    BackwardError,
     CompileError,
     DeviceError,
     EstimatorError,
@@ -27,6 +28,7 @@ from sparselora_fx.user.sensitivity import sensitivity
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackwardError",
     "CompileError",
     "DeviceError",
     "DomainTables",

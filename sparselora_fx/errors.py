@@ -27,3 +27,7 @@ class KeywordError(CompileError, TypeError):
 
 class DeviceError(SparseLoraError, RuntimeError):
     """A batch is on another device than the model."""
+
+
+class BackwardError(SparseLoraError, RuntimeError):
+    """The backward of a sparse step broke, and a part of its gradients is still there."""

@@ -54,7 +54,7 @@ def backend_compile(
         compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
         on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
         settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
-        with saving_less(), donating_nothing():
+        with saving_less(), donating_nothing(), backward_at_once():
             if not install_lowerings():
                 return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
             settings["post_grad_custom_pre_pass"] = _key_pass()
@@ -71,6 +71,14 @@ def saving_less() -> AbstractContextManager[None]:
     import torch._functorch.config as functorch_config
 
     return functorch_config.patch(ban_recompute_materialized_backward=False)  # type: ignore[no-any-return]
+
+
+def backward_at_once() -> AbstractContextManager[None]:
+    """Compile a backward together with its forward, and let it fail there: in the backward, no step
+    can be taken dense any more. Read on 2.13."""
+    import torch._functorch.config as functorch_config
+
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)  # type: ignore[no-any-return]
 
 
 def _body(name: str) -> Callable[..., object]:

@@ -2,11 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import random
+import sys
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where random numbers stand: torch's on the CPU and on some GPUs, Python's and numpy's."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def on(cls, devices: Iterable[int]) -> RandomState:
+        """The present state, on the CPU and these GPUs."""
+        cuda = {index: torch.cuda.get_rng_state(index) for index in devices}
+        library = sys.modules.get("numpy")
+        numpy = None if library is None else library.random.get_state()
+        return cls(torch.get_rng_state(), cuda, random.getstate(), numpy)
+
+    @classmethod
+    def of(cls, values: Iterable[object]) -> RandomState:
+        """The present state, on the CPU and the GPUs that hold any of these values."""
+        devices = {v.device.index for v in values if isinstance(v, Tensor) and v.is_cuda}
+        return cls.on(sorted(index for index in devices if index is not None))
+
+    def now(self) -> RandomState:
+        """The present state, on the same devices."""
+        return RandomState.on(self.cuda)
+
+    def put(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self.cpu)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+class ChangingBuffers:
+    """The buffers that a model's calls write to: to put them back before a call is made again. All
+    are kept at the first call, and later those that it has changed."""
+
+    def __init__(self) -> None:
+        self.written: list[Tensor] | None = None  # not known before a call has run to its end
+        self.kept: list[tuple[Tensor, Tensor, int]] = []
+
+    def keep(self, model: nn.Module, ours: Iterable[Tensor]) -> None:
+        """Keep what they hold; ``ours``: buffers that no call writes to."""
+        written = self.written
+        if written is None:
+            own = {id(buffer) for buffer in ours}
+            written = [b for b in model.buffers() if id(b) not in own]
+        self.kept = [(b, b.detach().clone(), b._version) for b in written]
+
+    def forget(self) -> None:
+        """A call has run to its end: nothing needs to be put back."""
+        if self.written is None:
+            self.written = [
+                buffer for buffer, _, version in self.kept if buffer._version != version
+            ]
+        self.kept = []
+
+    def put(self) -> None:
+        """Let them hold what they held."""
+        with torch.no_grad():
+            for buffer, value, version in self.kept:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 @contextmanager
@@ -25,9 +98,11 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 def kept_random_numbers(model: nn.Module) -> Iterator[None]:
     """Random numbers on the CPU and on the model's GPUs go on afterwards as if nothing had been
     drawn."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(index for index in devices if index is not None)):
+    state = RandomState.of(model.parameters())
+    try:
         yield
+    finally:
+        state.put()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +154,11 @@ class Attachment:
                     assert buffer is not None
                     known = values.get(what, buffer.new_zeros(0))
                     buffer.copy_(known) if len(known) else buffer.zero_()
+
+    def own_buffers(self) -> Iterator[Tensor]:
+        """The factors and statistics on the modules, which no step changes."""
+        found = (module._buffers.get(name) for module, name in self.buffers)
+        return (buffer for buffer in found if buffer is not None)
 
     def unhook(self) -> None:
         """Take the hooks off alone: nothing is marked any more."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx import _torch
-from sparselora_fx.ir.token_lists import TokenCounts, Tokens, labelled_tokens
+from sparselora_fx.ir.token_lists import labelled_tokens
+from sparselora_fx.model.preserve import RandomState
 from sparselora_fx.model.signature import argument_names, call_arguments
 from sparselora_fx.runtime.caching import (
     AS_CALLED,
@@ -25,10 +26,19 @@ from sparselora_fx.runtime.caching import (
 from sparselora_fx.runtime.copies import StandIn
 from sparselora_fx.runtime.counting import KEY, CountedBatch
 from sparselora_fx.runtime.devices import check_devices
+from sparselora_fx.runtime.failing_safe import shapes_of
 from sparselora_fx.runtime.giving_up import note_call
-from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens, output_tokens
+from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, output_tokens
 from sparselora_fx.runtime.runtime import Runtime
-from sparselora_fx.runtime.step_tokens import is_worth_it, step_counts, step_lists
+from sparselora_fx.runtime.step_tokens import (
+    is_worth_it,
+    known_tokens,
+    observed_rows,
+    rows_of,
+    shift_of,
+    step_counts,
+    step_lists,
+)
 from sparselora_fx.runtime.token_policy import split_tokens
 from sparselora_fx.runtime.warm_up import warm_up_levels
 
@@ -93,11 +103,35 @@ class CompiledForward(StandIn):
             )
             return self.original(*args, **kwargs)
         if runtime.warm_up_next and self.model.training and torch.is_grad_enabled():
-            warm_up_levels(runtime, lambda: self._run(counted, args, dict(kwargs)))
+            call = functools.partial(self._run, counted, args)
+            runtime.safety.ahead(lambda: warm_up_levels(runtime, lambda: call(dict(kwargs))))
         before = runtime.graphs
-        out = self._run(counted, args, kwargs)
+        run = self._safely if self._is_step() else self._run
+        out = run(counted, args, kwargs)
         # Other sizes than before: the levels to come need graphs for them too.
         runtime.warm_up_next |= self.precompile and self.model.training and runtime.graphs > before
+        return out
+
+    def _safely(
+        self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """A training call; if it is sparse and breaks, the same call dense."""
+        runtime, values = self.runtime, [*args, *kwargs.values()]
+        safety = runtime.safety
+
+        def plain() -> object:
+            runtime.set_sparsity_scale(0.0)  # checkpointed blocks may read it in the backward
+            return self.original(*args, **kwargs)
+
+        safety.begin(self.model, runtime.attached.own_buffers())
+        out = safety.run(
+            lambda: self._run(counted, args, dict(kwargs)),
+            plain,
+            shapes_of(values),
+            RandomState.of(values),
+            lambda: runtime.sparse_now,
+        )
+        safety.note_recompiles(max(runtime.recompiles.again.values(), default=0))
         return out
 
     def _run(
@@ -116,6 +150,7 @@ class CompiledForward(StandIn):
                 result = self._call(counted, args, dict(kwargs))
             except Exception:
                 if not convention.retry:
+                    runtime.tally, runtime.dense_calls = tally, dense_calls
                     raise
                 continue
             if not convention.retry:
@@ -132,7 +167,7 @@ class CompiledForward(StandIn):
         runtime.attached.refresh_packed()
         self._allow_replay(True)
         begun = runtime.speed.begin(next(self.model.parameters())) if self._is_step() else None
-        sliced = self._set_trace_inputs(self._with_tokens(arguments), counted)
+        sliced = self._set_trace_inputs(known_tokens(runtime, arguments), counted)
         trace_inputs.caching = self._caching(sliced)
         packed = trace_inputs.caching == STANDS_IN and may_be_packed(arguments)
         if self.cacheable and trace_inputs.caching and is_unset(arguments) and not packed:
@@ -144,13 +179,13 @@ class CompiledForward(StandIn):
         try:
             with runtime.recompiles.watching(self._kind(), arguments):
                 result = self.compiled(*args, **kwargs)
-            runtime.stepped |= runtime.specs_set is not None and runtime.specs_set[0] > 0
+            runtime.stepped |= runtime.sparse_now
             if not runtime.convention.retry:
                 if self.untrimmed:
                     runtime.tally.warn_untrimmed()
                 runtime.tally.tell()
                 note_call(runtime)
-                runtime.speed.watch(begun, result, _rows(arguments))
+                runtime.speed.watch(begun, result, rows_of(arguments))
             return result
         finally:
             trace_inputs.under_way = False
@@ -179,21 +214,6 @@ class CompiledForward(StandIn):
         )
         return specs, lists, self.model.training, torch.is_grad_enabled()
 
-    def _with_tokens(self, arguments: dict[str, object]) -> dict[str, Any]:
-        """A call's arguments, with what is known besides of the tokens that carry loss."""
-        named, kept = named_tokens(), self.runtime.kept_labels
-        if named is not None:
-            return {**arguments, OUTPUT_TOKENS: named}
-        if kept is not None and arguments.get("labels") is None:
-            return {**arguments, "labels": kept.labels}
-        return arguments
-
-    def _shift(self, arguments: Mapping[str, object]) -> bool | None:
-        """How the labels of a call are predicted: see `Convention.shift`."""
-        convention, kept = self.runtime.convention, self.runtime.kept_labels
-        mine = kept is not None and kept.own_loss and arguments.get("labels") is kept.labels
-        return None if mine and not convention.said else convention.shift
-
     def _caching(self, sliced: bool) -> str:
         """What becomes of the KV cache of this call. A step reads none, and with one, keys would
         escape. A dense graph is left as it is: another one may be compiled to other roundings. Only
@@ -218,7 +238,7 @@ class CompiledForward(StandIn):
         sparsity_scale = 1.0 if runtime.call.sparsity else sparsity_scale
         calibrating = runtime.collector is not None and self.model.training
         calibrating &= not (runtime.call.is_measurement or runtime.stays_dense)
-        shift = self._shift(arguments)
+        shift = shift_of(runtime, arguments)
         tokens = labelled = counts = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
             tokens = split_tokens(runtime.plan, arguments, shift=shift)
@@ -240,7 +260,7 @@ class CompiledForward(StandIn):
         if sparsity_scale and calibrating and not warming:
             runtime.end_online_calibration()
         observed = calibrating and not (sparse or compared)
-        trace_inputs.picked = self._observe(tokens, counts, arguments) if observed else []
+        trace_inputs.picked = observed_rows(runtime, tokens, counts, arguments) if observed else []
         if runtime.call.sparsity and sparse:
             runtime.set_sparsity(runtime.call.sparsity)
         else:
@@ -254,30 +274,6 @@ class CompiledForward(StandIn):
         labels = arguments.get("labels")
         self.untrimmed = self.trim_logits and sparse and shift is None and labels is not None
         return sparse and any(max(own) > 0 for own in runtime.sparsity.values())
-
-    def _observe(
-        self, tokens: Tokens | None, counts: TokenCounts | None, arguments: Mapping[str, object]
-    ) -> list[Tensor]:
-        """What is observed of a dense call. Warm-up calls, and those without gradients,
-        run the same graphs and do not count."""
-        runtime = self.runtime
-        assert runtime.collector is not None
-        counting = runtime.call.is_step and torch.is_grad_enabled()
-        if counting and runtime.step is not None and runtime.refreshes():
-            runtime.collector.reopen(runtime.step[0])
-        device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
-        device = device or next(self.model.parameters()).device
-        total = None if counts is None else counts.sparse
-        return runtime.collector.begin(tokens, total, device, counting=counting)
-
-
-def _rows(arguments: Mapping[str, object]) -> int:
-    """How many tokens a call has; 1 where it does not say."""
-    for name in ("input_ids", "inputs_embeds"):
-        value = arguments.get(name)
-        if isinstance(value, Tensor):
-            return value.shape[:2].numel()
-    return 1
 
 
 def _decodes(arguments: Mapping[str, object]) -> bool:

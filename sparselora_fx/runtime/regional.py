@@ -76,9 +76,7 @@ class CompiledBlock(StandIn):
         one that asks for it: it then runs the graph of all other blocks, not one of its own. That
         gradient is a small part of one block's backward; a graph is a large part of the first
         step."""
-        words = self.runtime.specs_set
-        sparse = words is not None and words[0] > 0
-        if not (sparse and torch.is_grad_enabled() and isinstance(x, Tensor)):
+        if not (self.runtime.sparse_now and torch.is_grad_enabled() and isinstance(x, Tensor)):
             return False
         return (
             x.is_floating_point()

@@ -27,6 +27,7 @@ from sparselora_fx.rewrite.rewrite import Options, TracedCall
 from sparselora_fx.runtime.attachment import Attachment
 from sparselora_fx.runtime.calls import Call
 from sparselora_fx.runtime.copies import OWNER
+from sparselora_fx.runtime.failing_safe import Safety
 from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.named_tokens import KeptLabels
@@ -70,6 +71,7 @@ class Runtime:
     notices: Notices = field(default_factory=Notices)
     stepped: bool = False  # a sparse training call has run to its end
     given_up: bool = False  # nothing can be sliced: training is dense (`giving_up`)
+    safety: Safety = field(default_factory=Safety)
 
     def __post_init__(self) -> None:
         self.names = self._names()
@@ -83,8 +85,13 @@ class Runtime:
 
     @property
     def stays_dense(self) -> bool:
-        """Whether no training call will be sparse any more."""
-        return self.given_up or self.speed.stays_dense
+        """Whether the training call under way is dense, whatever the schedule says."""
+        return self.given_up or self.speed.stays_dense or self.safety.dense
+
+    @property
+    def sparse_now(self) -> bool:
+        """Whether the sites' specs, as they stand, make calls sparse."""
+        return self.specs_set is not None and self.specs_set[0] > 0
 
     def _work_done(self) -> tuple[int, int]:
         """Graphs that were compiled or captured so far, and captures replayed."""

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from sparselora_fx import _torch
+from sparselora_fx.runtime.backward_hooks import on_backward
 from sparselora_fx.runtime.timer import Timer
 
 FEW, MOST = 3, 7  # pairs: three that agree are enough, after seven the median decides
@@ -157,24 +156,15 @@ class SpeedCheck:
             return
         step.rows += rows
         step.waiting += 1
-        ended: list[bool] = []
 
         def end() -> None:
-            if ended:
-                return
-            ended.append(True)
             work, replays = self.counters()
             step.spans.append((call.start, timer.now()))
             step.waiting -= 1
             step.worked |= work > call.work
             step.replayed |= replays > call.replays
 
-        def in_backward(gradient: Tensor) -> None:
-            _torch.after_backward(end)
-
-        tensors = {id(t): t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)}
-        for root in (t for t in tensors.values() if t.requires_grad):
-            root.register_hook(in_backward)
+        on_backward(result, end)
 
     def _next_is_dense(self) -> bool:
         if self.half is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparselora_fx.ir.markers import MarkedTokens
@@ -18,7 +20,25 @@ from sparselora_fx.ir.token_lists import (
 )
 from sparselora_fx.runtime.calls import CallKind
 from sparselora_fx.runtime.counting import CountedBatch
+from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens
 from sparselora_fx.runtime.runtime import Runtime
+
+
+def known_tokens(runtime: Runtime, arguments: dict[str, object]) -> dict[str, Any]:
+    """A call's arguments, with what is known besides of the tokens that carry loss."""
+    named, kept = named_tokens(), runtime.kept_labels
+    if named is not None:
+        return {**arguments, OUTPUT_TOKENS: named}
+    if kept is not None and arguments.get("labels") is None:
+        return {**arguments, "labels": kept.labels}
+    return arguments
+
+
+def shift_of(runtime: Runtime, arguments: Mapping[str, object]) -> bool | None:
+    """How the labels of a call are predicted: see `Convention.shift`."""
+    convention, kept = runtime.convention, runtime.kept_labels
+    mine = kept is not None and kept.own_loss and arguments.get("labels") is kept.labels
+    return None if mine and not convention.said else convention.shift
 
 
 def step_counts(
@@ -87,3 +107,30 @@ def is_worth_it(runtime: Runtime, tokens: Tokens | None, counts: TokenCounts | N
     if few and not runtime.call.is_measurement:
         runtime.tally.warn_few(counts.sparse, real, least)
     return not few
+
+
+def observed_rows(
+    runtime: Runtime,
+    tokens: Tokens | None,
+    counts: TokenCounts | None,
+    arguments: Mapping[str, object],
+) -> list[Tensor]:
+    """What is observed of a dense call. Warm-up calls, and those without gradients, run the same
+    graphs and do not count."""
+    assert runtime.collector is not None
+    counting = runtime.call.is_step and torch.is_grad_enabled()
+    if counting and runtime.step is not None and runtime.refreshes():
+        runtime.collector.reopen(runtime.step[0])
+    device = next((v.device for v in arguments.values() if isinstance(v, Tensor)), None)
+    device = device or next(runtime.model.parameters()).device
+    total = None if counts is None else counts.sparse
+    return runtime.collector.begin(tokens, total, device, counting=counting)
+
+
+def rows_of(arguments: Mapping[str, object]) -> int:
+    """How many tokens a call has; 1 where it does not say."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[:2].numel()
+    return 1

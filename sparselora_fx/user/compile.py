@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,19 +13,16 @@ from torch import nn
 from sparselora_fx import _torch
 from sparselora_fx.compiler.backend import make_backend
 from sparselora_fx.compiler.cuda_graphs import cuda_graphs_of
-from sparselora_fx.compiler.switches import check_switches
-from sparselora_fx.errors import CompileError, PlanError
+from sparselora_fx.errors import PlanError
 from sparselora_fx.estimator.online import first_estimator
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir import autograd  # noqa: F401 - importing it registers derivatives
-from sparselora_fx.lowering import cache_key, inductor_backend
 from sparselora_fx.model.attributes import RUNTIME
 from sparselora_fx.model.blocks import block_names
 from sparselora_fx.model.conventions import convention_of
-from sparselora_fx.model.frozen_weights import FrozenWeight, frozen_weights
-from sparselora_fx.model.opaque import refuse_opaque, warn_opaque
+from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.model.signature import output_embedding
-from sparselora_fx.plan.plan import Sparsity, SparsityPlan
+from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.plan.schedule import sparsity_scale_at
 from sparselora_fx.plan.score import Score
 from sparselora_fx.rewrite.rewrite import Options
@@ -36,6 +33,7 @@ from sparselora_fx.runtime.regional import compile_blocks, repeated_blocks, rest
 from sparselora_fx.runtime.runtime import Runtime, get_runtime, marked_by
 from sparselora_fx.runtime.tracing_dora import restore_dora, trace_dora
 from sparselora_fx.runtime.uncompiled import leave_uncompiled, restore_uncompiled
+from sparselora_fx.user.compile_checks import checked_plan, verified
 from sparselora_fx.user.keywords import refuse_unknown
 
 
@@ -54,6 +52,7 @@ def compile(
     shift: bool | None = None,
     cuda_graphs: bool | str = "auto",
     verify_speed: bool | None = None,
+    strict: bool = False,
     **unknown: Any,
 ) -> nn.Module:
     """Make a model's training steps use only the channels that matter; returns the same object.
@@ -72,50 +71,71 @@ def compile(
         shift: token t predicts label t + 1 (True) or label t (False); None: as traced graphs show.
         cuda_graphs: replay steps of recurring sizes as CUDA graphs; True: and warn where not.
         verify_speed: time a few steps, and warn and stay dense if sparse is slower (decision 18).
+        strict: raise what breaks in a sparse step; else it is taken dense, with one warning.
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told. Raises, and
     leaves the model as it was: CompileError (no module, frozen weight, block or head; an unknown
     word, or KeywordError; a quantised base), EstimatorError (another model's), PlanError.
     """
-    verified = _verified(verify_speed, backend, unknown)
-    checked, frozen, sparsity = _checked(model, estimator, plan, backend, lora_branch)
+    refuse_unknown(unknown)
+    asked = _Asked(
+        plan, backend, dynamic, lora_branch, compile_eval, regional, precompile, trim_logits, shift,
+        cuda_graphs, verified(verify_speed, backend), strict,
+    )  # fmt: skip
+    return _compiled(model, estimator, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The words of `compile`, which says what each means."""
+
+    plan: Any
+    backend: str
+    dynamic: bool | None
+    lora_branch: str
+    compile_eval: bool
+    regional: bool
+    precompile: bool
+    trim_logits: bool
+    shift: bool | None
+    cuda_graphs: bool | str
+    verify_speed: bool | None
+    strict: bool
+
+
+def _compiled(model: nn.Module, estimator: SVDEstimator | None, asked: _Asked) -> nn.Module:
+    backend, regional, trim = asked.backend, asked.regional, asked.trim_logits
+    checked, frozen, sparsity = checked_plan(
+        model, estimator, asked.plan, backend, asked.lora_branch
+    )
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
-    score, convention = found.score_of(checked.score), convention_of(model, shift)
+    score, convention = found.score_of(checked.score), convention_of(model, asked.shift)
     blocks = repeated_blocks(frozen) if regional else []
-    captured = cuda_graphs_of(model, cuda_graphs, backend=backend, regional=regional)
-    head = output_embedding(model, regional=regional) if trim_logits else None
+    captured = cuda_graphs_of(model, asked.cuda_graphs, backend=backend, regional=regional)
+    head = output_embedding(model, regional=regional) if trim else None
     _restore_earlier(model, frozen)
-    runtime = Runtime(model, checked, sparsity, frozen, convention, collector, captured, verified)
-    runner, run = _compiled(runtime, backend, lora_branch, score, dynamic, regional)
-    forward = CompiledForward(model, runtime, run, compile_eval, precompile, trim_logits)
-    blockwise = partial(compile_blocks, runtime, blocks, runner, dynamic)
+    verify = asked.verify_speed
+    runtime = Runtime(model, checked, sparsity, frozen, convention, collector, captured, verify)
+    runtime.safety.strict = asked.strict
+    runner, run = _runners(runtime, asked, score)
+    forward = CompiledForward(model, runtime, run, asked.compile_eval, asked.precompile, trim)
+    blockwise = partial(compile_blocks, runtime, blocks, runner, asked.dynamic)
     return _attach(runtime, forward, found, score, head, blockwise)
 
 
-def _compiled(
-    runtime: Runtime,
-    backend: str,
-    lora_branch: str,
-    score: Score,
-    dynamic: bool | None,
-    apart: bool,
+def _runners(
+    runtime: Runtime, asked: _Asked, score: Score
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The backend, and the model's forward under it; uncompiled where blocks are ``apart``."""
+    """The backend, and the model's forward under it; uncompiled where blocks are compiled apart."""
     plan, forward = runtime.plan, runtime.model.forward
     wanted = runtime.verify_speed
     weigh = wanted is True or (wanted is None and bool(plan.start_step))
-    terms = plan.channel_multiple, lora_branch, score, plan.track_adapter
+    terms = plan.channel_multiple, asked.lora_branch, score, plan.track_adapter
     runtime.options = Options(*terms, weigh=weigh)
     blocks = block_names(runtime.frozen).values()
-    runner = make_backend(runtime, backend, runtime.options, blocks)
-    return runner, forward if apart else _torch.compile_callable(forward, runner, dynamic)
-
-
-def _verified(wanted: Any, backend: str, unknown: Mapping[str, Any]) -> bool | None:
-    """As `SpeedCheck` takes it: only native code is there to be fast, unless one asks."""
-    refuse_unknown(unknown)
-    if wanted not in (True, False, None):
-        raise CompileError(f"verify_speed must be True, False or None, got {wanted!r}")
-    return False if wanted is None and backend != "inductor" else wanted
+    runner = make_backend(runtime, asked.backend, runtime.options, blocks)
+    if asked.regional:
+        return runner, forward
+    return runner, _torch.compile_callable(forward, runner, asked.dynamic)
 
 
 def _attach(
@@ -212,77 +232,3 @@ def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:
             stacklevel=3,
         )
         restore(other.model)
-
-
-def _check_words(
-    model: Any, estimator: Any, plan: Any, backend: str, lora_branch: str
-) -> SparsityPlan:
-    """The plan, if the words that came with it are known and it has an estimator to go with."""
-    if not isinstance(model, nn.Module):
-        raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    plan = SparsityPlan.default() if plan is None else plan
-    checked: SparsityPlan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
-    if estimator is None:
-        checked = replace(checked, calibrate="dense_phase")
-    elif not isinstance(estimator, SVDEstimator):
-        raise CompileError(
-            f"estimator must be an SVDEstimator, got {type(estimator).__name__}; build one with "
-            "sparselora_fx.SVDEstimator.build(model, rank=8), or leave it out and let the dense "
-            "first steps make one"
-        )
-    elif checked.calibrate:
-        raise CompileError(
-            f"an estimator was given, and the plan says calibrate={checked.calibrate!r}, which "
-            "makes one in training; leave one of them out"
-        )
-    if backend not in inductor_backend.BACKENDS:
-        allowed = ", ".join(map(repr, inductor_backend.BACKENDS))
-        raise CompileError(f"backend must be one of {allowed}, got {backend!r}")
-    if lora_branch not in ("dense", "sparse"):
-        raise CompileError(f"lora_branch must be 'dense' or 'sparse', got {lora_branch!r}")
-    check_switches()
-    if backend == "inductor":
-        cache_key.key()  # refuses settings that cannot be read
-    return checked
-
-
-def _checked(
-    model: nn.Module, estimator: SVDEstimator | None, plan: Any, backend: str, lora_branch: str
-) -> tuple[SparsityPlan, list[FrozenWeight], dict[str, Sparsity]]:
-    """The plan, the model's frozen weights and the sparsity of each, if all fit together."""
-    plan = _check_words(model, estimator, plan, backend, lora_branch)
-    frozen = _frozen_on_device(model)
-    if estimator is not None:
-        estimator.check(model)
-    sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
-    _check_multiple(plan, frozen, sparsity)
-    warn_opaque(model, len(frozen))
-    return plan, frozen, sparsity
-
-
-def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:
-    frozen = frozen_weights(model)
-    refuse_opaque(model, len(frozen), CompileError)
-    if not frozen:
-        raise CompileError(
-            "the model has no frozen linear weight, so there is nothing to skip; "
-            "attach LoRA first (peft.get_peft_model) or set requires_grad=False on the base weights"
-        )
-    meta = [weight.name for weight in frozen if weight.weight.is_meta]
-    if meta:
-        raise CompileError(
-            f"{len(meta)} frozen weights are on the meta device (first: {meta[0]}); "
-            "load real weights first"
-        )
-    return frozen
-
-
-def _check_multiple(
-    plan: SparsityPlan, frozen: list[FrozenWeight], sparsity: Mapping[str, Sparsity]
-) -> None:
-    widths = [w.out_features for w in frozen if max(sparsity[w.name]) > 0]
-    if widths and plan.channel_multiple > max(widths):
-        raise PlanError(
-            f"channel_multiple={plan.channel_multiple} asks to keep more channels than any layer "
-            f"in the plan has ({max(widths)}); choose at most {max(widths)}, usually 16"
-        )

@@ -59,7 +59,7 @@ def _notes(runtime: Runtime, traced: Traced | None) -> list[str]:
         return [note for note in notes if note]
     seconds = sum(one.seconds for one in runtime.compilations)
     notes += [f"compilation: {seconds:.1f} s in all"] if runtime.compilations else []
-    notes.append(runtime.speed.describe())
+    notes += [runtime.speed.describe(), runtime.safety.describe()]
     if runtime.cuda_graphs is not None and runtime.cuda_graphs.used:
         notes.append(runtime.cuda_graphs.describe())
     if runtime.collector is not None:
