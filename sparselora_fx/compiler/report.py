@@ -76,8 +76,8 @@ class Compilation:
             dimensions.
         nodes: calls in the graph, after the passes.
         log: what each pass did; nothing for a graph without marked sites.
-        seconds: the compiler's, without the trace before it and, where sizes are fixed, without the
-            backward, which is compiled when it first runs.
+        seconds: the compiler's, without the trace before it and, in graphs that are not sparse and
+            whose sizes are fixed, without the backward, which is compiled when it first runs.
     """
 
     number: int

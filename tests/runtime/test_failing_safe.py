@@ -14,13 +14,14 @@ from sparselora_fx.lowering import inductor_backend
 from sparselora_fx.runtime import failing_safe
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 
-PLAN = {"layers.0.mlp": 0.6, "layers.0.self_attn": 0.5}
+PLAN = {"layers.0.mlp": 0.6}
 REAL = inductor_backend.backend_compile
 
 
 def compiled(model: nn.Module | None = None, **options: Any) -> nn.Module:
-    model = oracle.llama(dropout=0.1) if model is None else model
+    model = tiny(dropout=0.1) if model is None else model
     plan = slx.SparsityPlan(PLAN, tokens="all", start_step=1, channel_multiple=1)
     slx.compile(model, oracle.estimator_of(model), **{"plan": plan, "backend": "eager"} | options)
     slx.step(model, 1, 10)
@@ -28,7 +29,7 @@ def compiled(model: nn.Module | None = None, **options: Any) -> nn.Module:
 
 
 def dense_step(**data: Any) -> oracle.Step:
-    return oracle.step(oracle.llama(dropout=0.1), oracle.batch(**data))
+    return oracle.step(tiny(dropout=0.1), oracle.batch(**data))
 
 
 @pytest.mark.parametrize(
