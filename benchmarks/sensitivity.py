@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,17 @@ def share_kept(model: Any, estimator: Any, plan: Any, batch: dict[str, Any]) -> 
     return kept / total
 
 
-def train(plan: slx.SparsityPlan | None, estimator: Any, batches: Any, args: Any, seed: int) -> Any:
-    """Fine-tune fresh adapters; returns the model, no longer compiled."""
-    model = load_model(seed).train()
+def train(
+    plan: slx.SparsityPlan | None,
+    estimator: Any,
+    batches: Any,
+    args: Any,
+    seed: int,
+    load: Callable[[int], Any] = load_model,
+) -> Any:
+    """Fine-tune fresh adapters of what ``load`` makes of the seed; returns the model, no longer
+    compiled."""
+    model = load(seed).train()
     torch.compiler.reset()
     # Dense runs through the same compiler: sparsity 0 rewrites nothing.
     plan = slx.SparsityPlan(0.0, **POLICY) if plan is None else plan

@@ -8,7 +8,7 @@ from torch import fx
 from sparselora_fx.graph.emit import set_value, watch
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.ir.packed_ops import ALL, unpacked_like
+from sparselora_fx.ir.packed_ops import ALL
 from sparselora_fx.rewrite.rewrite import Program
 
 
@@ -17,7 +17,7 @@ def expand_packed(program: Program) -> int:
     weight. Returns the products changed.
 
     Before:  y: [T, N] = packed_linear(x, packed, held, layout, None, ALL)
-    After:   w: [N, K] = unpack(x, packed, held, layout);  y: [T, N] = linear(x, w)
+    After:   w: [N, K] = unpack(packed, held, layout, x.dtype);  y: [T, N] = linear(x, w)
     Keeps:   every value; `slice_packed` turns each product back, before anything is unpacked.
     """
     changed = 0
@@ -34,8 +34,7 @@ def _expand(graph: fx.Graph, node: fx.Node) -> int:
     read = tensor(x)
     assert read is not None and idx is None and of == ALL, "hooks mark whole products only"
     with graph.inserting_before(node):
-        weight = graph.call_function(OPS.unpack.default, (x, packed, held, layout))
-        set_value(weight, unpacked_like(read, str(layout)))
+        weight = graph.call_function(OPS.unpack.default, (packed, held, layout, read.dtype))
         product = graph.call_function(torch.nn.functional.linear, (x, weight))
     set_value(product, node.meta["example_value"])  # whatever autocast would make of a linear
     node.replace_all_uses_with(product)

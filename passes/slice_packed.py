@@ -22,8 +22,9 @@ def slice_packed(rewrite: Rewrite) -> int:
     which unpack the rows or columns that they read, in the forward and again in the backward.
     Returns the products changed.
 
-    Before:  w: [N, K] = unpack(x, packed, held, layout);    y: [T, k] = sliced_linear(x, w, s)
-             o: [U, N] = linear(z, w);                       d: [T, N] = sliced_linear_in(h, w, s)
+    Before:  w: [N, K] = unpack(packed, held, layout, dtype)
+             y: [T, k] = sliced_linear(x, w, s);   o: [U, N] = linear(z, w)
+             d: [T, N] = sliced_linear_in(h, w, s)
     After:   y: [T, k] = packed_linear(x, packed, held, layout, s, ROWS)
              o: [U, N] = packed_linear(z, packed, held, layout, None, ALL)
              d: [T, N] = packed_linear(h, packed, held, layout, s, COLUMNS)
@@ -48,7 +49,7 @@ def _turn(graph: fx.Graph, product: fx.Node, matrix: fx.Node) -> int:
     name = op_name(product)
     if name not in _PRODUCTS or argument(product, 1, "weight") is not matrix:
         return 0
-    _, packed, held, layout = matrix.args
+    packed, held, layout, _ = matrix.args
     idx: Any = None if name == "linear" else product.args[2]
     bias = argument(product, 2, "bias") if name == "linear" else None
     with graph.inserting_before(product):

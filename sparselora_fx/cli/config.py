@@ -30,10 +30,12 @@ def _at_least(default: Any, least: float) -> Any:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """``path``: a local folder with a causal language model and its tokenizer."""
+    """``path``: a local folder with a causal language model and its tokenizer. ``quantisation``:
+    how bitsandbytes stores the base, "-double" with its scales quantised as well."""
 
     path: str
     dtype: str = _choice("auto", "auto", "float32", "bfloat16", "float16")
+    quantisation: str = _choice("none", "none", "nf4", "nf4-double", "fp4", "fp4-double", "int8")
     trust_remote_code: bool = False
 
 

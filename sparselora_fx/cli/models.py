@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparselora_fx.cli.config import Config, ConfigError
+from sparselora_fx.cli.config import Config, ConfigError, ModelSection
 from sparselora_fx.cli.data import encode, read_records
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.user.compile import compile
@@ -51,7 +51,7 @@ class Loaded:
 
 def load(config: Config) -> Loaded:
     """Load everything from local files. Raises `ConfigError` with the key that is at fault."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     records = read_records(config.data.train)
@@ -61,12 +61,16 @@ def load(config: Config) -> Loaded:
     options = {"local_files_only": True, "trust_remote_code": section.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **options)
+        options |= _quantisation(section)
         base = AutoModelForCausalLM.from_pretrained(section.path, dtype=section.dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path: cannot load {section.path!r}: {first}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    quantised = section.quantisation != "none"
+    if quantised:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     torch.manual_seed(config.train.seed)
     targets: Any = [name.strip() for name in config.lora.targets.split(",")]
     targets = "all-linear" if targets == ["all-linear"] else targets
@@ -78,9 +82,29 @@ def load(config: Config) -> Loaded:
         model = get_peft_model(base, lora)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not quantised:
         model.to("cuda")
     return Loaded(config, model.train(), tokenizer, encode(records, tokenizer, config.data))
+
+
+def _quantisation(section: ModelSection) -> dict[str, Any]:
+    """What `from_pretrained` is told of a quantised base; nothing of a plain one."""
+    if section.quantisation == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    place = {"": 0} if torch.cuda.is_available() else "cpu"
+    kind, _, double = section.quantisation.partition("-")
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": place}
+    dtype = "bfloat16" if section.dtype == "auto" else section.dtype
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(double),
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": place}
 
 
 def estimator_of(loaded: Loaded, *, progress: bool) -> SVDEstimator:

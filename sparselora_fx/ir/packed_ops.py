@@ -19,7 +19,7 @@ ROWS, COLUMNS, ALL = 0, 1, -1  # what of the matrix is multiplied
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _MATRIX = "Tensor packed, Tensor[] held, str layout"
 
-LIBRARY.define(f"unpack(Tensor x, {_MATRIX}) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"unpack({_MATRIX}, ScalarType dtype) -> Tensor", tags=_TAGS)
 LIBRARY.define(f"packed_linear(Tensor x, {_MATRIX}, Tensor? idx, int of) -> Tensor", tags=_TAGS)
 LIBRARY.define(
     f"packed_linear_dgrad(Tensor gy, {_MATRIX}, Tensor? idx, int of) -> Tensor", tags=_TAGS
@@ -27,10 +27,10 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "unpack", "CompositeExplicitAutograd")
-def unpacked(x: Tensor, packed: Tensor, held: list[Tensor], layout: str) -> Tensor:
-    """``W[N, K]`` in x's dtype, of which nothing else is read. Only passes see it: between
-    `expand_packed` and `slice_packed` it stands for a plain weight."""
-    return unpack(packed, held, Layout.decode(layout), x.dtype)
+def unpacked(packed: Tensor, held: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    """``W[N, K]``. Only passes see it: between `expand_packed` and `slice_packed` it stands for a
+    plain weight, so like one it reads nothing that is multiplied with it."""
+    return unpack(packed, held, Layout.decode(layout), dtype)
 
 
 @torch.library.impl(LIBRARY, "packed_linear", "CompositeExplicitAutograd")
@@ -79,15 +79,10 @@ def _check(x: Tensor, idx: Tensor | None, form: Layout, of: int, *, inner: int) 
         raise ValueError(f"x has {x.shape[-1]} channels, but {inner} are multiplied")
 
 
-def unpacked_like(x: Tensor, layout: str) -> Tensor:
-    """What `unpack` returns, without values."""
-    form = Layout.decode(layout)
-    return x.detach().new_empty(form.n, form.k)
-
-
 @torch.library.register_fake("sparselora::unpack", lib=LIBRARY)
-def _(x: Tensor, packed: Tensor, held: list[Tensor], layout: str) -> Tensor:
-    return unpacked_like(x, layout)
+def _(packed: Tensor, held: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    form = Layout.decode(layout)
+    return packed.new_empty(form.n, form.k, dtype=dtype)
 
 
 @torch.library.register_fake("sparselora::packed_linear", lib=LIBRARY)

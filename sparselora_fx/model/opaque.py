@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx.errors import SparseLoraError
-from sparselora_fx.model.packed import packed_of
+from sparselora_fx.model.packed import packed_of, why_not
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What quantised linears call their packed matrix: GPTQ and AWQ, compressed-tensors, HQQ, AQLM.
@@ -40,18 +40,37 @@ def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
     plain, or quantised in a way that is understood (`packed`)."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or packed_of(module) is not None:
         return None
-    held = [*module._parameters.items(), *module._buffers.items()]
-    for name, tensor in ((n, t) for n, t in held if t is not None):
+    held = {**module._parameters, **module._buffers}
+    named = [(name, tensor) for name, tensor in held.items() if tensor is not None]
+    for name, tensor in named:
         sharder = _sharder(tensor)
         if sharder:
             return sharder, True
-        odd = tensor.dtype not in _PLAIN or tensor.is_sparse or is_foreign(tensor)
-        matrix = tensor.dim() >= 2 and not tensor.requires_grad
-        if name in _PACKED or (name == "weight" and matrix and odd):
+        whole = name == "weight" or name in module._parameters
+        if name in _PACKED or (whole and _is_odd_matrix(tensor)):
             return _quantiser(module, tensor), False
     if any(name in _PACKED and value is not None for name, value in module.__dict__.items()):
         return _quantiser(module, torch.empty(0)), False
-    return None
+    if not _is_linear(module):
+        return None
+    # compressed-tensors rounds inputs on the way, also once it has unpacked the weight in place.
+    if "quantization_scheme" in module.__dict__:
+        return _quantiser(module, torch.empty(0)), False
+    plain = any(t.dim() == 2 and t.dtype in _PLAIN for _, t in named if isinstance(t, nn.Parameter))
+    odd = [tensor for _, tensor in named if tensor.dtype not in _PLAIN and tensor.numel() > 1]
+    return (_quantiser(module, odd[0]), False) if odd and not plain else None
+
+
+def _is_odd_matrix(tensor: Tensor) -> bool:
+    """Whether it is frozen, and its elements are not those of a plain matrix."""
+    odd = tensor.dtype not in _PLAIN or tensor.is_sparse or is_foreign(tensor)
+    return odd and tensor.dim() >= 2 and not tensor.requires_grad
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module says that it is a linear, whatever it keeps its matrix in."""
+    sized = "in_features" in module.__dict__ or "infeatures" in module.__dict__
+    return sized or isinstance(module, nn.Linear) or "Linear" in type(module).__name__
 
 
 def opaque_modules(model: nn.Module) -> list[Opaque]:
@@ -83,8 +102,9 @@ def refuse_opaque(model: nn.Module, plain: int, error: type[SparseLoraError]) ->
             f"the base is {_by(found)} ({len(found)} linears, first: {found[0].name}), which is "
             "not supported: of quantised bases bitsandbytes' 4 and 8 bits, torchao's weight-only "
             "int8, float8 and intx, and transformers' fp8 are; load the base with one of these, or "
-            "without quantization_config (dtype=torch.bfloat16), or call base.dequantize(), then "
-            "attach LoRA and compile"
+            "with a quantization_config that says dequantize=True (CompressedTensorsConfig, "
+            "FineGrainedFP8Config and others have it), or without quantization_config "
+            "(dtype=torch.bfloat16), or call base.dequantize(), then attach LoRA and compile"
         )
 
 
@@ -125,11 +145,13 @@ def _sharder(tensor: Tensor) -> str:
 
 
 def _quantiser(module: nn.Module, tensor: Tensor) -> str:
-    """The package that quantised a weight, with the class that tells it."""
+    """The package that quantised a weight, with the class that tells it, and what is wrong with a
+    weight of a kind that is understood."""
     for kind in (type(tensor), type(module)):
         package = kind.__module__.split(".")[0]
         if package not in _HOSTS:
-            return f"{package} ({kind.__name__})"
+            why = why_not(module)
+            return f"{package} ({kind.__name__}{'; ' if why else ''}{why})"
     if hasattr(module, "quantization_scheme"):
         return "compressed-tensors"
     for kind in (type(tensor), type(module)):

@@ -75,14 +75,10 @@ def _named(kind: type) -> str:
 
 def _four_bits(module: nn.Module, weight: Any) -> Packed | None:
     state: Any = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-    if state is None or getattr(state, "packing_format_for_cpu", False):
-        return None  # not quantised yet; or stored anew for inference on a CPU, scales rounded
-    if state.shape is None or state.quant_type not in ("nf4", "fp4"):
+    if why_not(module) or state.shape is None or state.quant_type not in ("nf4", "fp4"):
         return None
     if tuple(state.shape) != (module.out_features, module.in_features):
         return None
-    if weight.device.type == "cpu" and module.in_features % state.blocksize:
-        return None  # there bitsandbytes itself reads wrong scales (0.50): no values to agree with
     held = [state.code, state.absmax]
     if state.nested:
         if state.state2.blocksize != NESTED:
@@ -96,6 +92,26 @@ def _four_bits(module: nn.Module, weight: Any) -> Packed | None:
         return None  # other elements than the state speaks of
     name = f"bitsandbytes {state.quant_type}" + (" (double)" if state.nested else "")
     return Packed(name, layout, stored, tuple(held), state.dtype, follows_autocast=False)
+
+
+def why_not(module: Any) -> str:
+    """Why a 4-bit linear of bitsandbytes is not understood as it stands now; empty: it is, or it is
+    something else."""
+    weight: Any = module._parameters.get("weight")
+    if "bitsandbytes.Linear4bit" not in {_named(kind) for kind in type(module).__mro__}:
+        return ""
+    state: Any = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:
+        return "it is not quantised yet: move it to its device"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "it was evaluated, which stored it anew with rounded scales: load it again"
+    k, block = module.in_features, state.blocksize
+    if weight.device.type == "cpu" and k % block:
+        # bitsandbytes itself reads wrong scales there (0.50): there are no values to agree with.
+        return (
+            f"in_features {k} is no multiple of the block, {block}, and a CPU misreads its scales"
+        )
+    return ""
 
 
 def _eight_bits(module: nn.Module, weight: Any) -> Packed | None:

@@ -10,7 +10,7 @@ from sparselora_fx.graph.nodes import op_name
 def matrix_of(weight: fx.Node) -> fx.Node:
     """What a graph multiplies in the place of a weight: the weight, or what it unpacks to
     (`expand_packed`)."""
-    made = [user for user in weight.users if op_name(user) == "unpack" and user.args[1] is weight]
+    made = [user for user in weight.users if op_name(user) == "unpack" and user.args[0] is weight]
     return made[0] if len(made) == 1 else weight
 
 
@@ -18,7 +18,7 @@ def stored(matrix: fx.Node) -> fx.Node:
     """The input of the graph behind `matrix_of`."""
     if op_name(matrix) != "unpack":
         return matrix
-    packed = matrix.args[1]
+    packed = matrix.args[0]
     assert isinstance(packed, fx.Node)
     return packed
 

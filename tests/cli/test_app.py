@@ -23,12 +23,13 @@ from sparselora_fx.cli.config import recipes
 TOKENIZER = "benchmarks/demo/model"
 
 
-def save_model(folder: Path, layers: int) -> None:
+def save_model(folder: Path, layers: int, width: int = 32) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -153,7 +154,8 @@ def test_the_entry_point_says_what_it_lacks() -> None:
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
     """On a tiny model of the recipe's depth, in its own precision."""
-    save_model(tmp_path / "model", 40 if "13b" in name else 32)
+    quantised = name.endswith("qlora")  # in blocks of 64 elements
+    save_model(tmp_path / "model", 40 if "13b" in name else 32, 64 if quantised else 32)
     records = [
         {"instruction": f"{p['instruction']} " * 8, "output": str(p["output"])}
         for p in generate("train", 4)
@@ -168,3 +170,5 @@ def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
     costs = json.loads(run("train", name, *given, "--json").stdout)
     said = json.loads((tmp_path / "out" / "explain.json").read_text(encoding="utf-8"))
     assert costs["steps"] == 2 and said["regions"]
+    unpacked = [row for row in said["linears"] if "bitsandbytes nf4 (double)" in str(row)]
+    assert bool(unpacked) == quantised

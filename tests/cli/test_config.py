@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparselora_fx.cli.config import ConfigError, DataSection, read_config, reci
 from sparselora_fx.cli.data import encode, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
+QLORA = "llama-3-8b-math10k-qlora"
 GOOD = """\
 model: {path: m}
 data:
@@ -55,6 +57,7 @@ def test_values_defaults_and_overrides(tmp_path: Path) -> None:
         (("plan: 0.5", "plans: 0.5"), r"run.yaml:7: plans: unknown key; did you mean 'plan'"),
         (("plan: 0.5", "plan: [1"), r"run.yaml:\d: not YAML"),
         (("model: {path: m}", "model: m"), r"run.yaml:1: model: must be a mapping"),
+        (("{path: m}", "{path: m, quantisation: x}"), r"run.yaml:1: model.quantisation: is 'x'"),
         (("model: {path: m}\n", ""), r"run.yaml: model.path: is missing"),
     ],
 )  # fmt: skip
@@ -92,7 +95,7 @@ def test_an_unknown_name_is_no_recipe() -> None:
 def test_recipes_are_the_published_plans() -> None:
     names = {"Math10K": "math10k", "CSR": "csr170k", "Code": "codefeedback", "MT-Bench": "wizardlm"}
     published = {f"{p.model.lower()}-{names[p.task]}": p for p in PLANS if p.task in names}
-    assert recipes() == sorted(published)
+    assert recipes() == sorted([*published, QLORA])
     for name, plan in published.items():
         found = read_config(name, ["model.path=m", "data.train=t.json"])
         keys = {
@@ -106,6 +109,14 @@ def test_recipes_are_the_published_plans() -> None:
         assert int(MODELS[plan.model]["num_hidden_layers"]) > max(
             int(key.split(".")[1]) for key in keys
         )
+
+
+def test_the_recipe_in_four_bits_is_the_published_one_otherwise() -> None:
+    given = ["model.path=m", "data.train=t.json", "output=o"]
+    plain, quantised = (read_config(name, given) for name in (QLORA.removesuffix("-qlora"), QLORA))
+    assert quantised.model.quantisation == "nf4-double"
+    assert replace(quantised, model=plain.model) == plain
+    assert replace(quantised.model, quantisation="none") == plain.model
 
 
 INSTRUCTION = {"instruction": "Add 2 and 3.", "input": "", "output": "5"}

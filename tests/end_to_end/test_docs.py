@@ -1,7 +1,7 @@
 """Every code block of README and docs runs, page by page from top to bottom, or quotes our code.
 
 README's blocks run as they stand. A page of docs/ speaks of `model` (compiled), `estimator`,
-`batches`, `batch` and its tensors, which are a tiny model's here.
+`batches`, `batch` and its tensors, which are a tiny model's here, and of the `path` of a saved one.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ def run(page: str, space: dict[str, Any]) -> None:
         exec(compile(tree, str(ROOT / page), "exec"), space)
 
 
-def given() -> dict[str, Any]:
+def given(path: Path) -> dict[str, Any]:
     """What the pages of docs/ speak of."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=64,
     )  # fmt: skip
+    wide = {"hidden_size": 64, "num_hidden_layers": 1}  # quantised in blocks of 64
+    LlamaForCausalLM(LlamaConfig.from_dict({**config.to_dict(), **wide})).save_pretrained(path)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config), lora).train()
     ids = torch.randint(3, 64, (2, 16))
@@ -56,7 +58,7 @@ def given() -> dict[str, Any]:
     return {
         "completion": completion, "ids": ids, "seen": seen,
         "slx": slx, "torch": torch, "model": model, "estimator": estimator, "batches": [batch],
-        "batch": batch,
+        "batch": batch, "path": path,
     }  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in QUOTES and blocks(page)])
 def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(page, given())
+    run(page, given(tmp_path / "saved"))
 
 
 def bare(function: ast.FunctionDef) -> str:

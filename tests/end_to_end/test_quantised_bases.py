@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
+from transformers import LlamaForCausalLM
 
 import sparselora_fx as slx
+from benchmarks.support.measuring import peak_memory
 from sparselora_fx.model import unpacking
 from sparselora_fx.model.frozen_weights import frozen_weights
 from tests.support import oracle
@@ -104,6 +106,45 @@ def test_eight_bits_equal_masked_dense(tmp_path: Path, dtype: torch.dtype) -> No
     assert slx.explain(model, verbose=True).count("unpacked from bitsandbytes int8") == 7
 
 
+def test_outliers_of_eight_bits(tmp_path: Path) -> None:
+    """Inputs above LLM.int8's threshold (6): on a CPU training multiplies with the dequantised
+    weight whatever they are, in the quantiser's own products and in ours."""
+    model, data = quantised_llama(tmp_path, BYTES), oracle.batch()
+    largest: list[float] = []
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.weight.data.mul_(4)  # type: ignore[union-attr, operator]
+        if name.endswith("up_proj"):
+            assert module.base_layer.state.threshold == 6  # type: ignore[union-attr]
+            looked = module.register_forward_pre_hook(
+                lambda m, x: largest.append(float(x[0].abs().max()))
+            )
+    plain = dequantised(model)
+    own = oracle.step(model, data)
+    looked.remove()
+    assert max(largest) > 12
+    oracle.assert_close(own, oracle.step(plain, data), 2e-5)
+    got = run(model, data)
+    oracle.assert_rewrote(got.record, plain, PLAN)
+    oracle.assert_close(got, oracle.reference_step(plain, data, got.record), 2e-5)
+
+
+def test_a_step_takes_no_more_memory_than_a_dense_one(tmp_path: Path) -> None:
+    """Weights, copies by column and factors included."""
+    sizes = {"hidden": 128, "width": 512, "layers": 2}
+    model, data = quantised_llama(tmp_path, NF4, **sizes), oracle.batch(samples=4, length=64)
+    twin = quantised_llama(tmp_path, NF4, **sizes)
+    plain = torch.compile(twin, backend="aot_eager")
+    plan = oracle.plan_of({"mlp": 0.9, "self_attn": 0.5})
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="aot_eager")
+    peaks = []
+    for call, whose in ((plain, twin), (model, model)):
+        for _ in range(2):
+            call(**data).loss.backward()
+        peaks.append(peak_memory(whose, lambda call=call: call(**data).loss.backward()))
+    assert peaks[1] <= peaks[0]
+
+
 def test_the_lora_branch_sparse_too(tmp_path: Path) -> None:
     model, data = quantised_llama(tmp_path, NF4), oracle.batch()
     plain = dequantised(model)
@@ -164,6 +205,24 @@ def test_the_estimator_is_that_of_the_values(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.a @ ours.b, a @ b, rtol=1e-4, atol=1e-5)
     made.save(tmp_path / "estimator.safetensors")
     slx.SVDEstimator.load(tmp_path / "estimator.safetensors").check(model)
+
+
+@pytest.mark.parametrize("words", [NF4, FP4, BYTES], ids=["nf4", "fp4", "int8"])
+def test_the_estimator_is_near_that_of_the_full_precision_base(tmp_path: Path, words: Any) -> None:
+    """The same entries in the same shapes, which fit the full-precision weights as well, to second
+    order in what quantising changed."""
+    model = quantised_llama(tmp_path, words)
+    full = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path), oracle.lora_config())
+    made, expected = oracle.estimator_of(model), oracle.estimator_of(full)
+    assert made.factors.keys() == expected.factors.keys()
+    plain = {weight.canonical: weight.logical() for weight in frozen_weights(full)}
+    for weight in frozen_weights(model):
+        ours, theirs = (e.factors[weight.canonical] for e in (made, expected))
+        assert (ours.a.shape, ours.b.shape) == (theirs.a.shape, theirs.b.shape)
+        values = plain[weight.canonical]
+        error = float((weight.logical() - values).norm() / values.norm())
+        left, best = ((values - f.a @ f.b).norm() for f in (ours, theirs))
+        assert 0 < error < 0.15 and left <= best * (1 + error**2 + 1e-5)
 
 
 @pytest.mark.slow

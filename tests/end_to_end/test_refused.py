@@ -1,6 +1,7 @@
 """What cannot be done is said in a typed error that names it and the remedy, and changes nothing:
 quantised and sharded bases, keywords of torch.compile, a batch on another device."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,90 +15,7 @@ from torch.func import functional_call, grad, vmap
 import sparselora_fx as slx
 from sparselora_fx.model.frozen_weights import frozen_weights
 from tests.support import oracle
-
-WIDTH, CHANNELS = 16, 40
-
-
-def named(kind: type, module: str) -> type:
-    """A stand-in: a class that says it comes from this module."""
-    kind.__module__ = module
-    return kind
-
-
-class Wrapped(Tensor):
-    """A tensor subclass that keeps its values in another form."""
-
-    @staticmethod
-    def __new__(cls, values: Tensor) -> "Wrapped":
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)  # type: ignore[attr-defined, no-any-return]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"the raw error of {func}")
-
-
-def bitsandbytes_4bit(linear: nn.Linear) -> nn.Module:
-    parameter = named(type("Params4bit", (nn.Parameter,), {}), "bitsandbytes.nn.modules")
-    kind = named(type("Linear4bit", (nn.Linear,), {}), "bitsandbytes.nn.modules")
-    packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
-    new = kind(linear.in_features, linear.out_features)
-    new.weight = parameter(packed, requires_grad=False)
-    return new
-
-
-def bitsandbytes_8bit(linear: nn.Linear) -> nn.Module:
-    parameter = named(type("Int8Params", (nn.Parameter,), {}), "bitsandbytes.nn.modules")
-    kind = named(type("Linear8bitLt", (nn.Linear,), {}), "bitsandbytes.nn.modules")
-    new = kind(linear.in_features, linear.out_features)
-    new.weight = parameter(linear.weight.to(torch.int8), requires_grad=False)
-    return new
-
-
-def torchao_tensor(linear: nn.Linear) -> nn.Module:
-    kind = named(type("Int8Tensor", (Wrapped,), {}), "torchao.quantization")
-    linear.weight = nn.Parameter(kind(linear.weight.detach()), requires_grad=False)
-    return linear
-
-
-def gptq(linear: nn.Linear) -> nn.Module:
-    new = named(type("TorchQuantLinear", (nn.Module,), {}), "gptqmodel.nn_modules.qlinear.torch")()
-    new.register_buffer("qweight", torch.zeros(WIDTH // 8, CHANNELS, dtype=torch.int32))
-    new.register_buffer("scales", torch.ones(1, CHANNELS))
-    return new
-
-
-def awq(linear: nn.Linear) -> nn.Module:
-    new = named(type("WQLinear_GEMM", (nn.Module,), {}), "awq.modules.linear.gemm")()
-    new.register_buffer("qweight", torch.zeros(WIDTH, CHANNELS // 8, dtype=torch.int32))
-    return new
-
-
-def compressed(linear: nn.Linear) -> nn.Module:
-    linear.weight_packed = nn.Parameter(torch.zeros(4, 4, dtype=torch.int32), requires_grad=False)
-    linear.quantization_scheme = object()  # type: ignore[assignment]
-    del linear.weight
-    return linear
-
-
-def fp8(linear: nn.Linear) -> nn.Module:
-    kind = named(type("FP8Linear", (nn.Linear,), {}), "transformers.integrations.finegrained_fp8")
-    new = kind(linear.in_features, linear.out_features)
-    new.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    new.weight_scale_inv = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    return new
-
-
-QUANTISED = [
-    (bitsandbytes_4bit, "bitsandbytes"),
-    (bitsandbytes_8bit, "bitsandbytes"),
-    (torchao_tensor, "torchao"),
-    (gptq, "gptqmodel"),
-    (awq, "awq"),
-    (compressed, "compressed-tensors"),
-    (fp8, "FP8Linear"),
-]
+from tests.support.quantised_stand_ins import CHANNELS, QUANTISED, WIDTH
 
 
 class Net(nn.Module):
@@ -132,7 +50,7 @@ def estimator() -> slx.SVDEstimator:
 def test_a_quantised_base_is_named(change: Any, quantiser: str) -> None:
     model = Net(change)
     before = marks(model)
-    words = f"quantised by.*{quantiser}.*not supported.*quantization_config"
+    words = f"quantised by.*{re.escape(quantiser)}.*not supported.*quantization_config"
     with pytest.raises(slx.CompileError, match=words):
         slx.compile(model, estimator(), plan=0.5)
     with pytest.raises(slx.CompileError, match=words):
@@ -147,7 +65,9 @@ def test_a_base_that_is_quantised_in_part_warns_and_says_so(change: Any, quantis
     model = Net(change, both=False)
     assert [w.name for w in frozen_weights(model)] == ["other"]
     found = slx.SVDEstimator.build(model, rank=4, progress=False)
-    with pytest.warns(UserWarning, match=f"2 of 3 frozen linears are quantised by.*{quantiser}"):
+    with pytest.warns(
+        UserWarning, match=f"2 of 3 frozen linears are quantised by.*{re.escape(quantiser)}"
+    ):
         slx.compile(model, found, plan=0.5, backend="eager")
     table = slx.explain(model, verbose=True)
     assert table.count("dense: quantised by") == 2 and quantiser in table

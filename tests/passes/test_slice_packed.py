@@ -9,7 +9,7 @@ import sparselora_fx as slx
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.ir.packed_ops import ALL, COLUMNS, ROWS
 from tests.support import oracle
-from tests.support.quantised_models import NF4, quantised_llama
+from tests.support.quantised_models import NF4, dequantised, quantised_llama
 from tests.support.rewritten_graphs import count, rewritten
 
 
@@ -41,3 +41,20 @@ def test_output_tokens_read_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(weights) == 3 and not any(
         user.target is torch.nn.functional.linear for weight in weights for user in weight.users
     )
+
+
+def test_passes_do_to_a_quantised_model_what_they_do_to_a_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Context and output tokens stay apart between the linears: what stands for a quantised weight
+    reads nothing of what is multiplied with it."""
+    model, data = quantised_llama(tmp_path, NF4), oracle.batch()
+    data["labels"][:, :5] = -100
+    plan = slx.SparsityPlan({"mlp": 0.5, "self_attn": 0.5}, start_step=0, channel_multiple=1)
+    plain = dequantised(model).float()
+    _, report = rewritten(monkeypatch, model, data, plan)
+    _, expected = rewritten(monkeypatch, plain, data, plan)
+    own = {"expand_packed", "slice_packed"}
+    counts = {name: count for name, count in report.counts.items() if name not in own}
+    assert counts == {name: n for name, n in expected.counts.items() if name not in own}
+    assert counts["hoist_token_gathers"] > 0

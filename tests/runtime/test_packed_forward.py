@@ -98,9 +98,10 @@ def test_a_weight_that_is_quantised_otherwise_is_refused(tmp_path: Path) -> None
         model(**oracle.batch())
 
 
-def test_merge_and_unload_is_the_plain_models(tmp_path: Path) -> None:
-    model = compiled(tmp_path)
-    twin = quantised_llama(tmp_path, NF4)
+@pytest.mark.parametrize("words", [NF4, DOUBLE, BYTES], ids=["nf4", "double", "int8"])
+def test_merge_and_unload_is_the_plain_models(tmp_path: Path, words: Any) -> None:
+    model = compiled(tmp_path, words)
+    twin = quantised_llama(tmp_path, words)
     oracle.step(model, oracle.batch())
     merged, expected = model.merge_and_unload(), twin.merge_and_unload()
     assert not [name for name, _ in merged.named_buffers() if "sparselora" in name]
@@ -108,11 +109,12 @@ def test_merge_and_unload_is_the_plain_models(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
-def test_adapters_and_copies_are_the_plain_models(tmp_path: Path) -> None:
-    model = compiled(tmp_path / "base")
+@pytest.mark.parametrize("words", [NF4, BYTES], ids=["nf4", "int8"])
+def test_adapters_and_copies_are_the_plain_models(tmp_path: Path, words: Any) -> None:
+    model = compiled(tmp_path / "base", words)
     got = assert_correct(model)
     model.save_pretrained(tmp_path / "adapter")
-    again = quantised_llama(tmp_path / "base", NF4).unload()
+    again = quantised_llama(tmp_path / "base", words).unload()
     resumed = PeftModel.from_pretrained(again, tmp_path / "adapter", is_trainable=True).train()
     slx.compile(resumed, oracle.estimator_of(model), plan=oracle.plan_of(PLAN), backend="eager")
     assert torch.equal(oracle.step(resumed, oracle.batch()).loss, got.loss)
@@ -120,5 +122,5 @@ def test_adapters_and_copies_are_the_plain_models(tmp_path: Path) -> None:
     assert not [name for name, _ in twin.named_buffers() if "sparselora" in name]
     assert all("forward" not in module.__dict__ for module in twin.modules())
     twin.train()
-    expected = quantised_llama(tmp_path / "base", NF4)
+    expected = quantised_llama(tmp_path / "base", words)
     assert torch.equal(twin(**oracle.batch()).loss, expected(**oracle.batch()).loss)
