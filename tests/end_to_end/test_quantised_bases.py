@@ -132,11 +132,11 @@ def test_outliers_of_eight_bits(tmp_path: Path) -> None:
 def test_a_step_takes_no_more_memory_than_a_dense_one(tmp_path: Path) -> None:
     """Weights, copies by column and factors included."""
     sizes = {"hidden": 128, "width": 512, "layers": 2}
-    model, data = quantised_llama(tmp_path, NF4, **sizes), oracle.batch(samples=4, length=64)
+    model, data = quantised_llama(tmp_path, NF4, **sizes), oracle.batch(samples=4, length=128)
     twin = quantised_llama(tmp_path, NF4, **sizes)
     plain = torch.compile(twin, backend="aot_eager")
     plan = oracle.plan_of({"mlp": 0.9, "self_attn": 0.5})
-    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="aot_eager")
+    slx.compile(model, oracle.estimator_of(model, 2), plan=plan, backend="aot_eager")
     peaks = []
     for call, whose in ((plain, twin), (model, model)):
         for _ in range(2):

@@ -28,16 +28,17 @@ def test_nothing_is_copied() -> None:
 
 @pytest.mark.parametrize("k", [96, 128])
 def test_blocks_that_cross_rows_are_not_understood_on_a_cpu(k: int) -> None:
-    """bitsandbytes itself reads wrong scales there; if it no longer does, slice them."""
+    """On some CPUs (with AVX512) bitsandbytes itself reads wrong scales there, so that the same
+    model would be sliced on one machine and not on another."""
     linear = four_bits(k)
     state = linear.weight.quant_state
     rows = bnb.functional.dequantize_4bit(linear.weight.data, state)
     state.shape = torch.Size([32 * k])
     flat = bnb.functional.dequantize_4bit(linear.weight.data, state).view(32, k)
     state.shape = torch.Size([32, k])
-    assert torch.equal(rows, flat) == (k == 128)
+    assert k == 96 or torch.equal(rows, flat)
     assert (packed_of(linear) is not None) == (k == 128)
-    why = "in_features 96 is no multiple of the block, 64, and a CPU misreads its scales"
+    why = "in_features 96 is no multiple of the block, 64, and some CPUs misread its scales"
     assert opaque_by(linear) == (None if k == 128 else (f"bitsandbytes (Params4bit; {why})", False))
 
 
