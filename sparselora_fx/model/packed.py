@@ -107,10 +107,9 @@ def why_not(module: Any) -> str:
         return "it was evaluated, which stored it anew with rounded scales: load it again"
     k, block = module.in_features, state.blocksize
     if weight.device.type == "cpu" and k % block:
-        # bitsandbytes itself reads wrong scales there (0.50): there are no values to agree with.
-        return (
-            f"in_features {k} is no multiple of the block, {block}, and a CPU misreads its scales"
-        )
+        # bitsandbytes itself reads wrong scales there (0.50, AVX512): no values to agree with.
+        why = "and some CPUs misread its scales"
+        return f"in_features {k} is no multiple of the block, {block}, {why}"
     return ""
 
 
