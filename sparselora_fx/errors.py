@@ -29,5 +29,13 @@ class DeviceError(SparseLoraError, RuntimeError):
     """A batch is on another device than the model."""
 
 
+class WatchError(SparseLoraError):
+    """A watch cannot be set up as asked, or its state cannot be read."""
+
+
+class DriftError(SparseLoraError, RuntimeError):
+    """Training has drifted from dense training, and the watch was asked to stop it."""
+
+
 class BackwardError(SparseLoraError, RuntimeError):
     """The backward of a sparse step broke, and a part of its gradients is still there."""

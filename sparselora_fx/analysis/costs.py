@@ -66,7 +66,7 @@ def estimate(region: Region) -> Estimate | None:
             measured (predictors, rows that move).
     """
     weight = tensor(region.consumer.site.weight)
-    rates = None if weight is None else _rates(weight.device, weight.dtype)
+    rates = None if weight is None else rates_of(weight.device, weight.dtype)
     if weight is None or rates is None:
         return None
     dense = sliced = 0.0
@@ -79,7 +79,8 @@ def estimate(region: Region) -> Estimate | None:
     return Estimate(dense, sliced + rates.region)
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """What a device was measured to do; None: it was not measured."""
     if device.type == "cuda":
         return _GPUS.get((torch.cuda.get_device_name(device), dtype))
     return _CPU.get(dtype) if device.type == "cpu" else None

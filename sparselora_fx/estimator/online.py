@@ -135,7 +135,7 @@ class Collector:
                 weights, found, self.ranks, place=compute_device(None),
                 progress=False, complete=False,
             )  # fmt: skip
-        seconds = time.perf_counter() - start
+        seconds = self.estimator.seconds = time.perf_counter() - start
         log.info("factors from %d observed calls took %.1f s", self.calls, seconds)
         self.forget()
         return self.estimator

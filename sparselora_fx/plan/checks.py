@@ -13,7 +13,7 @@ STRUCTURAL = "default"
 DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
     "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
-    "calibrate": None, "refresh": None, "min_sparse": 0.05,
+    "calibrate": None, "refresh": None, "min_sparse": 0.05, "max_loss_gap": None,
 }  # fmt: skip
 
 
@@ -46,3 +46,12 @@ def check_tokens(value: object) -> object:
     if callable(value) or (isinstance(value, str) and value in TOKENS):
         return value
     raise PlanError(f"tokens is {value!r}; {nearest(str(value), TOKENS)}")
+
+
+def check_gap(value: object) -> float | None:
+    """How far the loss may be from the dense loss, in nats; None: nobody watches."""
+    if value is None:
+        return None
+    if not isinstance(value, bool) and isinstance(value, numbers.Real) and float(value) > 0:
+        return float(value)
+    raise PlanError(f"max_loss_gap is {value!r}; allowed: a number of nats above 0, or None")

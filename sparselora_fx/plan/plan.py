@@ -18,6 +18,7 @@ from sparselora_fx.plan.checks import (
     DEFAULTS,
     STRUCTURAL,
     check_fraction,
+    check_gap,
     check_positive,
     check_sparsity,
     check_tokens,
@@ -41,6 +42,13 @@ class Sparsity(NamedTuple):
 
     ffn: float
     attention: float
+
+    def scaled(self, share: float, *, at_most: Sparsity | None = None) -> Sparsity:
+        """This share of it, but no more than ``at_most``."""
+        most = at_most or Sparsity(1.0, 1.0)
+        return Sparsity(
+            min(self.ffn * share, most.ffn), min(self.attention * share, most.attention)
+        )
 
 
 @dataclass(frozen=True, init=False)
@@ -71,6 +79,8 @@ class SparsityPlan:
         calibrate: "dense_phase": build the estimator from what the dense first steps read; or None.
         refresh: calibrate again every n steps, from n / 20 dense ones (see `schedule.refreshes`).
         min_sparse: a call in which a smaller share of the tokens is sparse (0.05) runs dense.
+        max_loss_gap: start with a part of the plan and climb while the loss stays this close to the
+            dense loss (nats a token); see `auto`.
     """
 
     sparsity: float | dict[str, float] | str
@@ -87,6 +97,7 @@ class SparsityPlan:
     calibrate: str | None
     refresh: int | None
     min_sparse: float
+    max_loss_gap: float | None
 
     def __init__(
         self, sparsity: float | Mapping[str, float] | str | os.PathLike[str], **options: object
@@ -126,6 +137,7 @@ class SparsityPlan:
             "calibrate": check_calibrate,
             "min_sparse": lambda v: check_fraction("min_sparse", v),
             "refresh": lambda v: check_refresh(v, values["calibrate"]),
+            "max_loss_gap": check_gap,
         }
         for key in OWN_KEYS:
             value = checks.get(key, lambda v: v)(values[key])
@@ -154,6 +166,26 @@ class SparsityPlan:
         gets 0.5 in FFN regions and 0 in attention.
         """
         return cls(STRUCTURAL)
+
+    @classmethod
+    def auto(cls, max_loss_gap: float = 0.01, **options: Any) -> SparsityPlan:
+        """The default plan, entered in stages: feed-forwards of the last blocks first, then of more
+        blocks, then attention.
+
+        ``compile`` watches a model with such a plan (`Watch` with mode "adapt", unless it is given
+        another): each stage must be quiet before the next begins, a region that drifts steps down,
+        and a stage that drifts at once is left for good. ``drift(model).plan`` is the plan that
+        training ended on.
+
+        Args:
+            max_loss_gap: tolerance, in nats per output token.
+            options: attributes of the plan; ``sparsity`` sets another ceiling than the default's.
+
+        Raises:
+            PlanError: an option out of range.
+        """
+        sparsity = options.pop("sparsity", STRUCTURAL)
+        return cls(sparsity, max_loss_gap=max_loss_gap, **options)
 
     @classmethod
     def from_sensitivity(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparselora_fx.runtime.hooks import inputs_of
@@ -34,6 +35,13 @@ def takes_use_cache(forward: Callable[..., object], config: object) -> bool:
 def is_unset(arguments: Mapping[str, object]) -> bool:
     """Whether a call says nothing of a cache."""
     return arguments.get("use_cache") is None and arguments.get("past_key_values") is None
+
+
+def decodes(arguments: Mapping[str, object]) -> bool:
+    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
+    where it is called on a model in training mode."""
+    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
+    return bool(cached) and not torch.is_grad_enabled()
 
 
 def may_be_packed(arguments: Mapping[str, object]) -> bool:

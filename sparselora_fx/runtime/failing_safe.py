@@ -86,9 +86,9 @@ class Safety:
                 if is_sparse():
                     self._follow(kind)
                 return self.result
-            if self.strict or not is_sparse():
-                raise error
             mended = isinstance(error, NotFinite)
+            if self.strict or not (mended or is_sparse()):
+                raise error
             what = _described(error)
             del error  # it holds the frames of the step, and their memory
             _free()

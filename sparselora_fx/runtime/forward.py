@@ -19,6 +19,7 @@ from sparselora_fx.runtime.caching import (
     AS_CALLED,
     LEFT_OUT,
     STANDS_IN,
+    decodes,
     is_unset,
     may_be_packed,
     takes_use_cache,
@@ -161,7 +162,7 @@ class CompiledForward(StandIn):
     ) -> object:
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
         arguments = call_arguments(self.names, args, kwargs)
-        if self.model.training and _decodes(arguments):
+        if self.model.training and decodes(arguments):
             return self.original(*args, **kwargs)
         check_devices(self.model, arguments)
         runtime.attached.refresh_packed()
@@ -177,8 +178,7 @@ class CompiledForward(StandIn):
         trace_inputs.under_way = True
         runtime.calls += 1
         try:
-            with runtime.recompiles.watching(self._kind(), arguments):
-                result = self.compiled(*args, **kwargs)
+            result = self._made(arguments, args, kwargs, sliced)
             runtime.stepped |= runtime.sparse_now
             if not runtime.convention.retry:
                 if self.untrimmed:
@@ -191,6 +191,28 @@ class CompiledForward(StandIn):
             trace_inputs.under_way = False
             trace_inputs.caching = AS_CALLED
             self._allow_replay(False)
+
+    def _made(
+        self,
+        arguments: Mapping[str, Any],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        sliced: bool,
+    ) -> object:
+        """Make the compiled call, or let whoever looks at steps make it."""
+        runtime = self.runtime
+
+        def compiled() -> object:
+            with runtime.recompiles.watching(self._kind(), arguments):
+                return self.compiled(*args, **kwargs)
+
+        def dense() -> object:
+            with runtime.trace_inputs.left():
+                return self.original(*args, **kwargs)
+
+        if runtime.around_step is None or not self._is_step():
+            return compiled()
+        return runtime.around_step(compiled, dense, arguments, sliced)
 
     def _allow_replay(self, begins: bool) -> None:
         """Tell CUDA graphs that a training call begins, or has ended; warm-up calls are none."""
@@ -206,13 +228,14 @@ class CompiledForward(StandIn):
         """What tells this call from others for which graphs of their own are compiled."""
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
         specs = runtime.specs_set or tuple(runtime.call.sparsity.items())
+        caps = tuple(sorted((runtime.caps_set or {}).items()))
         lists = (
             len(trace_inputs.tokens),
             len(trace_inputs.picked),
             len(trace_inputs.labels),
             trace_inputs.padded,
         )
-        return specs, lists, self.model.training, torch.is_grad_enabled()
+        return specs, caps, lists, self.model.training, torch.is_grad_enabled()
 
     def _caching(self, sliced: bool) -> str:
         """What becomes of the KV cache of this call. A step reads none, and with one, keys would
@@ -274,10 +297,3 @@ class CompiledForward(StandIn):
         labels = arguments.get("labels")
         self.untrimmed = self.trim_logits and sparse and shift is None and labels is not None
         return sparse and any(max(own) > 0 for own in runtime.sparsity.values())
-
-
-def _decodes(arguments: Mapping[str, object]) -> bool:
-    """Whether a call generates: without gradients, and with a cache. `generate()` is dense, also
-    where it is called on a model in training mode."""
-    cached = arguments.get("past_key_values") is not None or arguments.get("use_cache")
-    return bool(cached) and not torch.is_grad_enabled()

@@ -34,6 +34,7 @@ class Judged(Protocol):
     call: Call
     specs_set: tuple[float, bool] | None
     given_up: bool
+    caps: dict[str, Sparsity]
     notices: Notices
 
     @property
@@ -95,7 +96,7 @@ def _is_decisive(runtime: Judged) -> bool:
     """Whether the present call tells of all to come: a training call, at the schedule's last
     level."""
     usual = runtime.call.is_step and bool(_planned(runtime))
-    usual = usual and not runtime.trace_inputs.sliced
+    usual = usual and not (runtime.trace_inputs.sliced or runtime.caps)
     specs = runtime.specs_set
     return (
         usual and specs is not None and specs[0] > 0 and specs[0] >= max(runtime.sparsity_scales())

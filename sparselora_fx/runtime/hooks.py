@@ -5,7 +5,9 @@ Dynamo guards what hooks read, not whether they are there: see docs/decisions/00
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,15 @@ class TraceInputs:
         self.caching = ""  # what becomes of a KV cache: see `caching`
         self.key = next(_keys)
         _TRACE_INPUTS[self.key] = self
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Leave a compiled call for a while: blocks run their own forwards."""
+        self.under_way = False
+        try:
+            yield
+        finally:
+            self.under_way = True
 
     def close(self) -> None:
         """Forget these inputs; hooks that read them are gone."""

@@ -34,6 +34,11 @@ from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
 from sparselora_fx.runtime.speed_check import SpeedCheck
 from sparselora_fx.runtime.tally import TokenTally
+from sparselora_fx.watch.state import WatchState
+
+# Makes the compiled call of a step: that call, the same of the model's own forward, its arguments
+# by name, and whether tokens enough of it are sparse.
+AroundStep = Callable[[Callable[[], Any], Callable[[], Any], Mapping[str, Any], bool], object]
 
 
 @dataclass
@@ -72,6 +77,12 @@ class Runtime:
     stepped: bool = False  # a sparse training call has run to its end
     given_up: bool = False  # nothing can be sliced: training is dense (`giving_up`)
     safety: Safety = field(default_factory=Safety)
+    around_step: AroundStep | None = None  # who looks at a step's call; None: nobody
+    watching: WatchState | None = None
+    estimator_seconds: float = 0.0  # what building the estimator took in this process
+    # By frozen linear, the most that it may skip now, whatever the plan says.
+    caps: dict[str, Sparsity] = field(default_factory=dict)
+    caps_set: Mapping[str, Sparsity] | None = None  # those that the sites' specs obey
 
     def __post_init__(self) -> None:
         self.names = self._names()
@@ -102,8 +113,10 @@ class Runtime:
 
     def runs_dense_to_compare(self, sparsity_scale: float) -> bool:
         """Whether a call that is to be sparse runs dense, so that speed can be compared: only at
-        the schedule's highest level, and unasked only where training has a dense phase."""
+        the schedule's highest level and a plan's last stage, and unasked only where training has a dense phase."""
         if not self.call.is_step or sparsity_scale < max(self.sparsity_scales()):
+            return False
+        if self.watching is not None and self.watching.stages.climbing:
             return False
         if self.speed.wanted is None and (self.step is None or not self.plan.start_step):
             return False
@@ -166,15 +179,20 @@ class Runtime:
         """Tell every site how sparse it is: ``sparsity_scale`` times the plan's sparsity. With
         ``observed`` (and a scale of 0) those that the plan makes sparse are told that their input
         is looked at."""
-        if (sparsity_scale, observed) == self.specs_set:
+        if (sparsity_scale, observed) == self.specs_set and self.caps is self.caps_set:
             return
         self.set_sparsity(
-            {name: Sparsity(s.ffn * sparsity_scale, s.attention * sparsity_scale)
+            {name: s.scaled(sparsity_scale, at_most=self.caps.get(name))
              for name, s in self.sparsity.items()}
         )  # fmt: skip
         if observed:
             self.attached.set_observed()
-        self.specs_set = (sparsity_scale, observed)
+        self.specs_set, self.caps_set = (sparsity_scale, observed), self.caps
+
+    def cap(self, caps: Mapping[str, Sparsity]) -> None:
+        """From the next call on, no frozen linear named here skips more than this share. The specs
+        of the call under way stay: its backward may run blocks again."""
+        self.caps = dict(caps)
 
     def set_sparsity(self, sparsity: Mapping[str, Sparsity]) -> None:
         """Tell every site how sparse it is, by `FrozenWeight.name`; those left out are dense."""

@@ -144,6 +144,10 @@ class SpeedCheck:
         self.asked = not self.over
         return self.step.dense
 
+    def leave_out(self) -> None:
+        """The present call is not timed: it does more than a step's calls do."""
+        self.asked = False
+
     def watch(self, call: _Call | None, result: Any, rows: int) -> None:
         """Time a call whose forward is done until its backward has ended.
 

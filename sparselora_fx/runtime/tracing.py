@@ -136,7 +136,7 @@ def _as_it_was(runtime: Runtime, traced: Traced) -> Iterator[None]:
     """What a call writes down goes into ``traced``, or is forgotten."""
     names = (
         "tally", "recompiles", "calls", "stepped", "padded", "warm_up_next", "given_up", "call",
-        "recorders", "specs_set",
+        "recorders", "specs_set", "caps_set",
     )  # fmt: skip
     kept = {name: getattr(runtime, name) for name in names}
     measured, runtime.speed.verdict = runtime.speed.verdict, None  # it may keep training dense

@@ -53,12 +53,12 @@ def warm_up_levels(runtime: Runtime, call: Callable[[], object]) -> None:
         with kept_random_numbers(runtime.model), kept_buffers(runtime.model, ours):
             for sparsity_scale in runtime.sparsity_scales():
                 runtime.call = Call(CallKind.WARM_UP, level=sparsity_scale)
-                _backward(call(), parameters)
+                backward(call(), parameters)
     finally:
         runtime.call, runtime.recorders, runtime.warm_up_next = Call(), recorders, False
 
 
-def _backward(out: object, parameters: list[nn.Parameter]) -> None:
+def backward(out: object, parameters: list[nn.Parameter]) -> None:
     """A backward with gradients of zero that touches no ``.grad`` and calls none of its hooks."""
     roots = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     if not roots or not parameters:

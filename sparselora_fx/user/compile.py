@@ -33,8 +33,11 @@ from sparselora_fx.runtime.regional import compile_blocks, repeated_blocks, rest
 from sparselora_fx.runtime.runtime import Runtime, get_runtime, marked_by
 from sparselora_fx.runtime.tracing_dora import restore_dora, trace_dora
 from sparselora_fx.runtime.uncompiled import leave_uncompiled, restore_uncompiled
+from sparselora_fx.runtime.watching import settle, watch_model
 from sparselora_fx.user.compile_checks import checked_plan, verified
 from sparselora_fx.user.keywords import refuse_unknown
+from sparselora_fx.watch.settings import Watch
+from sparselora_fx.watch.state import watch_state
 
 
 def compile(
@@ -52,6 +55,7 @@ def compile(
     shift: bool | None = None,
     cuda_graphs: bool | str = "auto",
     verify_speed: bool | None = None,
+    watch: Watch | None = None,
     strict: bool = False,
     **unknown: Any,
 ) -> nn.Module:
@@ -71,15 +75,17 @@ def compile(
         shift: token t predicts label t + 1 (True) or label t (False); None: as traced graphs show.
         cuda_graphs: replay steps of recurring sizes as CUDA graphs; True: and warn where not.
         verify_speed: time a few steps, and warn and stay dense if sparse is slower (decision 18).
+        watch: compare with dense training now and then; see `Watch`.
         strict: raise what breaks in a sparse step; else it is taken dense, with one warning.
     What is compiled of it is restored first. Sparse calls keep no KV cache unless told. Raises, and
     leaves the model as it was: CompileError (no module, frozen weight, block or head; an unknown
-    word, or KeywordError; a quantised base), EstimatorError (another model's), PlanError.
+    word, or KeywordError; a quantised base), EstimatorError (another model's), PlanError,
+    WatchError.
     """
     refuse_unknown(unknown)
     asked = _Asked(
         plan, backend, dynamic, lora_branch, compile_eval, regional, precompile, trim_logits, shift,
-        cuda_graphs, verified(verify_speed, backend), strict,
+        cuda_graphs, verified(verify_speed, backend), watch, strict,
     )  # fmt: skip
     return _compiled(model, estimator, asked)
 
@@ -99,6 +105,7 @@ class _Asked:
     shift: bool | None
     cuda_graphs: bool | str
     verify_speed: bool | None
+    watch: Watch | None
     strict: bool
 
 
@@ -107,6 +114,7 @@ def _compiled(model: nn.Module, estimator: SVDEstimator | None, asked: _Asked) -
     checked, frozen, sparsity = checked_plan(
         model, estimator, asked.plan, backend, asked.lora_branch
     )
+    watching = watch_state(asked.watch, checked, frozen, sparsity)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
     score, convention = found.score_of(checked.score), convention_of(model, asked.shift)
     blocks = repeated_blocks(frozen) if regional else []
@@ -115,7 +123,8 @@ def _compiled(model: nn.Module, estimator: SVDEstimator | None, asked: _Asked) -
     _restore_earlier(model, frozen)
     verify = asked.verify_speed
     runtime = Runtime(model, checked, sparsity, frozen, convention, collector, captured, verify)
-    runtime.safety.strict = asked.strict
+    runtime.safety.strict, runtime.estimator_seconds = asked.strict, found.seconds
+    watch_model(runtime, watching)
     runner, run = _runners(runtime, asked, score)
     forward = CompiledForward(model, runtime, run, asked.compile_eval, asked.precompile, trim)
     blockwise = partial(compile_blocks, runtime, blocks, runner, asked.dynamic)
@@ -205,7 +214,7 @@ def step(model: nn.Module, n: int, total: int | None = None) -> None:
 
     Raises:
         CompileError: the model is not compiled. PlanError: a fraction and no total, or a negative
-        step.
+        step. DriftError: a watch that is to stop training finds drift.
     """
     runtime = get_runtime(model)
     if n < 0 or (total is not None and total < 1):
@@ -214,6 +223,7 @@ def step(model: nn.Module, n: int, total: int | None = None) -> None:
     sparsity_scale_at(
         n, total, plan.start_step, plan.end_step, plan.ramp
     )  # refuses a fraction without total
+    settle(runtime, between_steps=True)
     runtime.step = (n, total)
 
 

@@ -8,7 +8,7 @@ from sparselora_fx.errors import KeywordError
 
 ALLOWED = (
     "plan", "backend", "dynamic", "lora_branch", "compile_eval", "regional", "precompile",
-    "trim_logits", "shift", "cuda_graphs", "verify_speed", "strict",
+    "trim_logits", "shift", "cuda_graphs", "verify_speed", "watch", "strict",
 )  # fmt: skip
 _INDUCTOR = (
     "is a word of torch.compile, which sparselora_fx.compile calls itself; set Inductor's options "

@@ -20,6 +20,7 @@ from sparselora_fx.model.frozen_weights import canonical_path, frozen_weights
 from sparselora_fx.model.preserve import kept_modes, kept_random_numbers
 from sparselora_fx.plan.domain_tables import DomainTables, check_domains
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
+from sparselora_fx.plan.region_keys import region_keys
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
 from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
@@ -249,17 +250,9 @@ def _regions(
         )
     names = [weight.name for weight in runtime.frozen]
     return [
-        _Region(canonical_path(where), kind, tuple(sites), _keys(where, sites, names))
+        _Region(canonical_path(where), kind, tuple(sites), region_keys(where, sites, names))
         for (where, kind), sites in found.items()
     ]
-
-
-def _keys(where: str, sites: list[str], names: list[str]) -> tuple[str, ...]:
-    """The region's module, if it holds nothing else that is frozen; else each of its linears."""
-    inside = [name for name in names if name == where or name.startswith(f"{where}.")]
-    if set(inside) == set(sites):
-        return (canonical_path(where),)
-    return tuple(canonical_path(name) for name in sites)
 
 
 @contextlib.contextmanager

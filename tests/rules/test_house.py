@@ -26,7 +26,7 @@ RANKS = (
     ("environment", "notices", "_torch"),
     ("model", "graph"),
     ("plan", "ir"),
-    ("estimator", "analysis"),
+    ("estimator", "analysis", "watch"),
     ("rewrite", "lowering"),
     ("passes",),
     ("compiler",),

@@ -1,0 +1,210 @@
+"""Faults planted into sparse fine-tuning of the shipped model: does the watch see them, and when?
+
+    python -m benchmarks.planted_faults --json F [--seeds 5] [--fault NAME ...]
+
+Each run fine-tunes the shipped model on word problems, LoRA on its attention linears, the demo's
+plan, a watch in mode "adapt" that probes every step, and a fault planted half-way (a plan that is
+too sparse: from the start). `probes` is how many probes passed until the watch acted (null: it did
+not); `loss` is the dense model's afterwards, on problems that no run trains on. "dense" trains
+without sparsity, "none" plants nothing: there the watch must stay quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import sparselora_fx as slx
+from benchmarks.demo.__main__ import MODEL, RANK, SPARSITY, collate, encode, load_model, test_loss
+from benchmarks.demo.word_problems import generate
+from sparselora_fx.estimator.low_rank import Factors
+from sparselora_fx.runtime.runtime import get_runtime
+
+STEPS, PLANTED, BATCH, RATE = 36, 18, 8, 1e-3
+TOLERANCE = 0.02
+
+
+@dataclass
+class Run:
+    """What a fault may reach: the model, its optimizer, the estimator, and how batches are made."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    estimator: slx.SVDEstimator
+    batches: Callable[[int], dict[str, Any]]
+
+
+def nothing(run: Run) -> None:
+    """No fault."""
+
+
+def random_factors(run: Run) -> None:
+    """The factors become random numbers of the same size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(factor: torch.Tensor) -> torch.Tensor:
+        made = torch.randn(factor.shape, generator=generator)
+        return made / made.norm() * factor.float().norm()
+
+    factors = {n: Factors(other(f.a), other(f.b)) for n, f in run.estimator.factors.items()}
+    place(run, slx.SVDEstimator(factors, run.estimator.fingerprint))
+
+
+def another_models(run: Run) -> None:
+    """The factors of a model of the same shapes with other weights."""
+    other = load_model(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter[torch.randperm(len(parameter))])
+    place(run, slx.SVDEstimator.build(other, rank=RANK, progress=False))
+
+
+def place(run: Run, estimator: slx.SVDEstimator) -> None:
+    """Put factors where the right ones are."""
+    runtime = get_runtime(run.model)
+    runtime.attached.place(estimator, estimator.score_of(runtime.plan.score))
+
+
+def fast(run: Run) -> None:
+    """Ten times the learning rate: what the estimator was built for is soon past."""
+    for group in run.optimizer.param_groups:
+        group["lr"] *= 10
+
+
+def other_domain(run: Run) -> None:
+    """From now on random tokens, of which the last ones carry loss."""
+
+    def batches(step: int) -> dict[str, Any]:
+        data = dict(plain(step))
+        generator = torch.Generator().manual_seed(step)
+        shape = data["input_ids"].shape
+        data["input_ids"] = torch.randint(3, 1000, shape, generator=generator)
+        data["attention_mask"] = torch.ones_like(data["input_ids"])
+        data["labels"] = data["input_ids"].clone()
+        data["labels"][:, :-12] = -100
+        return data
+
+    plain = run.batches
+    run.batches = batches
+
+
+def not_a_number(run: Run) -> None:
+    """Sparse calls return NaN."""
+    runtime = get_runtime(run.model)
+    forward: Any = run.model.forward
+    healthy = forward.compiled
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        out = healthy(*args, **kwargs)
+        if runtime.sparse_now and not runtime.caps:
+            out.loss = out.loss * float("nan")
+        return out
+
+    forward.compiled = poisoned
+
+
+FAULTS = {
+    "none": nothing,
+    "random factors": random_factors,
+    "another model's factors": another_models,
+    "10x learning rate": fast,
+    "another domain": other_domain,
+    "NaN": not_a_number,
+    "0.99 in the first layer": nothing,
+}
+
+
+def train(fault: str, seed: int) -> dict[str, Any]:
+    """One run; see the top of the file."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    pad = tokenizer.pad_token_id
+    examples = [encode(p, tokenizer) for p in generate("train", 400)]
+    held = [encode(p, tokenizer) for p in generate("test", 96)]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(seed)).tolist()
+    model = load_model(seed)
+    estimator = slx.SVDEstimator.build(model, rank=RANK, progress=False)
+    from_start = fault.startswith("0.99")
+    sparsity = {"layers.0.mlp": 0.99} if from_start else SPARSITY
+    plan = slx.SparsityPlan(sparsity, start_step=0)
+    if fault != "dense":
+        watch = slx.Watch(every=1, tolerance=TOLERANCE, mode="adapt", quiet=8)
+        slx.compile(model, estimator, plan=plan, backend="eager", watch=watch)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
+    batches = [
+        collate([examples[i] for i in order[n * BATCH : (n + 1) * BATCH]], pad)
+        for n in range(STEPS)
+    ]
+    run = Run(model, optimizer, estimator, lambda step: batches[step])
+    begin, late = time.perf_counter(), None
+    model.train()
+    for step in range(STEPS):
+        if fault != "dense":
+            slx.step(model, step, STEPS)
+            if step == PLANTED and not from_start:
+                FAULTS[fault](run)
+        model(**run.batches(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    took = time.perf_counter() - begin
+    late = None if fault == "dense" else _seen(model, 0 if from_start else PLANTED)
+    loss = test_loss(model, [collate(held[i : i + 32], pad) for i in range(0, len(held), 32)])
+    result = {"fault": fault, "seed": seed, "loss": round(loss, 4), "seconds": round(took, 1)}
+    return result if late is None else result | late
+
+
+def _seen(model: nn.Module, planted: int) -> dict[str, Any]:
+    """What the watch did from the fault on, and before."""
+    drift = slx.drift(model)
+    acted = [p for p in drift.probes if p.action and p.action.startswith(("down", "none"))]
+    after = [p for p in acted if p.step >= planted]
+    before = [p for p in acted if p.step < planted]
+    later = [p for p in drift.probes if p.step >= planted]
+    first = None if not after else 1 + next(i for i, p in enumerate(later) if p is after[0])
+    return {
+        "probes": first,
+        "action": after[0].action if after else None,
+        "false_alarms": len(before),
+        "levels": {name: level for name, level in drift.levels.items()},
+        "gap": round(
+            statistics.median(p.loss_gap or 0.0 for p in drift.probes[:planted] or later), 4
+        ),
+    }
+
+
+def main() -> None:
+    """Run what is asked for, print a line each, write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5, help="of the runs without a fault")
+    parser.add_argument(
+        "--fault", nargs="*", choices=["dense", *FAULTS], default=["dense", *FAULTS]
+    )
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="a sparse step broke")
+    runs: list[dict[str, Any]] = []
+    for fault in args.fault:
+        for seed in range(args.seeds if fault in ("dense", "none") else 1):
+            torch.compiler.reset()
+            runs.append(train(fault, seed))
+            print(json.dumps(runs[-1]), flush=True)
+            facts = {
+                "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": STEPS,
+                "planted": PLANTED, "tolerance": TOLERANCE, "backend": "eager", "runs": runs,
+            }  # fmt: skip
+            args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
