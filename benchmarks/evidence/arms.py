@@ -66,7 +66,7 @@ UNIFORM = 0.36  # over all blocks: as many channels as the deep plan at 0.9 in 1
 ARMS = {
     DENSE: Arm("dense LoRA, same compiler", lambda layers: None, "none"),
     # What the default should be.
-    "default": Arm("slx.compile(model), no plan", lambda layers: SparsityPlan.default()),
+    "default": Arm("slx.SparsityPlan.default()", lambda layers: SparsityPlan.default()),
     "default-end": Arm("the same, the last fifth of training dense",
                        lambda layers: SparsityPlan("default", end_step=0.8)),
     "ffn75": Arm("the default without attention: FFN 0.75", ffn(0.75, WIDE)),

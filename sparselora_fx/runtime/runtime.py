@@ -113,7 +113,8 @@ class Runtime:
 
     def runs_dense_to_compare(self, sparsity_scale: float) -> bool:
         """Whether a call that is to be sparse runs dense, so that speed can be compared: only at
-        the schedule's highest level and a plan's last stage, and unasked only where training has a dense phase."""
+        the schedule's highest level and the plan's last stage, and unasked only where training has
+        a dense phase."""
         if not self.call.is_step or sparsity_scale < max(self.sparsity_scales()):
             return False
         if self.watching is not None and self.watching.stages.climbing:

@@ -64,7 +64,7 @@ def compile(
     Args:
         model: any module with frozen linears, usually a PEFT model; class and state_dict stay.
         estimator: from `SVDEstimator.build`; None: made as with ``calibrate="dense_phase"``.
-        plan: also a number, a mapping or a YAML path; None: a conservative structural default.
+        plan: also a number, a mapping or a YAML path; None: `SparsityPlan.auto()`, by stages.
         backend: "inductor" (native code), "aot_eager" or "eager" (PyTorch's own kernels).
         dynamic: as in `torch.compile`; None: the second batch length makes sizes dynamic.
         lora_branch: compute LoRA branches "dense", or "sparse": on the kept channels only.

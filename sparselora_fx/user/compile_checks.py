@@ -30,7 +30,7 @@ def _check_words(
     """The plan, if the words that came with it are known and it has an estimator to go with."""
     if not isinstance(model, nn.Module):
         raise CompileError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    plan = SparsityPlan.default() if plan is None else plan
+    plan = SparsityPlan.auto() if plan is None else plan
     checked: SparsityPlan = plan if isinstance(plan, SparsityPlan) else SparsityPlan(plan)
     if estimator is None:
         checked = replace(checked, calibrate="dense_phase")

@@ -35,7 +35,7 @@ class Stages:
     ended: bool = False
 
     def now(self) -> dict[str, Sparsity]:
-        """The caps of the present stage; none without stages."""
+        """The caps of the present stage; none without stages, and in one that allows all."""
         return self.caps[self.at] if self.caps else {}
 
     @property
@@ -91,5 +91,5 @@ def stages_of(frozen: list[FrozenWeight], sparsity: Mapping[str, Sparsity]) -> S
         allowed = {n: sparsity[n].scaled(1.0, at_most=cap) for n, cap in caps.items()}
         if allowed not in seen and any(max(own) > 0 for own in allowed.values()):
             seen.append(allowed)
-            distinct.append(caps)
+            distinct.append({} if allowed == sparsity else caps)
     return Stages(distinct)

@@ -10,6 +10,7 @@ import torch
 import sparselora_fx as slx
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.plan.plan import Sparsity
+from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.watch.stages import Stages, stages_of
 from tests.support import oracle
 
@@ -76,6 +77,8 @@ def test_a_quiet_run_climbs_to_the_plan_and_keeps_it_in_a_file(tmp_path: Path) -
 def test_compile_watches_such_a_plan_by_itself() -> None:
     """The first sparse step is probed, and the next one is not due."""
     model = oracle.llama(layers=3)
+    slx.compile(model, oracle.estimator_of(model), backend="eager")
+    assert get_runtime(model).plan == slx.SparsityPlan.auto(), "what compile takes without a plan"
     plan = slx.SparsityPlan.auto(1e-7, tokens="all", start_step=0, channel_multiple=1)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
     train(model, 2)
