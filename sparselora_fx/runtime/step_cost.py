@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparselora_fx.analysis.costs import rates_of
 from sparselora_fx.model.attributes import buffer_name
@@ -186,6 +185,8 @@ def _count_dense(
     runtime: Runtime, batch: Mapping[str, Any], parameters: list[nn.Parameter]
 ) -> tuple[int, dict[str, bool]]:
     """FLOPs of a dense step, and by frozen linear whether a gradient flows on through it."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     reads: dict[str, bool] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
