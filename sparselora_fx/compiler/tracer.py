@@ -4,19 +4,44 @@ shapes that nobody computed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparselora_fx import _torch
+from sparselora_fx.analysis.step_flops import GraphFlops, step_flops
 from sparselora_fx.compiler.backend import Listener, rewrite_graph
 from sparselora_fx.graph.nodes import value
 from sparselora_fx.rewrite.rewrite import Options
 
 
-def make_tracer(listener: Listener, options: Options) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class TracedFlops:
+    """FLOPs of a step, as it was traced and as the passes left it; None: an op of it cannot run
+    without values."""
+
+    dense: GraphFlops | None = GraphFlops()
+    sparse: GraphFlops | None = GraphFlops()
+
+    def __add__(self, other: TracedFlops) -> TracedFlops:
+        return TracedFlops(_sum(self.dense, other.dense), _sum(self.sparse, other.sparse))
+
+
+def _sum(one: GraphFlops | None, other: GraphFlops | None) -> GraphFlops | None:
+    return None if one is None or other is None else one + other
+
+
+class TraceListener(Listener, Protocol):
+    """Who hears of graphs that are traced, and not compiled."""
+
+    def stand_in_ran(self, flops: TracedFlops) -> None:
+        """A traced graph was called; it would have cost so much."""
+
+
+def make_tracer(listener: TraceListener, options: Options) -> Callable[..., Any]:
     """A backend for ``torch.compile`` whose graphs are traced and rewritten, but never run.
 
     Floating-point results are NaN, so that nobody takes them for something computed; they need
@@ -25,10 +50,14 @@ def make_tracer(listener: Listener, options: Options) -> Callable[..., Any]:
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         results = pytree.tree_map(value, gm.graph.output_node().args[0])
+        dense = step_flops(gm, inputs)
         report, compilation = rewrite_graph(listener, gm, inputs, options)
+        sparse = dense if report is None else step_flops(gm, report.passed(inputs))
+        flops = TracedFlops(dense, sparse)
         listener.graph_compiled(compilation)
 
         def stub(*args: Any) -> Any:
+            listener.stand_in_ran(flops)
             if report is not None:
                 listener.graph_ran(report, report.passed(args), (), first=True)
             return pytree.tree_map(_made_up, results)

@@ -123,23 +123,23 @@ def _kept(state: dict[str, Any]) -> Iterator[tuple[str, object]]:
             yield name, type(value)((k, v) for k, v in value.items() if not k.startswith(PREFIX))
         elif name == "_non_persistent_buffers_set":
             yield name, {key for key in value if not key.startswith(PREFIX)}
-        elif name == "forward" and _holds_stand_in(value):
+        elif name == "forward" and stand_in_behind(value) is not None:
             raise _not_copied()
         else:
             yield name, value
 
 
-def _holds_stand_in(function: object) -> bool:
-    """Whether a wrapped function leads to a stand-in: such a function would not be copied, and the
-    copy would call the model that it was copied from."""
+def stand_in_behind(function: object) -> StandIn | None:
+    """The stand-in that a wrapped function leads to, if one does. Such a function is not copied:
+    the copy would call the model that it was copied from."""
     seen: set[int] = set()
     while function is not None and id(function) not in seen:
         seen.add(id(function))
         function = getattr(function, "__func__", function)
         if isinstance(function, StandIn):
-            return True
+            return function
         function = getattr(function, "__wrapped__", None)
-    return False
+    return None
 
 
 class Unloading(StandIn):

@@ -14,13 +14,13 @@ from sparselora_fx import _torch
 from sparselora_fx.compiler.pass_log import PassHook, PassLog
 from sparselora_fx.compiler.recompiles import Recompiles
 from sparselora_fx.compiler.report import Compilation, GraphReport
-from sparselora_fx.compiler.tracer import make_tracer
+from sparselora_fx.compiler.tracer import TracedFlops, make_tracer
 from sparselora_fx.errors import CompileError
 from sparselora_fx.model.attributes import spec_name
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
 from sparselora_fx.rewrite.rewrite import TracedCall
 from sparselora_fx.runtime.calls import Call, CallKind
-from sparselora_fx.runtime.copies import stand_in_of
+from sparselora_fx.runtime.copies import stand_in_behind, stand_in_of
 from sparselora_fx.runtime.forward import CompiledForward
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
 from sparselora_fx.runtime.regional import CompiledBlock
@@ -36,6 +36,7 @@ class Traced:
         seen: by frozen weight, what would become of it.
         compilations: the graphs, in the order in which they were traced.
         tally: the batch's tokens.
+        flops: of the step, as far as it is in graphs.
     """
 
     runtime: Runtime
@@ -44,7 +45,11 @@ class Traced:
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
     compilations: list[Compilation] = field(default_factory=list)
     tally: TokenTally = field(default_factory=TokenTally)
+    flops: TracedFlops = TracedFlops()
     calls: int = 0
+
+    def stand_in_ran(self, flops: TracedFlops) -> None:
+        self.flops += flops
 
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         return self.runtime.graph_traced(gm, inputs)
@@ -93,7 +98,8 @@ def trace(
         hook: called after each pass.
     """
     traced = Traced(runtime, texts, hook)
-    forward = stand_in_of(runtime.model, "forward")
+    # Behind what accelerate wraps around it: an autocast, outputs in fp32.
+    forward = stand_in_behind(runtime.model.__dict__.get("forward"))
     if not isinstance(forward, CompiledForward):
         raise CompileError(
             "the model's forward was replaced since it was compiled, so it cannot be traced; call "
@@ -108,7 +114,7 @@ def trace(
         _torch.sizes_forgotten(),
     ):  # fmt: skip
         model.train()
-        forward(**batch)
+        model.forward(**batch)
     return traced
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparselora_fx.user.folding import PlanKeys, covering, fold
 from sparselora_fx.user.linear_rows import LinearRow
+from sparselora_fx.user.worth import worth_lines
 
 COLUMNS = 100
 _NODE = re.compile(r" \([a-z_0-9]+\)")  # a node's name: other ones in other layers
@@ -73,6 +74,7 @@ class Explanation(str):
         parts = [_html_table(heads, body)] if body else []
         why = [(", ".join(g.names), str(g.count), g.note) for g in self.dense]
         parts += [_html_table(("dense", "linears", "why"), why)] if why else []
+        parts.append(_html_table(("does it pay?", ""), worth_lines(self.worth)))
         verdict = html.escape(str(self.worth["verdict"]))
         return f"{''.join(parts)}<p><b>{verdict}</b></p>"
 
@@ -85,6 +87,7 @@ def explanation(
     regions, dense = _regions(rows, keys), _dense(rows, keys)
     lines = _table(rows) if verbose else _sections(rows, regions, dense)
     lines.append(_summary(rows, worth["graphs"], traced=worth["traced"]))
+    lines += [f"{name + ':':<20}{text}" for name, text in worth_lines(worth)]
     width = None if verbose else COLUMNS
     lines += [line for note in [*notes, worth["verdict"]] for line in _wrapped(note, width)]
     found = Explanation("\n".join(lines))

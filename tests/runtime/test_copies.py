@@ -181,6 +181,9 @@ def test_a_wrapped_forward_is_not_copied_silently() -> None:
     with slx.record(model) as record:
         oracle.step(prepared, data)
     assert record.sites
+    seen, graphs = slx.explain(prepared), get_runtime(model).graphs
+    assert slx.explain(prepared, data).regions == seen.regions and seen.regions
+    assert "slice_sites" in str(slx.graphs(prepared, data)) and get_runtime(model).graphs == graphs
     with pytest.raises(slx.CompileError, match="unwrap_model"):
         copy.deepcopy(prepared)
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)

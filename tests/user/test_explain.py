@@ -94,7 +94,7 @@ def test_programs_and_notebooks() -> None:
     assert data["regions"][0]["names"] == ["layers.1-2.mlp"]
     assert data["worth"]["verdict"].startswith("Does it pay?")
     page = said._repr_html_()
-    assert page.count("<table>") == 2 and "<td>layers.1-2.mlp</td>" in page
+    assert page.count("<table>") == 3 and "<td>layers.1-2.mlp</td>" in page
     assert "layers.1-2.mlp" in str(said) and said == str(said)
 
 
@@ -103,7 +103,7 @@ def test_programs_and_notebooks() -> None:
     [
         (slx.SparsityPlan(0.0), ragged(), "No: nothing is sliced"),
         (slx.SparsityPlan(0.5, start_step=0), None, "Not known before a training step"),
-        (slx.SparsityPlan(0.5, start_step=0), ragged(), "34% of the tokens skip channels of"),
+        (slx.SparsityPlan(0.5, start_step=0), ragged(), "x, not measured yet: 34% of the tokens"),
         (slx.SparsityPlan(0.5, min_sparse=0.9), ragged(), "No: hardly a token is sparse"),
     ],
 )
@@ -116,18 +116,35 @@ def test_the_verdict_is_plain(plan: slx.SparsityPlan, data: Any, says: str) -> N
 
 
 def test_what_was_measured_is_the_verdict() -> None:
-    """A ratio measured at the switch goes before what is predicted; 8 s of compiling are gained
-    back in 800 steps of 10 ms less."""
+    """A ratio measured at the switch goes before what is predicted; 7 s of compiling sparse graphs
+    and 1 s of the estimator are gained back in 800 steps of 10 ms less."""
     runtime = get_runtime(model := compiled(oracle.llama()))
-    runtime.compilations.append(Compilation(1, "sparse", "2 x 9", 90, PassLog(), 8.0))
+    runtime.compilations.append(Compilation(1, "dense", "2 x 9", 60, PassLog(), 100.0))
+    runtime.compilations.append(Compilation(2, "sparse", "2 x 9", 90, PassLog(), 7.0))
+    runtime.estimator_seconds = 1.0
     runtime.speed.verdict = Verdict(0.5, 3, 10.0, 20.0, "a card")
     worth = slx.explain(model).worth
-    assert (worth["measured_ratio"], worth["break_even_step"]) == (0.5, 800)
+    assert (worth["measured_ratio"], worth["break_even_step"]) == (2.0, 800)
     assert worth["verdict"].startswith("Does it pay? Yes: a sparse step takes 0.50 of a dense one")
     runtime.speed.verdict = Verdict(1.5, 3, 30.0, 20.0, "a card")
     worth = slx.explain(model).worth
     assert worth["verdict"].startswith("Does it pay? No: a sparse step takes 1.50 of a dense one")
     assert worth["break_even_step"] is None
+
+
+def test_what_is_predicted_before_a_step_and_what_is_not_known_yet() -> None:
+    model, data = compiled(oracle.llama(layers=4)), ragged()
+    worth = slx.explain(model, data).worth
+    parts = json.loads(slx.explain(model, data).to_json())["worth"]
+    assert parts == worth and get_runtime(model).graphs == 0
+    assert worth["predicted_ratio"] == worth["dense_flops"] / worth["sparse_flops"] > 1
+    assert 0 < worth["choosing_flops"] < worth["sparse_flops"] and worth["estimator_seconds"] > 0
+    unknown = ("measured_ratio", "compile_seconds", "break_even_step")
+    assert [worth[name] for name in unknown] == [None] * 3
+    said, page = str(slx.explain(model, data)), slx.explain(model, data)._repr_html_()
+    for text in ("not measured yet", "not compiled yet", f"{worth['predicted_ratio']:.2f}x"):
+        assert text in said and text in page
+    assert "pass a batch to count FLOPs" in slx.explain(model)
 
 
 def test_a_schedule_that_is_dense_now_does_not_hide_what_is_to_come() -> None:
