@@ -152,6 +152,26 @@ def explain(
     print(said.to_json() if as_json else said)
 
 
+@app.command(epilog="Example: sparselora-fx report run.yaml --out report.html")
+def report(
+    config: _Config,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    override: _Set = None,
+    as_json: _Json = False,
+) -> None:
+    """The same as one HTML file: map, graphs, what each pass changed. Nothing is trained."""
+    with _one_line():
+        from sparselora_fx.cli.config import read_config
+        from sparselora_fx.cli.models import estimator_of, load
+        from sparselora_fx.user.report import report as write
+
+        loaded = load(read_config(config, override or ()))
+        model = loaded.compile(estimator_of(loaded, progress=_progress(as_json)), "eager")
+        write(model, next(loaded.batches(1)), out)
+    found = {"file": str(out)}
+    _show(found, list(found.items()), as_json)
+
+
 @app.command(epilog="Example: sparselora-fx bench run.yaml --pairs 20")
 def bench(
     config: _Config,
@@ -176,14 +196,16 @@ def train(
     override: _Set = None,
     as_json: _Json = False,
 ) -> None:
-    """Fine-tune a local model with the HF Trainer: an adapter, an explanation and the costs."""
+    """Fine-tune a local model with the HF Trainer: an adapter, a report and the costs."""
     with _one_line():
         from sparselora_fx.cli.config import read_config
         from sparselora_fx.cli.training import train as run
+        from sparselora_fx.user.worth import worth_lines
 
         found = run(read_config(config, override or ()), resume=resume, progress=_progress(as_json))
-    rows = [(key, str(value)) for key, value in found.items() if key != "seconds"]
+    rows = [(key, str(value)) for key, value in found.items() if key not in ("seconds", "worth")]
     rows += [(f"seconds, {key}", f"{value:.1f}") for key, value in found["seconds"].items()]
+    rows += worth_lines(found["worth"])
     _show(found, rows, as_json)
 
 

@@ -1,4 +1,4 @@
-"""``sparselora-fx train``: one YAML in; an adapter, an explanation and the costs out."""
+"""``sparselora-fx train``: one YAML in; an adapter, a report and the costs out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 from sparselora_fx.cli.config import Config, ConfigError
 from sparselora_fx.cli.models import Loaded, estimator_of, load
-from sparselora_fx.user.explain import explain
+from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.tracing import trace
+from sparselora_fx.user.explain import explain, explain_trace
+from sparselora_fx.user.report import write_report
 
 
 def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     """Fine-tune as the configuration says.
 
-    Writes into its ``output``: ``adapter/`` (a standard PEFT adapter), ``explain.txt``,
-    ``explain.json`` and ``costs.json``, which is also returned.
+    Writes into its ``output``: ``adapter/`` (a standard PEFT adapter), ``report.html``,
+    ``explain.txt``, ``explain.json`` and ``costs.json``, which is also returned.
 
     Args:
         resume: go on from the last checkpoint in ``output``.
@@ -37,11 +40,15 @@ def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     model: Any = loaded.compile(estimator)  # a PEFT model, which can save itself
     trainer = _trainer(loaded, progress=progress)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - after_estimate
+    ended = time.perf_counter()
     folder = Path(config.output)
     model.save_pretrained(folder / "adapter")
     loaded.tokenizer.save_pretrained(folder / "adapter")
-    said = explain(model)
+    # What ran, and what a step on the first batch would be: the latter has the FLOPs.
+    traced = trace(get_runtime(model), next(loaded.batches(1)), texts=True)
+    said, ahead = explain(model), explain_trace(traced.runtime, traced)
+    write_report(ahead, traced, folder / "report.html")
+    worth = ahead.worth | {"sparse_tokens": said.worth["sparse_tokens"]}
     costs = {
         "output": str(folder / "adapter"),
         "steps": int(trainer.state.global_step),
@@ -50,11 +57,11 @@ def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
         "seconds": {
             "loading": round(after_load - began, 3),
             "estimator": round(after_estimate - after_load, 3),
-            "training": round(seconds, 3),
-            "of that compiling": round(said.worth["compile_seconds"] or 0.0, 3),
+            "training": round(ended - after_estimate, 3),
+            "of that compiling": round(worth["compile_seconds"] or 0.0, 3),
         },
-        "sparse_tokens": said.worth["sparse_tokens"],
-        "verdict": said.worth["verdict"],
+        "worth": worth,
+        "verdict": worth["verdict"],
     }
     (folder / "explain.txt").write_text(f"{said}\n", encoding="utf-8")
     (folder / "explain.json").write_text(said.to_json() + "\n", encoding="utf-8")

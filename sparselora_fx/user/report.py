@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from torch import Tensor, nn
+from markupsafe import Markup
+from torch import nn
 
 from sparselora_fx.compiler.report import Compilation
 from sparselora_fx.errors import CompileError
-from sparselora_fx.model.frozen_weights import canonical_path
 from sparselora_fx.runtime.runtime import get_runtime
-from sparselora_fx.runtime.tracing import trace
+from sparselora_fx.runtime.tracing import Traced, trace
 from sparselora_fx.user.explain import explain_trace
 from sparselora_fx.user.explanation import Explanation
 from sparselora_fx.user.folding import PlanKeys
 from sparselora_fx.user.linear_rows import LinearRow
 from sparselora_fx.user.record import Recording
+from sparselora_fx.user.report_charts import bars
 from sparselora_fx.user.report_drawing import drawing_of
+from sparselora_fx.user.report_history import stability
+from sparselora_fx.user.worth import big, worth_lines
 
 _DIFF_LINES = 400  # of one pass; a deep model's are alike
 
@@ -37,8 +38,9 @@ def report(
 ) -> Path:
     """Write what a sparse step on a batch would do as one HTML file; the step is traced, not run.
 
-    Verdict, a map of the layers, a region before and after, all linears with a search, and what
-    each pass changed. With ``recordings``, how stable the choices are from one to the next.
+    Verdict, FLOPs and times, a map of the layers, a region before and after, all linears with a
+    search, and what each pass changed. With ``recordings``, how stable choices are over steps, and
+    how much they depend on the input.
 
     Args:
         model: compiled with `compile`.
@@ -50,13 +52,24 @@ def report(
         The path.
 
     Raises:
-        CompileError: the model is not compiled, or the file cannot be written.
+        CompileError: the model is not compiled, matplotlib is not installed, or the file cannot be
+            written.
     """
-    from jinja2 import Environment
-
     runtime = get_runtime(model)
     traced = trace(runtime, batch, texts=True)
-    said = explain_trace(runtime, traced)
+    return write_report(explain_trace(runtime, traced), traced, path, recordings)
+
+
+def write_report(
+    said: Explanation,
+    traced: Traced,
+    path: str | os.PathLike[str],
+    recordings: Sequence[Recording] = (),
+) -> Path:
+    """The same of a batch that was traced with its texts, and what is said of it."""
+    from jinja2 import Environment
+
+    model = traced.runtime.model
     source = Path(__file__).with_name("templates") / "report.html.jinja"
     template = Environment(autoescape=True).from_string(source.read_text(encoding="utf-8"))
     base = getattr(model, "get_base_model", lambda: model)()
@@ -66,9 +79,10 @@ def report(
         verdict=said.worth["verdict"],
         facts=_facts(said, traced.compilations),
         strips=_strips(said.rows, keys),
-        bars=_bars(said),
+        charts=_charts(said),
+        measured=said.worth["measured_ratio"] is not None,
         drawing=drawing_of(said.rows, keys),
-        stability=_stability(recordings, keys),
+        stability=stability(recordings, said.rows, keys),
         rows=[_shown(row, keys) for row in said.rows],
         graphs=[_graph(one) for one in traced.compilations if one.log.records],
     )
@@ -86,13 +100,29 @@ def _facts(said: Explanation, compilations: Sequence[Compilation]) -> list[tuple
         (f"dense: {', '.join(group.names)}", f"{group.count} linears. {group.note}")
         for group in said.dense
     ]
-    return [("batch", ", ".join(sorted(sizes)) or "-"), ("graphs", str(len(compilations))), *why]
+    known = [("batch", ", ".join(sorted(sizes)) or "-"), ("graphs", str(len(compilations)))]
+    return [*known, *worth_lines(said.worth), *why]
 
 
-def _bars(said: Explanation) -> list[tuple[str, int]]:
-    names = {"sparse_tokens": "tokens that are sparse", "sliced": "frozen weights that are sliced"}
-    known = ((text, said.worth[key]) for key, text in names.items())
-    return [(text, round(100 * value)) for text, value in known if value is not None]
+def _charts(said: Explanation) -> list[tuple[str, Markup]]:
+    """Shares, FLOPs and times, as far as they are known."""
+    worth, found = said.worth, []
+    names = {"sparse_tokens": "sparse tokens", "sliced": "sliced weights"}
+    shares = [(text, worth[key]) for key, text in names.items() if worth[key] is not None]
+    if shares:
+        rows = [(text, value, f"{value:.0%}") for text, value in shares]
+        found.append(("Shares", bars("shares", rows)))
+    if worth["predicted_ratio"] is not None:
+        kinds = {"dense": "dense", "sparse": "sparse", "choosing": "the choice"}
+        values = [(text, worth[f"{kind}_flops"]) for kind, text in kinds.items()]
+        rows = [(text, value, big(value)) for text, value in values]
+        title = f"FLOPs of a step: predicted {worth['predicted_ratio']:.2f}x"
+        found.append((title, bars("FLOPs of a step", rows)))
+    if worth["measured_ratio"] is not None:
+        rows = [(k, worth[f"{k}_ms"], f"{worth[f'{k}_ms']:.3g} ms") for k in ("dense", "sparse")]
+        title = f"Time of a step: measured {worth['measured_ratio']:.2f}x"
+        found.append((title, bars("time of a step", rows)))
+    return found
 
 
 def _strips(rows: Sequence[LinearRow], keys: PlanKeys) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -123,29 +153,6 @@ def _shown(row: LinearRow, keys: PlanKeys) -> dict[str, str]:
         "key": keys.key(row.name), "shape": row.shape, "region": region, "kept": row.kept or "-",
         "status": row.status,
     }  # fmt: skip
-
-
-def _stability(recordings: Sequence[Recording], keys: PlanKeys) -> list[dict[str, Any]]:
-    """By region and choice, how much of it the next recording kept."""
-    shares: dict[tuple[str, str], list[float]] = {}
-    for one, after in itertools.pairwise(recordings):
-        for region, choices in one.selections.items():
-            for choice, kept in choices.items():
-                later = after.selections.get(region, {}).get(choice)
-                if later is not None:
-                    shares.setdefault((region, choice), []).append(_overlap(kept, later))
-    return [
-        {
-            "region": keys.key(region.partition("#")[0]) if region else canonical_path(region),
-            "choice": choice, "mean": round(100 * mean(values)), "least": round(100 * min(values)),
-        }
-        for (region, choice), values in shares.items()
-    ]  # fmt: skip
-
-
-def _overlap(kept: Tensor, later: Tensor) -> float:
-    one, other = set(kept.tolist()), set(later.tolist())
-    return len(one & other) / max(1, len(one))
 
 
 def _graph(one: Compilation) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def worth_lines(worth: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("tokens sparse", "not known yet" if tokens is None else f"{tokens:.1%}")]
     if worth["predicted_ratio"] is not None:
         parts = (worth[f"{kind}_flops"] for kind in ("dense", "sparse", "choosing"))
-        dense, sparse, choosing = map(_big, parts)
+        dense, sparse, choosing = map(big, parts)
         text = f"{dense} dense, {sparse} sparse, of which {choosing} choose channels"
         lines += [("FLOPs of a step", text), ("predicted", f"{worth['predicted_ratio']:.2f}x")]
     elif worth["traced"]:
@@ -146,7 +146,7 @@ def worth_lines(worth: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _big(count: int) -> str:
+def big(count: int) -> str:
     """``1.86e+13`` -> ``18.6 T``"""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_train_then_resume(folder: Path) -> None:
     )  # fmt: skip
     costs = json.loads(again.stdout)
     assert costs["steps"] == 4 and costs["resumed_from"] == "checkpoint-2"
-    assert 0 < costs["sparse_tokens"] < 1
+    assert 0 < costs["worth"]["sparse_tokens"] < 1 < costs["worth"]["predicted_ratio"]
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    assert costs["verdict"] in html.unescape(page) and "FLOPs of a step" in page
     after = load_file(file)
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -94,6 +97,11 @@ def test_estimate_and_explain(folder: Path) -> None:
     assert "3 of 14 frozen linears rewritten; 1 graphs traced" in said and "layers.1.mlp" in said
     data = json.loads(run("explain", folder / "run.yaml", *given, "--json").stdout)
     assert sum(row["sliced"] for row in data["linears"]) == 3
+    page = folder / "report.html"
+    assert json.loads(
+        run("report", folder / "run.yaml", "--out", page, *given, "--json").stdout
+    ) == {"file": str(page)}
+    assert "layers.1.mlp" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -136,7 +144,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_has_an_example_each() -> None:
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for name in commands:
         assert f"Example: sparselora-fx {name}" in " ".join(run(name, "--help").stdout.split())
     assert set(json.loads(run("recipes", "--json").stdout)) == set(recipes())

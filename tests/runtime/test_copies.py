@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import sparselora_fx as slx
+from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch import nn
 
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.speed_check import Verdict
+from sparselora_fx.user.folding import PlanKeys
+from sparselora_fx.user.linear_rows import LinearRow
 from sparselora_fx.user.report import skipped_percent
+from sparselora_fx.user.report_charts import bars
+from sparselora_fx.user.report_history import Stability, stability
 from tests.support import oracle
 from tests.support.token_batches import ragged
 
@@ -64,19 +70,59 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 def test_it_says_what_explain_says(written: tuple[Path, dict[str, float]]) -> None:
     text = written[0].read_text(encoding="utf-8")
-    assert "of the tokens skip channels of" in text and "6 linears sliced" in text
+    assert "of the tokens skip channels of" in text and "FLOPs of a step: predicted" in text
+    assert "6 linears sliced" in text
     assert text.count('data-find="') == 2  # two feed-forwards
     assert 'data-find="layers.2.mlp" title="layers.2.mlp: 32 of 112"' in text
     assert "sliced_linear" in text and "slice_sites" in text and "after: sliced" in text
     for where, share in written[1].items():
         region, choice = where.removeprefix("base_model.model.model.").split("/")
-        row = rf"<td>{re.escape(region)}</td><td>{choice}</td><td>{round(100 * share)} %</td>"
+        row = rf"<td>{re.escape(region)}</td><td>{choice}</td><td>{100 * share:.0f} %</td>"
         assert re.search(row, text), (where, share)
+
+
+def test_the_choices_of_recorded_steps() -> None:
+    """Of 8 channels 4 are kept: first the same ones, then two others, where random choices would
+    differ in two as well."""
+    name = "m.layers.0.mlp"
+    rows = [LinearRow(f"{name}.up", "8x4", name, "ffn", "4 of 8", "out")]
+    sets = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 4, 5]]
+    records = [slx.Recording({name: {"ffn": torch.tensor(kept)}}) for kept in sets]
+    keys = PlanKeys([row.name for row in rows])
+    assert stability(records, rows, keys) == [
+        Stability("layers.0.mlp", "ffn", mean=0.75, least=0.5, always=0.5, dependence=0.5)
+    ]
+    assert stability(records[1:], rows, keys)[0].dependence == 1.0
+    assert stability(records[:2], rows, keys)[0].dependence == 0.0
+    assert stability(records[:1], rows, keys) == []
+    assert stability(records, [], keys)[0].dependence is None
+
+
+def test_charts_are_of_the_page() -> None:
+    """Its colours and no others, text as text, words for those who cannot see it."""
+    drawn = str(bars("steps", [("dense", 20.0, "20 ms"), ("sparse", 5.0, "5 ms")]))
+    assert drawn.startswith("<svg viewBox=") and 'aria-label="steps: dense: 20 ms; sparse' in drawn
+    assert not re.findall(r"https?://|<script|<metadata", drawn) and ">20 ms</text>" in drawn
+    assert "var(--mark)" in drawn and "var(--ink)" in drawn and "#010101" not in drawn
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(slx.CompileError, match=r"pip install 'sparselora_fx\[plot\]'"):
+        bars("steps", [("dense", 20.0, "20 ms")])
+
+
+def test_times_are_shown_once_they_are_measured(tmp_path: Path) -> None:
+    model = compiled(2)
+    assert "Time: not measured yet." in slx.report(model, ragged(), tmp_path / "a").read_text()
+    get_runtime(model).speed.verdict = Verdict(0.5, 3, 10.0, 20.0, "a card")
+    text = slx.report(model, ragged(), tmp_path / "a").read_text()
+    assert "Time of a step: measured 2.00x" in text and ">20 ms</text>" in text
 
 
 def test_it_loads_nothing(written: tuple[Path, dict[str, float]]) -> None:
     text = written[0].read_text(encoding="utf-8")
-    assert not re.findall(r"(?:src|href)\s*=\s*\"(?!data:)|url\(|@import|https?://", text)
+    assert not re.findall(r"(?:src|href)\s*=\s*\"(?!data:|#)|url\((?!#)|@import|https?://", text)
 
 
 def test_shares() -> None:
