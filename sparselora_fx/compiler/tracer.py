@@ -4,7 +4,7 @@ shapes that nobody computed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +23,8 @@ class TracedFlops:
     """FLOPs of a step, as it was traced and as the passes left it; None: an op of it cannot run
     without values."""
 
-    dense: GraphFlops | None = GraphFlops()
-    sparse: GraphFlops | None = GraphFlops()
+    dense: GraphFlops | None = field(default_factory=GraphFlops)
+    sparse: GraphFlops | None = field(default_factory=GraphFlops)
 
     def __add__(self, other: TracedFlops) -> TracedFlops:
         return TracedFlops(_sum(self.dense, other.dense), _sum(self.sparse, other.sparse))

@@ -45,7 +45,7 @@ class Traced:
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
     compilations: list[Compilation] = field(default_factory=list)
     tally: TokenTally = field(default_factory=TokenTally)
-    flops: TracedFlops = TracedFlops()
+    flops: TracedFlops = field(default_factory=TracedFlops)
     calls: int = 0
 
     def stand_in_ran(self, flops: TracedFlops) -> None:
