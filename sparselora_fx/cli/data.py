@@ -69,7 +69,10 @@ def _read_parquet(file: Path) -> list[Any]:
         raise ConfigError(
             f"{file}: parquet files need pyarrow (pip install pyarrow); or give JSON or JSONL"
         ) from error
-    return list(pyarrow.parquet.read_table(file).to_pylist())
+    try:
+        return list(pyarrow.parquet.read_table(file).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{file}: not Parquet: {error}") from error
 
 
 def _fault(record: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,18 @@ def test_parquet_where_it_can_be_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist([INSTRUCTION]), tmp_path / "t.parquet")
-    assert read_records(str(tmp_path / "t.parquet")) == [INSTRUCTION]
+    for record in (INSTRUCTION, CHAT):
+        parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "t.parquet")
+        assert read_records(str(tmp_path / "t.parquet")) == [record]
+    (tmp_path / "t.parquet").write_text("no table", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"t.parquet: not Parquet"):
+        read_records(str(tmp_path / "t.parquet"))
+
+
+def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"t.parquet: parquet files need pyarrow \(pip install"):
+        read_records(str(tmp_path / "t.parquet"))
 
 
 def test_prompts_that_do_not_fit() -> None:
