@@ -1,8 +1,8 @@
 """Every code block of README and docs runs, page by page from top to bottom, or quotes our code.
 
 README's blocks run as they stand. A page of docs/ speaks of `model` (compiled), `estimator`,
-`batches`, `batch` and its tensors, and `tokenizer`, which are a tiny model's here, and of the `path`
-of a saved one.
+`batches`, `batch` and its tensors, and `tokenizer`, which are a tiny model's here, and of the
+`path` of a saved one.
 """
 
 from __future__ import annotations
