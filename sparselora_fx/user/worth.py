@@ -89,7 +89,7 @@ def _times(measured: Verdict | None) -> dict[str, Any]:
 def _break_even(found: dict[str, Any], measured: Verdict | None) -> int | None:
     if measured is None or not measured.pays or found["compile_seconds"] is None:
         return None
-    spent = found["compile_seconds"] + found["estimator_seconds"]
+    spent: float = found["compile_seconds"] + found["estimator_seconds"]
     return math.ceil(1e3 * spent / (measured.dense_ms - measured.sparse_ms))
 
 
