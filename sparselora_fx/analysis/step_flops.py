@@ -95,6 +95,9 @@ class _Counting(fx.Interpreter):
         self.choosing = self.again = 0
 
     def run_node(self, n: fx.Node) -> Any:
+        if op_name(n) == _CHECKPOINT:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return self._run_twice(*args)
         before = self.counter.get_total_flops()
         result = super().run_node(n)
         if n in self.serving:
@@ -105,14 +108,12 @@ class _Counting(fx.Interpreter):
         """Whatever device a node speaks of, its tensors are on "meta"."""
         return pytree.tree_map(_on_meta, super().fetch_args_kwargs_from_env(n))
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(target, "__name__", "") != _CHECKPOINT:
-            return super().call_function(target, args, kwargs)
-        body = _Counting(args[0], self.counter)
+    def _run_twice(self, gm: fx.GraphModule, *args: object) -> Any:
+        """A checkpointed body: the backward runs it again, but for its choices, which are kept."""
+        body = _Counting(gm, self.counter)
         before = self.counter.get_total_flops()
-        result = body.run(*args[1:])
+        result = body.run(*args)
         self.choosing += body.choosing
-        # The backward runs the body again, but for its choices, which are kept.
         self.again += self.counter.get_total_flops() - before - body.choosing + body.again
         return result
 

@@ -117,7 +117,11 @@ def test_times_are_shown_once_they_are_measured(tmp_path: Path) -> None:
     model = compiled()
     get_runtime(model).speed.verdict = Verdict(0.5, 3, 10.0, 20.0, "a card")
     text = slx.report(model, ragged(), tmp_path / "report.html").read_text()
-    assert "not measured yet" not in text and "Time of a step: measured 2.00x" in text and ">20 ms</text>" in text
+    assert (
+        "not measured yet" not in text
+        and "Time of a step: measured 2.00x" in text
+        and ">20 ms</text>" in text
+    )
 
 
 def test_it_loads_nothing(written: tuple[Path, dict[str, float]]) -> None:
