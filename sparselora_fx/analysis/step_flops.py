@@ -11,16 +11,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparselora_fx import _torch
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.ir.ops import OPS
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 log = logging.getLogger(__name__)
 _CHECKPOINT = "tag_activation_checkpoint"
@@ -53,6 +55,8 @@ def step_flops(gm: fx.GraphModule, inputs: Sequence[object]) -> GraphFlops | Non
 
 
 def _counted(gm: fx.GraphModule, inputs: Sequence[object]) -> GraphFlops:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         forward = _Counting(gm, counter)
         results = forward.run(*[_stand_in(held) for held in inputs])

@@ -157,7 +157,7 @@ def _attach(
 ) -> nn.Module:
     """Put on the model all that belongs to a compilation, or nothing if that fails."""
     model = runtime.model
-    model.__dict__[RUNTIME], runtime.estimator_seconds = runtime, estimator.seconds
+    model.__dict__[RUNTIME] = runtime
     try:
         compile_apart()
         if not is_hopeless(runtime):  # a hook would only cut a model's graphs in more places
