@@ -33,8 +33,8 @@ from sparselora_fx.graph.nodes import (
     argument,
     axis_argument,
     has_side_effect,
-    is_shape_query,
     op_name,
+    reads_shape_only,
     tensor,
 )
 from sparselora_fx.graph.op_families import CASTS, NORMS, REDUCTIONS, RESHAPES
@@ -73,8 +73,11 @@ def propagate(graph: fx.Graph, sites: Sequence[Site]) -> Values:
             port = Port(starts[node], Layout.of_linear(out.shape))
             values[node] = Channels((port,), frozenset([starts[node]]), moved=True)
             continue
-        if node in branches or not any(source in values for source in node.all_input_nodes):
+        if node in branches:
             continue  # a LoRA branch is part of its site
+        sources = (source for source in node.all_input_nodes if source in values)
+        if all(reads_shape_only(node, source) for source in sources):
+            continue
         found = attention_value(node, values) or _transfer(node, values) or _opaque(node, values)
         if found is not None:
             values[node] = found
@@ -110,7 +113,7 @@ def _opaque(node: fx.Node, values: Values) -> Value | None:
     """Something made from channels in a way that no rule knows: no ports, but its roots are kept,
     so that it may still end in the consumer alone."""
     made = node.meta.get("example_value")
-    if has_side_effect(node) or is_shape_query(node):
+    if has_side_effect(node):
         return None
     held = [values[source] for source in node.all_input_nodes if source in values]
     unknown = Channels((), frozenset().union(*(sources_of(value) for value in held)))

@@ -67,10 +67,8 @@ def make_backend(
     clock = Clock()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., object]:
-        report, compilation = rewrite_graph(listener, gm, inputs, options)
+        report, compilation, inputs = rewrite_graph(listener, gm, inputs, options)
         rewritten = compilation.kind == SPARSE
-        if report is not None:
-            inputs = report.passed(inputs)
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
         with clock.timing(compilation):
             if rewritten and "pieces" not in disabled_layers():
@@ -86,9 +84,9 @@ def make_backend(
 
 def rewrite_graph(
     listener: Listener, gm: fx.GraphModule, inputs: Sequence[Any], options: Options
-) -> tuple[GraphReport | None, Compilation]:
+) -> tuple[GraphReport | None, Compilation, Sequence[Any]]:
     """Run the passes over a traced graph, in place. Returns what they did (None: it has no marked
-    site) and what the graph is."""
+    site), what the graph is, and those of the inputs that it still has."""
     shift, call = listener.graph_traced(gm, inputs)
     # A graph that is observed is otherwise left as it is, and compiled as it would be.
     observed = _is_observed(gm)
@@ -100,7 +98,7 @@ def rewrite_graph(
         inputs = report.passed(inputs)
     number = listener.graph_rewritten(report if rewritten else None, inputs)
     kind = SPARSE if rewritten else OBSERVED if observed else DENSE
-    return report, Compilation(number, kind, _batch(call), _size(gm), log)
+    return report, Compilation(number, kind, _batch(call), _size(gm), log), inputs
 
 
 def _batch(call: TracedCall) -> str:

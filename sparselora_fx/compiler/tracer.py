@@ -51,8 +51,8 @@ def make_tracer(listener: TraceListener, options: Options) -> Callable[..., Any]
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         results = pytree.tree_map(value, gm.graph.output_node().args[0])
         dense = step_flops(gm, inputs)
-        report, compilation = rewrite_graph(listener, gm, inputs, options)
-        sparse = dense if report is None else step_flops(gm, report.passed(inputs))
+        report, compilation, left = rewrite_graph(listener, gm, inputs, options)
+        sparse = dense if report is None else step_flops(gm, left)
         flops = TracedFlops(dense, sparse)
         listener.graph_compiled(compilation)
 

@@ -134,7 +134,7 @@ def cuts_gradient(node: fx.Node) -> bool:
 
 def reads_shape_only(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node uses one of its inputs for its sizes, dtype or device alone."""
-    if op_name(node) in ("expand_as", "view_as", "reshape_as", "type_as"):
+    if op_name(node) in ("expand_as", "view_as", "reshape_as", "type_as", "to"):
         return node.args[0] is not source
     return is_shape_query(node)
 

@@ -114,3 +114,29 @@ def test_more_tokens_beside_those_of_a_site() -> None:
     (port,) = value.ports
     assert channel_map(port.layout) == (ROWS, ChannelMap(1, 1, 0))
     assert port.layout.dims[1][0].size == 7
+
+
+AS_ANOTHER: dict[str, Build] = {
+    "view_as": lambda s, y: s.call("view_as", s.input("z", 6, ROWS), y),
+    "reshape_as": lambda s, y: s.call("reshape_as", s.input("z", 6, ROWS), y),
+    "expand_as": lambda s, y: s.call("expand_as", s.input("z", ROWS), y),
+    "type_as": lambda s, y: s.call("type_as", s.input("z", ROWS), y),
+    "to": lambda s, y: s.call("to", s.input("z", ROWS), y),
+    "zeros_like": lambda s, y: s.call(torch.zeros_like, y),
+}
+
+
+@pytest.mark.parametrize("name", AS_ANOTHER)
+def test_who_asks_for_a_shape_alone_holds_no_channels(name: str) -> None:
+    (value,), rewrite = flow(AS_ANOTHER[name])
+    assert value is None and rewrite.sites
+
+
+def test_a_value_is_laid_out_as_another_one() -> None:
+    """The first operand is moved; the second is asked for its shape."""
+
+    def flat(small: Small, y: fx.Node) -> fx.Node:
+        return small.call("view_as", y, small.input("z", 6, ROWS))
+
+    (value,), _ = flow(flat)
+    assert [channel_map(p.layout) for p in value.ports] == [(ROWS, ChannelMap(1, 1, 0))]
