@@ -43,7 +43,7 @@ def find_regions(rewrite: Rewrite) -> int:
     unchanged.
 
     FFN:        h = f(linear(x, w1), linear(x, w2), ...);  y = linear(h, w3)          f pointwise
-                (norms allowed)
+                (norms allowed); z = linear(g(h), w4), ... share the choice
     Attention:  y = linear(merge(attention(heads(linear(x, wq)), heads(linear(x, wk)),
                 heads(linear(x, wv)))), wo)
     Skips:      a site whose channels are also read elsewhere, layouts that are no affine map,
@@ -57,16 +57,19 @@ def find_regions(rewrite: Rewrite) -> int:
     found: list[Region] = []
     scorable: dict[fx.Node, bool] = {}
     feeds: dict[Site, str] = {}
+    closed: list[Region] = []
     for consumer in rewrite.sites:
-        sites = [consumer]
         try:
-            region = _region(consumer, values, scorable)
-            sites = region.sites
+            closed.append(_region(consumer, values, scorable))
+        except NoRegion as reason:
+            reasons[consumer] = str(reason)
+            feeds |= dict.fromkeys(roots_of(consumer, values), f"what it feeds is dense: {reason}")
+    for region in _joined(closed):
+        try:
             _check_readers(region, values)
             found.append(region)
         except NoRegion as reason:
-            reasons |= dict.fromkeys(sites, str(reason))
-            feeds |= dict.fromkeys(roots_of(consumer, values), f"what it feeds is dense: {reason}")
+            reasons |= dict.fromkeys(region.sites, str(reason))
     _put_attention_first(found, reasons)
     taken: set[Site] = set()
     for region in found:
@@ -132,7 +135,7 @@ def _ffn_region(
         raise NoRegion("the function between its producers and itself cannot be replayed on scores")
     producers = [RowSelection(site, tuple(sorted(maps))) for site, maps in picks.items()]
     choice = ChannelChoice("ffn", consumer.in_features, 0, producers)
-    return Region("ffn", [choice], RowSelection(consumer, (ChannelMap(1, 1, 0),)))
+    return Region("ffn", [choice], [RowSelection(consumer, (ChannelMap(1, 1, 0),))])
 
 
 def _covers(maps: list[ChannelMap], channels: int, rows: int) -> bool:
@@ -155,7 +158,19 @@ def _attention_region(consumer: Site, value: Channels, attention: Attention) -> 
     qk = ChannelChoice("qk", attention.kv_heads * attention.head_dim, 0, [q, k])
     producers = [v, *(gate for gate in gates if gate is not None)]
     vv = ChannelChoice("v", attention.kv_heads * attention.value_dim, 0, producers)
-    return Region("attention", [qk, *_rest([qk, vv]), vv], out, attention)
+    return Region("attention", [qk, *_rest([qk, vv]), vv], [out], attention)
+
+
+def _joined(regions: list[Region]) -> list[Region]:
+    """One region in the place of those whose producers are chosen alike: several consumers of one
+    hidden state share its choice."""
+    first: dict[object, Region] = {}
+    for region in regions:
+        chosen = tuple((c.name, c.channels, frozenset(c.producers)) for c in region.choices)
+        other = first.setdefault((region.kind, region.attention, chosen), region)
+        if other is not region:
+            other.consumed += region.consumed
+    return list(first.values())
 
 
 def _gate(port: Port, out: RowSelection, attention: Attention) -> RowSelection | None:
@@ -222,7 +237,7 @@ def _put_attention_first(regions: list[Region], reasons: dict[Site, str]) -> Non
 
 
 def _check_readers(region: Region, values: Values) -> None:
-    """Refuse a region whose channels anybody but its consumer reads."""
+    """Refuse a region whose channels anybody but its consumers reads."""
     reader = outside_reader(region, values)
     if reader is not None:
         # What a graph returns of an attention's keys and values is a cache, if anything.
@@ -250,7 +265,7 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
             raise NoRegion(UNORDERED)
         if site.split is not None:
             raise NoRegion(OTHER_GRID)
-        if site is region.consumer.site:
+        if site in region.consumers:
             continue  # it is not scored by its input
         rows = token_rows(rewrite.graph, rewrite.batch, rewrite.passed)
         site.token_rows = rows.get(site.x)

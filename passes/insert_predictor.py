@@ -15,7 +15,6 @@ from sparselora_fx.rewrite.score_subgraph import (
     ffn_scores,
     head_scores,
     lacking,
-    producers_of,
 )
 from sparselora_fx.rewrite.token_counts import count_tokens
 
@@ -38,10 +37,10 @@ def insert_predictor(rewrite: Rewrite) -> int:
     order = {node: i for i, node in enumerate(rewrite.graph.nodes)}
     inserted = 0
     for region in list(rewrite.regions):
-        first = min((site.node for site in producers_of(region)), key=order.__getitem__)
-        needs = {node for site in producers_of(region) for node in (site.x, *site.factors)}
+        first = min((site.node for site in region.producers), key=order.__getitem__)
+        needs = {node for site in region.producers for node in (site.x, *site.factors)}
         if region.kind == "ffn":
-            needs |= side_inputs(region.consumer.site.x, rewrite.values)
+            needs = needs.union(*(side_inputs(c.x, rewrite.values) for c in region.consumers))
         late = any(order[node] > order[first] for node in needs)
         reason = "an input of the region is computed after its first producer" if late else None
         reason = reason or lacking(region, rewrite.options)
@@ -71,7 +70,7 @@ def _count_rows(region: Region, rewrite: Rewrite) -> None:
     """Say which rows that producers see count, where those are not the batch's tokens one by
     one."""
     done: dict[TokenRows, fx.Node] = {}
-    for site in producers_of(region):
+    for site in region.producers:
         rows, counted = site.token_rows, site.tokens.counted
         if rows is not None and counted is not None:
             if rows not in done:

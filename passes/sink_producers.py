@@ -29,11 +29,10 @@ def sink_producers(rewrite: Rewrite) -> int:
     changed = 0
     for region in rewrite.regions:
         order = {node: i for i, node in enumerate(rewrite.graph.nodes)}
-        producers = [site for site in region.sites if site is not region.consumer.site]
-        first = min((site.node for site in producers), key=order.__getitem__)
-        needs = {node for site in producers for node in (site.x, *site.factors)}
+        first = min((site.node for site in region.producers), key=order.__getitem__)
+        needs = {node for site in region.producers for node in (site.x, *site.factors)}
         if region.kind == "ffn":
-            needs |= side_inputs(region.consumer.site.x, rewrite.values)
+            needs = needs.union(*(side_inputs(c.x, rewrite.values) for c in region.consumers))
         last = max(needs, key=order.__getitem__)
         if order[last] > order[first]:
             changed += _sink(rewrite, region, first, last)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from sparselora_fx.analysis.regions import Region, Site
+from sparselora_fx.analysis.regions import Region, RowSelection, Site
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.score_subgraph import channel_rows
@@ -34,12 +34,11 @@ def slice_sites(rewrite: Rewrite) -> int:
     """
     sliced = 0
     for region in rewrite.regions:
-        for site in region.sites:
-            if site is not region.consumer.site:
-                _slice_producer(site, region, rewrite)
-                sliced += 1
-        _slice_consumer(region, rewrite)
-        sliced += 1
+        for site in region.producers:
+            _slice_producer(site, region, rewrite)
+        for pick in region.consumed:
+            _slice_consumer(pick, region, rewrite)
+        sliced += len(region.sites)
     return sliced
 
 
@@ -66,12 +65,12 @@ def _slice_producer(site: Site, region: Region, rewrite: Rewrite) -> None:
                 addition.replace_input_with(branch, _mask_branch(graph, branch, site, rows))
 
 
-def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
-    graph, site = rewrite.graph, region.consumer.site
+def _slice_consumer(pick: RowSelection, region: Region, rewrite: Rewrite) -> None:
+    graph, site = rewrite.graph, pick.site
     selection = region.choices[-1].selection
     assert selection is not None
     with graph.inserting_before(site.node):
-        columns = channel_rows(graph, selection, region.consumer)
+        columns = channel_rows(graph, selection, pick)
         region.rows[site] = columns
         weight = logical_weight(graph, site)
 
@@ -81,7 +80,7 @@ def _slice_consumer(region: Region, rewrite: Rewrite) -> None:
 
     _replace_products(graph, site, sliced)
     if rewrite.options.lora_branch == "sparse":
-        _mask_adapter_input(region, graph, columns)
+        _mask_adapter_input(site, graph, columns)
 
 
 def _replace_products(graph: fx.Graph, site: Site, sliced: _Sliced) -> None:
@@ -106,9 +105,8 @@ def _by_token(graph: fx.Graph, site: Site, node: fx.Node, x: fx.Node, sliced: _S
     return merged(graph, sliced(parts[0]), dense, site.split, like=node, sizes_of=x)
 
 
-def _mask_adapter_input(region: Region, graph: fx.Graph, columns: fx.Node) -> None:
-    """Let the consumer's LoRA branch read only the selected channels."""
-    site = region.consumer.site
+def _mask_adapter_input(site: Site, graph: fx.Graph, columns: fx.Node) -> None:
+    """Let a consumer's LoRA branch read only the selected channels."""
     readers = [node for node in graph.nodes if node in site.adapter_nodes]
     for reader in readers:
         for source in [n for n in reader.all_input_nodes if n not in site.adapter_nodes]:

@@ -65,7 +65,7 @@ def estimate(region: Region) -> Estimate | None:
             templates read them in place, copies are not counted, and nowhere is what was not
             measured (predictors, rows that move).
     """
-    weight = tensor(region.consumer.site.weight)
+    weight = tensor(region.consumers[0].weight)
     rates = None if weight is None else rates_of(weight.device, weight.dtype)
     if weight is None or rates is None:
         return None
@@ -94,7 +94,7 @@ def _kept_shares(region: Region) -> dict[Site, float]:
             share = choice.kept * len(pick.maps) / pick.site.out_features
             rows[pick.site] = rows.get(pick.site, 0.0) + share
     last = region.choices[-1]
-    return {**rows, region.consumer.site: last.kept / last.channels}
+    return {**rows, **dict.fromkeys(region.consumers, last.kept / last.channels)}
 
 
 def sparse_rows(site: Site) -> int:

@@ -10,23 +10,21 @@ from sparselora_fx.graph.nodes import op_name, reads_shape_only
 
 
 def outside_reader(region: Region, values: Values) -> str | None:
-    """Anybody but the consumer who reads a region's channels, in words; None: nobody does.
+    """Anybody but the consumers who reads a region's channels, in words; None: nobody does.
 
     Rule:   every user of every node whose value has one of the region's sources as a root must be
-            the consumer (with its branch), have such a value itself, or read the shape alone.
+            a consumer (with its branch), have such a value itself, or read the shape alone.
     Sound:  roots are never lost but by sizes and writes (`channel_flow`): a user without a value is
             a reader of all channels. The graph's output is a user like any other.
     """
-    producers = {site for site in region.sites if site is not region.consumer.site}
-    inside: set[Source] = {*producers}
+    inside: set[Source] = {*region.producers}
     if region.attention is not None:
         inside.add(region.attention)
-    consumer = region.consumer.site
-    allowed = consumer.adapter_nodes | {consumer.node, *consumer.more}
+    allowed: set[fx.Node] = set()
+    for consumer in region.consumers:
+        allowed |= consumer.adapter_nodes | {consumer.node, *consumer.more}
     for node, value in values.items():
         if not inside & sources_of(value) or node in allowed:
-            continue
-        if node is consumer.node:
             continue
         for user in node.users:
             if user in allowed or reads_shape_only(user, node):

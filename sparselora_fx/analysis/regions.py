@@ -168,14 +168,26 @@ class Region:
 
     kind: str  # "ffn" or "attention"
     choices: list[ChannelChoice]
-    consumer: RowSelection  # columns of the consumer selected by the last choice
+    # Columns selected by the last choice: of one consumer, or of several that read one hidden
+    # state.
+    consumed: list[RowSelection]
     attention: Attention | None = None
     rows: dict[Site, fx.Node] = field(default_factory=dict)  # set by slice_sites
 
     @property
-    def sites(self) -> list[Site]:
+    def producers(self) -> list[Site]:
+        """The sites whose outputs are chosen."""
         picks = [pick for choice in self.choices for pick in choice.producers]
-        return list(dict.fromkeys([*(pick.site for pick in picks), self.consumer.site]))
+        return list(dict.fromkeys(pick.site for pick in picks))
+
+    @property
+    def consumers(self) -> list[Site]:
+        """The sites whose inputs are chosen."""
+        return [pick.site for pick in self.consumed]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [*self.producers, *self.consumers]
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,11 +122,8 @@ def report_of(
     regions = []
     for region, weights, tensors in lifted.regions:
         place = {key: extra[node] for key, node in tensors.items()}
-        consumer = region.consumer.site
-        sites = [
-            SiteReport(index[weights[s]], "in" if s is consumer else "out", rows=place[s])
-            for s in region.sites
-        ]
+        roles = {**dict.fromkeys(region.producers, "out"), **dict.fromkeys(region.consumers, "in")}
+        sites = [SiteReport(index[weights[s]], role, rows=place[s]) for s, role in roles.items()]
         choices = {c.name: (place[c.name], c.kept, c.channels) for c in region.choices}
         regions.append(RegionReport(region.kind, sites, choices))
     dense = [SiteReport(index[weight], "dense", reason) for weight, reason in lifted.skips]

@@ -15,15 +15,10 @@ from sparselora_fx.rewrite.replay import Replay
 from sparselora_fx.rewrite.rewrite import Options, Rewrite
 
 
-def producers_of(region: Region) -> list[Site]:
-    """The sites whose outputs are chosen."""
-    return list(dict.fromkeys(pick.site for choice in region.choices for pick in choice.producers))
-
-
 def lacking(region: Region, options: Options) -> str | None:
     """Why the region cannot be scored as asked, or None."""
     score = options.score
-    known = [region.consumer.site] if region.kind == "ffn" else producers_of(region)
+    known = region.consumers if region.kind == "ffn" else region.producers
     term = "prior" if region.kind == "ffn" else "output"
     if score.prior and any(term not in site.statistics for site in known):
         return "calibration did not reach it, so that it has no prior"
@@ -31,20 +26,26 @@ def lacking(region: Region, options: Options) -> str | None:
 
 
 def ffn_scores(region: Region, rewrite: Rewrite) -> fx.Node:
-    """Energy of each channel of the region's function, on the rows of the score's view: ``[N]``."""
-    graph, options, consumer = rewrite.graph, rewrite.options, region.consumer.site
+    """Energy of each channel of the region's function, on the rows of the score's view: ``[N]``;
+    of several consumers the sum, as if they were one linear with all of their outputs."""
+    graph, options = rewrite.graph, rewrite.options
     score = options.score
-    norms = consumer.statistics.get("norms")
-    found: fx.Node | None = None
+    total: fx.Node | None = None
     if score.context:
-        view = View(graph, producers_of(region)[0], options, pool=True)
+        view = View(graph, region.producers[0], options, pool=True)
         approximate = Approximation(graph, view, options).build
-        hidden = Replay(graph, rewrite.values, approximate, view.rows).build(consumer.x)
-        found = _energy(graph, hidden, view, norms, score)
-    if score.prior:
-        found = _sum(graph, found, consumer.statistics["prior"])
-    assert found is not None
-    return _times_square(graph, found, norms) if score.weighted else found
+        replay = Replay(graph, rewrite.values, approximate, view.rows)
+    for consumer in region.consumers:
+        found: fx.Node | None = None
+        norms = consumer.statistics.get("norms")
+        if score.context:
+            found = _energy(graph, replay.build(consumer.x), view, norms, score)
+        if score.prior:
+            found = _sum(graph, found, consumer.statistics["prior"])
+        assert found is not None
+        total = _sum(graph, total, _times_square(graph, found, norms) if score.weighted else found)
+    assert total is not None
+    return total
 
 
 def head_scores(region: Region, choice: ChannelChoice, rewrite: Rewrite) -> fx.Node:
@@ -145,16 +146,20 @@ def _share(graph: fx.Graph, prior: fx.Node, weights: fx.Node | None) -> fx.Node:
 
 
 def _column_weights(region: Region, every: fx.Node, graph: fx.Graph) -> fx.Node | None:
-    """Norm of what the output projection makes of each kv value channel: ``[channels]``, over all
+    """Norm of what the output projections make of each kv value channel: ``[channels]``, over all
     query heads that share it."""
-    norms = region.consumer.site.statistics.get("norms")
-    if norms is None:
-        return None
-    columns = channel_rows(graph, every, region.consumer)
-    square = graph.call_method("square", (graph.call_method("index_select", (norms, 0, columns)),))
     channels = region.choices[-1].channels
-    grouped = graph.call_method("view", (square, len(region.consumer.maps), channels))
-    return graph.call_method("sqrt", (graph.call_method("sum", (grouped, 0)),))
+    total: fx.Node | None = None
+    for pick in region.consumed:
+        norms = pick.site.statistics.get("norms")
+        if norms is None:
+            return None
+        columns = channel_rows(graph, every, pick)
+        chosen = graph.call_method("index_select", (norms, 0, columns))
+        square = graph.call_method("square", (chosen,))
+        grouped = graph.call_method("view", (square, len(pick.maps), channels))
+        total = _sum(graph, total, graph.call_method("sum", (grouped, 0)))
+    return graph.call_method("sqrt", (total,))
 
 
 def _sum(graph: fx.Graph, first: fx.Node | None, second: fx.Node) -> fx.Node:

@@ -38,7 +38,7 @@ def ffn(tokens: int, kept: int, *lists: int) -> Region:
     graph = fx.Graph()
     up, down = site(graph, "up", tokens, 40, 8, *lists), site(graph, "down", tokens, 8, 40, *lists)
     choice = ChannelChoice("ffn", 40, kept, [RowSelection(up, SAME)])
-    return Region("ffn", [choice], RowSelection(down, SAME))
+    return Region("ffn", [choice], [RowSelection(down, SAME)])
 
 
 def test_half_of_the_channels_cost_half_of_the_products_and_their_copies(
@@ -59,7 +59,7 @@ def test_only_the_sparse_list_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, split = estimate(ffn(30, 20)), estimate(ffn(30, 20, 12, 18))
     assert whole is not None and split is not None
     assert split.dense == pytest.approx(whole.dense * 12 / 30)
-    assert sparse_rows(ffn(30, 20, 12, 18).consumer.site) == 12
+    assert sparse_rows(ffn(30, 20, 12, 18).consumers[0]) == 12
 
 
 def test_a_dtype_that_was_not_measured_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:

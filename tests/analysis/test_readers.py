@@ -30,7 +30,7 @@ def ffn(also: Callable[[Small, fx.Node, fx.Node], Any]) -> tuple[Rewrite, Region
     first, second = rewrite.sites
     one = (ChannelMap(1, 1, 0),)
     choice = ChannelChoice("ffn", 16, 8, [RowSelection(first, one)])
-    return rewrite, Region("ffn", [choice], RowSelection(second, one))
+    return rewrite, Region("ffn", [choice], [RowSelection(second, one)])
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_where_a_layout_is_lost() -> None:
 
 def test_roots_of_a_consumer() -> None:
     rewrite, region = ffn(lambda s, up, h: None)
-    assert roots_of(region.consumer.site, rewrite.values) == [rewrite.sites[0]]
+    assert roots_of(region.consumers[0], rewrite.values) == [rewrite.sites[0]]

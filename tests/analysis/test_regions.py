@@ -103,7 +103,7 @@ def test_a_region_names_each_site_once() -> None:
     producer, consumer = site_of(), site_of()
     one = ChannelMap(1, 1, 0)
     picks = [RowSelection(producer, (one,)), RowSelection(producer, (one,))]
-    region = Region("ffn", [ChannelChoice("ffn", 16, 8, picks)], RowSelection(consumer, (one,)))
+    region = Region("ffn", [ChannelChoice("ffn", 16, 8, picks)], [RowSelection(consumer, (one,))])
     assert region.sites == [producer, consumer]
     assert RowSelection(producer, (one, ChannelMap(1, 1, 4))).offsets == [0, 4]
 

@@ -255,6 +255,48 @@ def test_two_products_of_one_hidden_state_stay_dense_and_say_why(
     assert record.sites == {} and why in reasons(table)["out.base"], table
 
 
+def one_state(net: Any, x: Tensor) -> Any:
+    h = F.silu(net.a(x)) * net.b(x)
+    return net.out(h), net.more(h)
+
+
+def scaled_and_flat(net: Any, x: Tensor) -> Any:
+    h = F.silu(net.a(x)) * net.b(x)
+    return net.out(h), net.more(0.5 * h.flatten(0, 1))
+
+
+def two_functions(net: Any, x: Tensor) -> Any:
+    a, b = net.a(x), net.b(x)
+    return net.out(F.silu(a) * b), net.more(b * F.gelu(a))
+
+
+@pytest.mark.parametrize("body", [one_state, scaled_and_flat, two_functions])
+def test_out_projections_of_one_hidden_state_share_a_choice(body: Body) -> None:
+    def make() -> nn.Module:
+        net = Net(body)
+        net.more = Adapted(HIDDEN, 12)
+        return net
+
+    record, table = check(make)
+    assert set(record.sites) == ALL | {"more.base"}, table
+    assert len({tuple(kept.tolist()) for _, kept in record.sites.values()}) == 1
+
+
+def test_output_projections_of_one_attention_share_a_choice() -> None:
+    def body(net: Any, x: Tensor) -> Any:
+        q, k, v = heads(net.q(x)), heads(net.k(x)), heads(net.v(x))
+        mixed = merged(attend(q, k, v))
+        return net.o(mixed), net.also(mixed)
+
+    def make() -> nn.Module:
+        net = attention(body)()
+        net.also = Adapted(HEADS * DIM, 12)
+        return net
+
+    record, table = check(make, 0.5)
+    assert set(record.sites) == {f"{n}.base" for n in (*"qkvo", "also")}, table
+
+
 # ---------------------------------------------------------------- LoRA branches
 
 

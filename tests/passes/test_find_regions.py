@@ -54,7 +54,7 @@ def test_a_gated_ffn(multiple: int, kept: int) -> None:
         return
     assert found(rewrite) == 1
     (region,) = rewrite.regions
-    assert (region.kind, region.consumer.site.weight.name) == ("ffn", "down")
+    assert (region.kind, [c.weight.name for c in region.consumers]) == ("ffn", ["down"])
     assert [(c.name, c.channels, c.kept) for c in region.choices] == [("ffn", 16, kept)]
     one = [ChannelMap(1, 1, 0)]
     assert rows_of(rewrite) == {("ffn", "gate"): one, ("ffn", "up"): one}
@@ -99,7 +99,7 @@ def test_an_attention_with_grouped_heads(written_out: bool) -> None:
     rewrite = small.rewrite(small.site(attention(small, x, written_out=written_out), "o", 8))
     assert found(rewrite) == 1
     (region,) = rewrite.regions
-    assert (region.kind, region.consumer.site.weight.name) == ("attention", "o")
+    assert (region.kind, [c.weight.name for c in region.consumers]) == ("attention", ["o"])
     assert [(c.name, c.channels, c.kept) for c in region.choices] == [("qk", 6, 3), ("v", 6, 3)]
     shared = [ChannelMap(DIM, 2 * DIM, 0), ChannelMap(DIM, 2 * DIM, DIM)]
     assert rows_of(rewrite) == {
@@ -107,7 +107,50 @@ def test_an_attention_with_grouped_heads(written_out: bool) -> None:
         ("qk", "k"): [ChannelMap(DIM, DIM, 0)],
         ("v", "v"): [ChannelMap(DIM, DIM, 0)],
     }
-    assert list(region.consumer.maps) == shared
+    assert [list(pick.maps) for pick in region.consumed] == [shared]
+
+
+def test_consumers_of_one_hidden_state_share_a_region() -> None:
+    """Whatever functions they read it through, and in whichever order the producers stand."""
+    small = Small()
+    x = small.input("x", 2, 3, 8)
+    gate, up = small.site(x, "gate", 16), small.site(x, "up", 16)
+    h = small.call(torch.mul, small.call(F.silu, gate), up)
+    other = small.call(torch.mul, up, small.call(F.gelu, gate))
+    ends = [small.site(h, "down", 8), small.site(h, "more", 4), small.site(other, "third", 8)]
+    rewrite = small.rewrite(*ends)
+    assert found(rewrite) == 1
+    (region,) = rewrite.regions
+    assert [site.weight.name for site in region.producers] == ["gate", "up"]
+    assert [site.weight.name for site in region.consumers] == ["down", "more", "third"]
+
+
+def of_one_alone(small: Small, x: fx.Node) -> tuple[Any, ...]:
+    gate = small.call(F.silu, small.site(x, "gate", 16))
+    h = small.call(torch.mul, gate, small.site(x, "up", 16))
+    return small.site(h, "down", 8), small.site(gate, "more", 8)
+
+
+def both_halves(small: Small, x: fx.Node) -> tuple[Any, ...]:
+    h = small.call(F.silu, small.site(x, "up", 32))
+    parts = [small.call(operator.getitem, h, (..., s)) for s in (slice(16), slice(16, None))]
+    return tuple(
+        small.site(part, name, 8) for part, name in zip(parts, ("down", "more"), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (of_one_alone, "its channels are also read by linear"),
+        (both_halves, "some rows of its producer are used by something else"),
+    ],
+)
+def test_consumers_of_other_channels_stay_dense(build: Any, reason: str) -> None:
+    small = Small()
+    rewrite = small.rewrite(*build(small, small.input("x", 2, 3, 8)))
+    assert found(rewrite) == 0
+    assert reason in {skip.weight.name: skip.reason for skip in rewrite.skips}["down"]
 
 
 def also_returned(small: Small, x: fx.Node) -> tuple[Any, ...]:

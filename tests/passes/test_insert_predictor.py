@@ -78,6 +78,28 @@ def test_it_chooses_by_the_paper_s_formula() -> None:
     assert got.tolist() == sorted(energy.topk(8).indices.tolist())
 
 
+def test_of_two_consumers_both_weigh() -> None:
+    """As if they were one linear with all of their outputs."""
+    small = Small()
+    h = small.call(F.silu, small.site(small.input("x", 2, 3, 8), "up", 16))
+    score = Score(weighted=True)
+    options = Options(channel_multiple=1, score=score)
+    rewrite = small.rewrite(small.site(h, "down", 8), small.site(h, "more", 4), options=options)
+    after(rewrite, find_sites, find_regions)
+    (region,) = rewrite.regions
+    for site in region.consumers:
+        site.statistics["norms"] = small.input(f"{site.weight.name}_norms", 16)
+    after(rewrite, insert_predictor)
+    rewrite.graph.output_node().args = ((region.choices[0].selection,),)
+    given = {"x": torch.randn(2, 3, 8, dtype=F64), "up_fa": torch.randn(16, 2, dtype=F64),
+             "up_fb": torch.randn(2, 8, dtype=F64)}  # fmt: skip
+    norms = {f"{name}_norms": torch.rand(16, dtype=F64) for name in ("down", "more")}
+    hidden = F.silu(given["x"].mean(dim=1) @ given["up_fb"].T @ given["up_fa"].T)
+    energy = hidden.square().mean(0) * sum(n.square() for n in norms.values())
+    (got,) = values_of(rewrite, **given, **norms)
+    assert got.tolist() == sorted(energy.topk(8).indices.tolist())
+
+
 def test_only_counted_tokens_are_looked_at() -> None:
     rewrite = ffn(counted=True)
     after(rewrite, insert_predictor)
