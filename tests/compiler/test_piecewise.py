@@ -23,6 +23,7 @@ from tests.support.slow import slow
 pytestmark = pytest.mark.private_torch
 
 LAYERS = 4
+TORCH_211 = torch.__version__.startswith("2.11.")
 EVEN = {"mlp": 0.75, "self_attn": 0.25}
 
 
@@ -186,7 +187,9 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model_of(kind: str) -> nn.Module:
     dropout = 0.1 if kind == "dropout" else 0.0
-    model = oracle.llama(layers=LAYERS, dtype=torch.float64, dropout=dropout)
+    # Inductor of 2.11 takes the log-sum-exp of fused fp64 attention for fp32, as its fake says.
+    attention = "eager" if TORCH_211 else "sdpa"
+    model = oracle.llama(layers=LAYERS, dtype=torch.float64, dropout=dropout, attention=attention)
     if kind == "checkpointing":
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -205,8 +208,8 @@ def test_a_model_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = compiled_graphs(monkeypatch)
     got = oracle.run_compiled(model_of(kind), data, plan, trim_logits=split)
     # Checkpointing makes the embeddings require a gradient, a graph break: they and the head are
-    # graphs of their own.
-    assert len(sizes) == (5 if kind == "checkpointing" else 3)
+    # graphs of their own (on 2.11 the embeddings are not compiled).
+    assert len(sizes) == (5 - TORCH_211 if kind == "checkpointing" else 3)
     assert len(got.record.sites) == 7 * LAYERS
     if split:
         whole(monkeypatch)

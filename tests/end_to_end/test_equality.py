@@ -76,11 +76,13 @@ def test_written_out_attention() -> None:
     check(oracle.llama(attention="eager", dtype=torch.float64))
 
 
+@pytest.mark.private_torch
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_every_fast_backend(backend: str) -> None:
     check(oracle.llama(dtype=torch.float64), backend=backend)
 
 
+@pytest.mark.private_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_branch", ["dense", "sparse"])
 def test_inductor(lora_branch: str) -> None:

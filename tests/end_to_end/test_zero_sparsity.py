@@ -15,6 +15,7 @@ from tests.support.slow import slow
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
+@pytest.mark.private_torch
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("zero", ["number", "mapping"])
 def test_plan_zero_is_plain_compile_bit_for_bit(backend: str, zero: str) -> None:
