@@ -47,8 +47,7 @@ def find_regions(rewrite: Rewrite) -> int:
     Attention:  y = linear(merge(attention(heads(linear(x, wq)), heads(linear(x, wk)),
                 heads(linear(x, wv)))), wo)
     Skips:      a site whose channels are also read elsewhere, layouts that are no affine map,
-                sites whose plan differs,
-                k that rounds to all channels. Every skip carries its reason.
+                sites whose plan differs, k that rounds to all channels; each with its reason.
     Source:     channels as strided layouts, after CuTe; which linears share a choice: arXiv
                 2506.16500, section 3.
     """
