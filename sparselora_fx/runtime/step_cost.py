@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,7 @@ from sparselora_fx.runtime.outcomes import SiteOutcome
 from sparselora_fx.runtime.runtime import Runtime
 from sparselora_fx.runtime.tally import TokenTally
 from sparselora_fx.runtime.timer import Timer
-from sparselora_fx.runtime.tracing import trace
+from sparselora_fx.runtime.tracing import Traced
 from sparselora_fx.runtime.warm_up import backward
 
 
@@ -32,8 +31,8 @@ class StepFlops:
     """FLOPs of one training step on one batch, forward and backward, two for a multiply-add.
 
     Attributes:
-        dense: everything, counted while the model's own forward and backward run.
-        saved: of frozen linears, what the skipped channels would have cost at sparse tokens.
+        dense: everything, as the graph was traced.
+        saved: what the passes took away.
         predictor: what choosing channels costs.
         copied: what copying kept weights takes, in FLOPs that the device does in that time; 0 where
             templates read them in place, and on devices that were not measured.
@@ -88,16 +87,18 @@ def _aside(runtime: Runtime) -> Iterator[list[nn.Parameter]]:
         runtime.call, runtime.recorders, runtime.warm_up_next = Call(), recorders, ahead
 
 
-def count_flops(runtime: Runtime, batch: Mapping[str, Any]) -> StepFlops:
-    """Count one step: a sparse one is traced to see its tokens and sites, and a dense one is run,
-    in plain PyTorch, to count all FLOPs of it."""
-    traced = trace(runtime, batch)
-    with _aside(runtime) as parameters:
-        dense, reads = _count_dense(runtime, batch, parameters)
-    grid, real = _tokens(batch)
-    tally = traced.tally
-    sparse = grid if tally.all_sparse else tally.sparse
-    return _step_flops(runtime, traced.seen, reads, dense, (grid, sparse, real))
+def traced_flops(traced: Traced) -> StepFlops:
+    """Count a step that was traced: the FLOPs of its graphs before and after the passes. Where an
+    op of them cannot be counted: by linears and adapters, as `tallied_flops`."""
+    runtime, tally = traced.runtime, traced.tally
+    grid, real = _tokens(traced.batch)
+    tokens = grid, grid if tally.all_sparse else tally.sparse, real
+    dense, sliced = traced.flops.dense, traced.flops.sparse
+    if dense is None or sliced is None:
+        return _step_flops(runtime, traced.seen, _token_flops(runtime) * real, tokens)
+    saved = dense.total - sliced.total + sliced.choosing
+    found = _step_flops(runtime, traced.seen, dense.total, tokens)
+    return replace(found, saved=saved, predictor=sliced.choosing)
 
 
 def tallied_flops(runtime: Runtime) -> StepFlops:
@@ -106,32 +107,34 @@ def tallied_flops(runtime: Runtime) -> StepFlops:
     tally: TokenTally = runtime.tally
     real = round(tally.real / tally.calls) if tally.calls else 1
     sparse = round(tally.sparse / tally.calls) if tally.calls else int(tally.all_sparse > 0)
+    return _step_flops(runtime, runtime.seen, _token_flops(runtime) * real, (real, sparse, real))
+
+
+def _token_flops(runtime: Runtime) -> int:
+    """FLOPs of all frozen linears and adapters at one token."""
     linears = [w for w in runtime.frozen if not isinstance(w.module, nn.Embedding)]
     token = sum(4 * w.out_features * w.in_features for w in linears)
     trained = [p for p in runtime.model.parameters() if p.requires_grad and p.dim() == 2]
-    token += sum(6 * p.numel() for p in trained)
-    return _step_flops(runtime, runtime.seen, {}, token * real, (real, sparse, real))
+    return token + sum(6 * p.numel() for p in trained)
 
 
 def _step_flops(
     runtime: Runtime,
     seen: Mapping[str, SiteOutcome],
-    reads: Mapping[str, bool],
     dense: int,
     tokens: tuple[int, int, int],
 ) -> StepFlops:
-    """Put a step together. ``reads``: see `_count_dense`; ``tokens``: of the grid, sparse, real."""
+    """Put a step together. ``tokens``: of the grid, sparse, real."""
     grid, sparse, real = tokens
     sites = [w for w in runtime.frozen if w.name in seen and seen[w.name].sliced]
     saved = copied = predictor = 0
     for weight in sites if sparse else ():
         skipped, kept, other = _channels(runtime, weight, seen[weight.name])
-        products = 2 if reads.get(weight.name, True) else 1  # a gradient flows on through it
-        saved += products * 2 * skipped * other * sparse
+        saved += 4 * skipped * other * sparse  # two products of two operations
         rates = rates_of(weight.weight.device, weight.dtype)
         if rates is not None:  # a kept weight is read and written for each product
             size = kept * other * weight.weight.element_size()
-            copied += int(products * 2 * size * rates.flops / rates.bytes)
+            copied += int(2 * 2 * size * rates.flops / rates.bytes)
         predictor += _predictor(runtime, weight, seen[weight.name], sparse)
     return StepFlops(dense, saved, predictor, copied, grid, sparse, real, len(sites))
 
@@ -179,29 +182,6 @@ def _timed(
     while not timer.passed(end):
         time.sleep(1e-4)
     return timer.elapsed_ms(begin, end) / 1e3
-
-
-def _count_dense(
-    runtime: Runtime, batch: Mapping[str, Any], parameters: list[nn.Parameter]
-) -> tuple[int, dict[str, bool]]:
-    """FLOPs of a dense step, and by frozen linear whether a gradient flows on through it."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton
-
-    reads: dict[str, bool] = {}
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        reads[name] = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-
-    handles = [w.module.register_forward_pre_hook(partial(note, w.name)) for w in runtime.frozen]
-    runtime.active = False  # the model's own forward
-    try:
-        with FlopCounterMode(display=False) as counter:
-            backward(runtime.model(**batch), parameters)
-    finally:
-        runtime.active = True
-        for handle in handles:
-            handle.remove()
-    return int(counter.get_total_flops()), reads
 
 
 def _tokens(batch: Mapping[str, Any]) -> tuple[int, int]:

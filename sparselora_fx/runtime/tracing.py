@@ -33,6 +33,7 @@ class Traced:
     """What tracing one batch showed; listens to the graphs as `backend.Listener` says.
 
     Attributes:
+        batch: what was traced.
         seen: by frozen weight, what would become of it.
         compilations: the graphs, in the order in which they were traced.
         tally: the batch's tokens.
@@ -40,6 +41,7 @@ class Traced:
     """
 
     runtime: Runtime
+    batch: Mapping[str, Any]
     texts: bool = False
     hook: PassHook | None = None
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def trace(
         texts: keep the text of each graph before and after each pass.
         hook: called after each pass.
     """
-    traced = Traced(runtime, texts, hook)
+    traced = Traced(runtime, batch, texts, hook)
     # Behind what accelerate wraps around it: an autocast, outputs in fp32.
     forward = stand_in_behind(runtime.model.__dict__.get("forward"))
     if not isinstance(forward, CompiledForward):

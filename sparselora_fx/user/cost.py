@@ -13,7 +13,8 @@ from sparselora_fx.compiler.report import DENSE
 from sparselora_fx.errors import CompileError
 from sparselora_fx.plan.schedule import sparsity_scale_at
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
-from sparselora_fx.runtime.step_cost import StepFlops, StepTimes, count_flops, time_steps
+from sparselora_fx.runtime.step_cost import StepFlops, StepTimes, time_steps, traced_flops
+from sparselora_fx.runtime.tracing import trace
 
 _PAIRS = 5  # of a dense and a sparse step, timed in turn
 
@@ -174,9 +175,9 @@ def cost(
 ) -> Cost:
     """What sparse training of a compiled model costs and saves, told from one batch.
 
-    Takes steps that train nothing: one dense in plain PyTorch to count FLOPs, and, to measure, 6 of
-    each kind, compiled. Weights, gradients, buffers, random numbers and modes are
-    afterwards what they were.
+    FLOPs are counted on a trace, which runs nothing. To measure, 6 compiled steps of each kind are
+    taken that train nothing: weights, gradients, buffers, random numbers and modes are afterwards
+    what they were.
 
     Args:
         model: compiled with `compile`.
@@ -190,7 +191,7 @@ def cost(
     """
     runtime = get_runtime(model)
     check_prices(price_per_hour=price_per_hour, watts=watts)
-    flops = count_flops(runtime, batch)
+    flops = traced_flops(trace(runtime, batch))
     times = time_steps(runtime, batch, _PAIRS) if measure else None
     return bill(runtime, flops, times, steps, price_per_hour=price_per_hour, watts=watts)
 

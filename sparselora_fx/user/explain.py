@@ -48,7 +48,7 @@ def explain_trace(runtime: Runtime, traced: Traced | None, *, verbose: bool = Fa
     tally = runtime.tally if traced is None else traced.tally
     rows = linear_rows(runtime, seen, tally, traced=traced is not None)
     compilations = runtime.compilations if traced is None else traced.compilations
-    worth = worth_of(runtime, rows, tally, compilations, traced.flops if traced else None)
+    worth = worth_of(runtime, rows, tally, compilations, traced)
     return explanation(rows, worth, _notes(runtime, traced), verbose=verbose)
 
 

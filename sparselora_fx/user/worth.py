@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from sparselora_fx.compiler.report import SPARSE, Compilation
-from sparselora_fx.compiler.tracer import TracedFlops
+from sparselora_fx.compiler.report import Compilation
 from sparselora_fx.runtime.runtime import Runtime
 from sparselora_fx.runtime.speed_check import Verdict
+from sparselora_fx.runtime.step_cost import tallied_flops, traced_flops, verified_times
 from sparselora_fx.runtime.tally import TokenTally
+from sparselora_fx.runtime.tracing import Traced
+from sparselora_fx.user.cost import bill
 from sparselora_fx.user.linear_rows import LinearRow
 
 
@@ -19,32 +20,40 @@ def worth_of(
     rows: Sequence[LinearRow],
     tally: TokenTally,
     compilations: Sequence[Compilation],
-    flops: TracedFlops | None,
+    traced: Traced | None,
 ) -> dict[str, Any]:
-    """Figures by name, None where nobody knows. ``flops``: of a traced batch.
+    """Figures by name, None where nobody knows; those that `cost` tells are its. ``traced``: the
+    batch that was; None: what ran.
 
     ``sparse_tokens``: the share of tokens that were sparse, of those that are no padding;
     ``sliced``: the share of the frozen linears' weights that belongs to rewritten ones; ``graphs``;
     ``traced``: they were traced, and not run; ``dense_flops``, ``sparse_flops``: of a step, forward
     and backward, and ``choosing_flops``: those of the sparse one that choose channels;
-    ``predicted_ratio``: dense over sparse FLOPs; ``measured_ratio``, ``dense_ms``, ``sparse_ms``:
-    of steps, as `SpeedCheck` timed them; ``compile_seconds``: of sparse graphs, see `Compilation`;
-    ``estimator_seconds``; ``break_even_step``: so many sparse steps gain back both of these;
-    ``verdict``: one sentence.
+    ``predicted_ratio``: how many times faster a sparse step is by FLOPs and copies, and
+    ``measured_ratio`` by the clock; ``dense_ms``, ``sparse_ms``: of steps, as `SpeedCheck` timed
+    them; ``compile_seconds``, of sparse graphs; ``estimator_seconds``; ``break_even_step``: from it
+    on training is ahead of a dense one; ``verdict``: one sentence.
     """
+    flops = traced_flops(traced) if traced else tallied_flops(runtime)
+    cost = bill(runtime, flops, verified_times(runtime))
+    known = traced is not None
+    times = cost.times
     found = {
         "sparse_tokens": _sparse_tokens(tally),
         "sliced": _sliced(runtime, rows),
         "graphs": len(compilations),
-        "traced": flops is not None,
-        **_predicted(flops or TracedFlops(None, None)),
-        **_times(runtime.speed.verdict),
-        "compile_seconds": _seconds(runtime.compilations),
-        "estimator_seconds": runtime.estimator_seconds,
+        "traced": known,
+        "dense_flops": flops.dense if known else None,
+        "sparse_flops": flops.sparse if known else None,
+        "choosing_flops": flops.predictor if known else None,
+        "predicted_ratio": cost.predicted_ratio if known else None,
+        "measured_ratio": cost.measured_ratio,
+        "dense_ms": times and 1e3 * times.dense,
+        "sparse_ms": times and 1e3 * times.sparse,
+        "compile_seconds": cost.compile_seconds if runtime.compilations else None,
+        "estimator_seconds": cost.estimator_seconds,
+        "break_even_step": cost.break_even_steps,
     }
-    if runtime.collector is not None and runtime.collector.estimator is not None:
-        found["estimator_seconds"] += runtime.collector.estimator.seconds
-    found["break_even_step"] = _break_even(found, runtime.speed.verdict)
     found["verdict"] = f"Does it pay? {_verdict(rows, found, runtime.speed.verdict, tally)}"
     return found
 
@@ -60,39 +69,6 @@ def _sliced(runtime: Runtime, rows: Sequence[LinearRow]) -> float:
     return sum(sizes[row.name] for row in rows if row.sliced) / max(1, sum(sizes.values()))
 
 
-def _seconds(compilations: Sequence[Compilation]) -> float | None:
-    took = [one.seconds for one in compilations if one.kind == SPARSE]
-    return sum(took) if took else None
-
-
-def _predicted(flops: TracedFlops) -> dict[str, Any]:
-    dense, sparse = flops.dense, flops.sparse
-    ratio = dense.total / sparse.total if dense and sparse and sparse.total else None
-    return {
-        "dense_flops": dense and dense.total,
-        "sparse_flops": sparse and sparse.total,
-        "choosing_flops": sparse and sparse.choosing,
-        "predicted_ratio": ratio,
-    }
-
-
-def _times(measured: Verdict | None) -> dict[str, Any]:
-    if measured is None:
-        return dict.fromkeys(("measured_ratio", "dense_ms", "sparse_ms"))
-    return {
-        "measured_ratio": 1 / measured.ratio,
-        "dense_ms": measured.dense_ms,
-        "sparse_ms": measured.sparse_ms,
-    }
-
-
-def _break_even(found: dict[str, Any], measured: Verdict | None) -> int | None:
-    if measured is None or not measured.pays or found["compile_seconds"] is None:
-        return None
-    spent: float = found["compile_seconds"] + found["estimator_seconds"]
-    return math.ceil(1e3 * spent / (measured.dense_ms - measured.sparse_ms))
-
-
 def _verdict(
     rows: Sequence[LinearRow], found: dict[str, Any], measured: Verdict | None, tally: TokenTally
 ) -> str:
@@ -100,7 +76,7 @@ def _verdict(
         return f"No: {measured}. Training stays dense."
     if measured is not None:
         even = found["break_even_step"]
-        return f"Yes: {measured}" + (f"; paid for after {even} sparse steps." if even else ".")
+        return f"Yes: {measured}" + (f"; paid for after {even} steps." if even is not None else ".")
     linears = [row for row in rows if row.linear]
     done = sum(row.sliced for row in linears)
     if tally.only_dense:
@@ -131,8 +107,6 @@ def worth_lines(worth: dict[str, Any]) -> list[tuple[str, str]]:
         dense, sparse, choosing = map(big, parts)
         text = f"{dense} dense, {sparse} sparse, of which {choosing} choose channels"
         lines += [("FLOPs of a step", text), ("predicted", f"{worth['predicted_ratio']:.2f}x")]
-    elif worth["traced"]:
-        lines.append(("predicted", "an op of this model cannot be counted"))
     else:
         lines.append(("predicted", "pass a batch to count FLOPs"))
     times = f"{worth['dense_ms'] or 0:.3g} ms dense, {worth['sparse_ms'] or 0:.3g} ms sparse"
@@ -142,7 +116,7 @@ def worth_lines(worth: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("compile, estimator", f"{text}, {worth['estimator_seconds']:.1f} s"))
     even = worth["break_even_step"]
     unknown = "not known before steps are timed" if ratio is None else "not reached"
-    lines.append(("break-even", unknown if even is None else f"after {even} sparse steps"))
+    lines.append(("break-even", unknown if even is None else f"after {even} steps"))
     return lines
 
 

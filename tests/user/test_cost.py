@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sparselora_fx as slx
+from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.step_cost import StepFlops, StepTimes
 from tests.support import oracle
 
@@ -31,20 +32,24 @@ def batch(context: int = 12, length: int = 16) -> dict[str, Any]:
 
 
 def test_flops_are_those_counted_by_hand() -> None:
-    """Half of an FFN's 112 channels at 24 context tokens, forward and backward: label 12 is
-    predicted by token 11, and the last token predicts nothing."""
-    model = compiled({"layers.1.mlp": 0.5})
-    flops = slx.cost(model, batch(), measure=False).flops
-    # 11 tokens before the first that predicts a label, and the last one, in each of two samples
-    assert (flops.tokens, flops.sparse_tokens, flops.sites) == (32, 24, 3)
-    assert flops.saved == 3 * 24 * 2 * 2 * 48 * 56
-    assert flops.predictor == 2 * 24 * 2 * 4 * (48 + 112)
+    """Half of an FFN's 112 channels at 96 context tokens, forward and backward: in each of two
+    samples 47 tokens before the first that predicts a label, and the last one."""
+    model, data = (
+        compiled({"layers.1.mlp": 0.5}, oracle.llama(layers=2, attention="eager")),
+        batch(48, 64),
+    )
+    graphs = get_runtime(model).graphs
+    flops = slx.cost(model, data, measure=False).flops
+    assert (flops.tokens, flops.sparse_tokens, flops.sites) == (128, 96, 3)
+    assert flops.saved == 3 * 96 * 2 * 2 * 48 * 56
+    assert flops.predictor == 2 * 64 * 2 * 4 * (48 + 112)  # of 64 sampled tokens
+    assert get_runtime(model).graphs == graphs
     slx.restore(model)
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        model(**batch()).loss.backward()
-    assert flops.dense == counter.get_total_flops() > flops.sparse > 0
+        model(**data).loss.backward()
+    assert flops.dense == counter.get_total_flops() > flops.dense - flops.saved > 0
 
 
 def test_nothing_changes_and_the_format_holds() -> None:
