@@ -203,7 +203,9 @@ def train(
         from sparselora_fx.user.worth import worth_lines
 
         found = run(read_config(config, override or ()), resume=resume, progress=_progress(as_json))
-    rows = [(key, str(value)) for key, value in found.items() if key not in ("seconds", "worth")]
+    rows = [
+        (key, str(value)) for key, value in found.items() if key not in ("seconds", "worth", "cost")
+    ]
     rows += [(f"seconds, {key}", f"{value:.1f}") for key, value in found["seconds"].items()]
     rows += worth_lines(found["worth"])
     _show(found, rows, as_json)

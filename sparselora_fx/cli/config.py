@@ -100,6 +100,15 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class WatchSection:
+    """As in `sparselora_fx.Watch`; ``mode`` "off": nobody watches."""
+
+    mode: str = _choice("off", "off", "observe", "adapt", "stop")
+    every: int = _at_least(50, 1)
+    tolerance: float = _at_least(0.02, 0)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything. ``plan``: as `SparsityPlan` takes it, a number, "default", a file, or a mapping
     of its attributes; ``output``: the folder to write to."""
@@ -111,12 +120,13 @@ class Config:
     estimator: EstimatorSection = field(default_factory=EstimatorSection)
     compile: CompileSection = field(default_factory=CompileSection)
     train: TrainSection = field(default_factory=TrainSection)
+    watch: WatchSection = field(default_factory=WatchSection)
     output: str = "out"
 
 
 _SECTIONS: dict[str, type[Any]] = {
     "model": ModelSection, "data": DataSection, "lora": LoraSection, "train": TrainSection,
-    "estimator": EstimatorSection, "compile": CompileSection,
+    "estimator": EstimatorSection, "compile": CompileSection, "watch": WatchSection,
 }  # fmt: skip
 _REQUIRED = ("model", "data")
 _Section = TypeVar("_Section")

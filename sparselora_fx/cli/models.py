@@ -15,6 +15,7 @@ from sparselora_fx.cli.config import Config, ConfigError, ModelSection
 from sparselora_fx.cli.data import encode, read_records
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.user.compile import compile
+from sparselora_fx.watch.settings import Watch
 
 _MULTIPLE = 16  # lengths are padded to multiples: fewer sizes, fewer graphs
 
@@ -46,7 +47,9 @@ class Loaded:
         """Compile the model as the configuration says."""
         options = dict(vars(self.config.compile))
         options["backend"] = backend or options["backend"]
-        return compile(self.model, estimator, plan=self.config.plan, **options)
+        section = self.config.watch
+        watch = None if section.mode == "off" else Watch(**vars(section))
+        return compile(self.model, estimator, plan=self.config.plan, watch=watch, **options)
 
 
 def load(config: Config) -> Loaded:

@@ -12,7 +12,9 @@ from typing import Any
 from sparselora_fx.cli.config import Config, ConfigError
 from sparselora_fx.cli.models import Loaded, estimator_of, load
 from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.step_cost import traced_flops, verified_times
 from sparselora_fx.runtime.tracing import trace
+from sparselora_fx.user.cost import bill
 from sparselora_fx.user.explain import explain, explain_trace
 from sparselora_fx.user.report import write_report
 
@@ -46,7 +48,8 @@ def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     loaded.tokenizer.save_pretrained(folder / "adapter")
     # What ran, and what a step on the first batch would be: the latter has the FLOPs.
     traced = trace(get_runtime(model), next(loaded.batches(1)), texts=True)
-    said, ahead = explain(model), explain_trace(traced.runtime, traced)
+    runtime = traced.runtime
+    said, ahead = explain(model), explain_trace(runtime, traced)
     write_report(ahead, traced, folder / "report.html")
     worth = ahead.worth | {"sparse_tokens": said.worth["sparse_tokens"]}
     costs = {
@@ -61,6 +64,7 @@ def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
             "of that compiling": round(worth["compile_seconds"] or 0.0, 3),
         },
         "worth": worth,
+        "cost": bill(runtime, traced_flops(traced), verified_times(runtime)).to_json(),
         "verdict": worth["verdict"],
     }
     (folder / "explain.txt").write_text(f"{said}\n", encoding="utf-8")

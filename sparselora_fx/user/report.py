@@ -14,16 +14,17 @@ from torch import nn
 
 from sparselora_fx.compiler.report import Compilation
 from sparselora_fx.errors import CompileError
-from sparselora_fx.runtime.runtime import get_runtime
+from sparselora_fx.runtime.runtime import Runtime, get_runtime
 from sparselora_fx.runtime.tracing import Traced, trace
+from sparselora_fx.user.drift import drift
 from sparselora_fx.user.explain import explain_trace
 from sparselora_fx.user.explanation import Explanation
 from sparselora_fx.user.folding import PlanKeys
 from sparselora_fx.user.linear_rows import LinearRow
 from sparselora_fx.user.record import Recording
-from sparselora_fx.user.report_charts import bars
+from sparselora_fx.user.report_charts import bars, curve
 from sparselora_fx.user.report_drawing import drawing_of
-from sparselora_fx.user.report_history import stability
+from sparselora_fx.user.report_history import probe_rows, stability
 from sparselora_fx.user.worth import big, worth_lines
 
 _DIFF_LINES = 400  # of one pass; a deep model's are alike
@@ -39,8 +40,8 @@ def report(
     """Write what a sparse step on a batch would do as one HTML file; the step is traced, not run.
 
     Verdict, FLOPs and times, a map of the layers, a region before and after, all linears with a
-    search, and what each pass changed. With ``recordings``, how stable choices are over steps, and
-    how much they depend on the input.
+    search, and what each pass changed; of a watched model, its drift. With ``recordings``, how
+    stable choices are over steps, and how much they depend on the input.
 
     Args:
         model: compiled with `compile`.
@@ -83,6 +84,7 @@ def write_report(
         measured=said.worth["measured_ratio"] is not None,
         drawing=drawing_of(said.rows, keys),
         stability=stability(recordings, said.rows, keys),
+        drift=_drift(traced.runtime, keys),
         rows=[_shown(row, keys) for row in said.rows],
         graphs=[_graph(one) for one in traced.compilations if one.log.records],
     )
@@ -123,6 +125,17 @@ def _charts(said: Explanation) -> list[tuple[str, Markup]]:
         title = f"Time of a step: measured {worth['measured_ratio']:.2f}x"
         found.append((title, bars("time of a step", rows)))
     return found
+
+
+def _drift(runtime: Runtime, keys: PlanKeys) -> dict[str, Any] | None:
+    """The history of a watched model; None: nobody watches."""
+    if runtime.watching is None:
+        return None
+    probes = drift(runtime.model).to_json()["probes"]
+    points = [(p["step"], p["loss_gap"]) for p in probes if p["loss_gap"] is not None]
+    names = ("optimizer step", "loss gap, nats per token")
+    chart = curve("loss gap over steps", points, names) if len(points) > 1 else ""
+    return {"chart": chart, "rows": probe_rows(probes, keys)}
 
 
 def _strips(rows: Sequence[LinearRow], keys: PlanKeys) -> list[tuple[str, list[dict[str, Any]]]]:

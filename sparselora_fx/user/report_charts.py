@@ -36,6 +36,20 @@ def bars(words: str, values: Sequence[tuple[str, float, str]]) -> Markup:
     return _svg(draw, 0.4 * len(values) + 0.2, f"{words}: {spoken}")
 
 
+def curve(words: str, points: Sequence[tuple[float, float]], names: tuple[str, str]) -> Markup:
+    """A line with a mark at each point ``(x, y)``; ``names`` of both axes."""
+    x, y = zip(*points, strict=True)
+
+    def draw(axes: Any) -> None:
+        axes.plot(x, y, color=_MARK, marker="o", markersize=3)
+        axes.axhline(0, color=_DIM, linewidth=0.6)
+        axes.set_xlabel(names[0], color=_INK)
+        axes.set_ylabel(names[1], color=_INK)
+        axes.tick_params(colors=_INK)
+
+    return _svg(draw, 2.2, f"{words}: {len(y)} points, from {y[0]:.4g} to {y[-1]:.4g}")
+
+
 def _svg(draw: Callable[[Any], None], height: float, words: str) -> Markup:
     try:
         import matplotlib

@@ -1,4 +1,5 @@
-"""What recorded steps tell of a region's choices: are they stable, do they depend on the input."""
+"""What training tells, where somebody looked on: are a region's choices stable, do they depend on
+the input; and how far from dense training a watch found it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from torch import Tensor
 
@@ -75,3 +77,18 @@ def _channels(
                 own = [name for name in choices if name in names]
                 found.update({(region, n): int(t) for n, t in zip(own, totals, strict=False)})
     return found
+
+
+def probe_rows(probes: Sequence[dict[str, Any]], keys: PlanKeys) -> list[tuple[str, ...]]:
+    """A watch's probes, as `Drift.to_json` has them: step, gap, the region whose output differs
+    most, what was done."""
+    rows = []
+    for probe in probes:
+        errors = {name: error for name, error in probe["regions"].items() if error is not None}
+        worst = max(errors, key=lambda name: errors[name], default=None)
+        text = (
+            "-" if worst is None else f"{keys.key(worst) if worst else worst} {errors[worst]:.3f}"
+        )
+        gap = "-" if probe["loss_gap"] is None else f"{probe['loss_gap']:+.4f}"
+        rows.append((str(probe["step"]), gap, text, probe["action"] or ""))
+    return rows

@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"data: {{train: {root / 'train.jsonl'}}}\n"
         "plan: {sparsity: {layers.1.mlp: 0.5}, start_step: 1}\n"
         "lora: {rank: 4}\nestimator: {rank: 4}\ncompile: {backend: eager}\n"
+        "watch: {mode: observe, every: 1}\n"
         "train: {steps: 2, batch_size: 2, save_steps: 2, logging_steps: 1}\n"
         f"output: {root / 'out'}\n",
         encoding="utf-8",
@@ -78,6 +79,8 @@ def test_train_then_resume(folder: Path) -> None:
     assert 0 < costs["worth"]["sparse_tokens"] < 1 < costs["worth"]["predicted_ratio"]
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     assert costs["verdict"] in html.unescape(page) and "FLOPs of a step" in page
+    assert 'id="drift"' in page and costs["cost"]["parts"]["watch_seconds_per_step"] > 0
+    assert costs["cost"]["predicted_ratio"] == costs["worth"]["predicted_ratio"]
     after = load_file(file)
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     base = AutoModelForCausalLM.from_pretrained(folder / "model")

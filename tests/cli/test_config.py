@@ -56,6 +56,8 @@ def test_values_defaults_and_overrides(tmp_path: Path) -> None:
         (("plan: 0.5", "plan: 1.5"), r"run.yaml:7: plan: .*1.5"),
         (("plan: 0.5", "plan: {sparsity: 0.5, toks: all}"), r"run.yaml:7: plan: unknown option"),
         (("plan: 0.5", "plans: 0.5"), r"run.yaml:7: plans: unknown key; did you mean 'plan'"),
+        (("plan: 0.5", "watch: {mode: loud}"), r"run.yaml:7: watch.mode: is 'loud'; allowed: off"),
+        (("plan: 0.5", "watch: {every: 0}"), r"run.yaml:7: watch.every: is 0; allowed: 1 or more"),
         (("plan: 0.5", "plan: [1"), r"run.yaml:\d: not YAML"),
         (("model: {path: m}", "model: m"), r"run.yaml:1: model: must be a mapping"),
         (("{path: m}", "{path: m, quantisation: x}"), r"run.yaml:1: model.quantisation: is 'x'"),

@@ -19,7 +19,7 @@ from sparselora_fx.user.folding import PlanKeys
 from sparselora_fx.user.linear_rows import LinearRow
 from sparselora_fx.user.report import skipped_percent
 from sparselora_fx.user.report_charts import bars
-from sparselora_fx.user.report_history import Stability, stability
+from sparselora_fx.user.report_history import Stability, probe_rows, stability
 from tests.support import oracle
 from tests.support.token_batches import ragged
 
@@ -38,16 +38,16 @@ CONTRAST = """() => {
 }"""
 
 
-def compiled(layers: int = 3) -> nn.Module:
+def compiled(layers: int = 3, **options: Any) -> nn.Module:
     model = oracle.llama(layers=layers)
     plan = slx.SparsityPlan({"layers.1": 0.5, "layers.2.mlp": 0.75}, start_step=0)
-    return slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    return slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", **options)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """A report with two recorded steps, and the overlaps it should tell, counted here."""
-    model = compiled()
+    model = compiled(watch=slx.Watch(every=1, tolerance=1e9))
     records = []
     for seed in (0, 1):
         data = ragged()
@@ -59,6 +59,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
     graphs = get_runtime(model).graphs
     file = tmp_path_factory.mktemp("report") / "report.html"
     assert slx.report(model, ragged(), file, recordings=records) == file
+    probes = slx.drift(model).to_json()["probes"]
+    assert len(probes) == 2
+    for cells in probe_rows(probes, PlanKeys([])):
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        assert row in file.read_text(encoding="utf-8"), row
     assert get_runtime(model).graphs == graphs
     overlaps = {}
     for region, choices in records[0].selections.items():
@@ -72,7 +77,7 @@ def test_it_says_what_explain_says(written: tuple[Path, dict[str, float]]) -> No
     text = written[0].read_text(encoding="utf-8")
     assert "of the tokens skip channels of" in text and "FLOPs of a step: predicted" in text
     assert "6 linears sliced" in text
-    assert "Time: not measured yet." in text
+    assert "Time: not measured yet." in text and 'id="drift"' in text
     assert text.count('data-find="') == 2  # two feed-forwards
     assert 'data-find="layers.2.mlp" title="layers.2.mlp: 32 of 112"' in text
     assert "sliced_linear" in text and "slice_sites" in text and "after: sliced" in text
