@@ -82,7 +82,7 @@ def _channels(
 def probe_rows(probes: Sequence[dict[str, Any]], keys: PlanKeys) -> list[tuple[str, ...]]:
     """A watch's probes, as `Drift.to_json` has them: step, gap, the region whose output differs
     most, what was done."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for probe in probes:
         errors = {name: error for name, error in probe["regions"].items() if error is not None}
         worst = max(errors, key=lambda name: errors[name], default=None)

@@ -38,7 +38,7 @@ def worth_of(
     cost = bill(runtime, flops, verified_times(runtime))
     known = traced is not None
     times = cost.times
-    found = {
+    found: dict[str, Any] = {
         "sparse_tokens": _sparse_tokens(tally),
         "sliced": _sliced(runtime, rows),
         "graphs": len(compilations),
