@@ -16,6 +16,7 @@ from sparselora_fx.runtime.step_cost import traced_flops, verified_times
 from sparselora_fx.runtime.tracing import trace
 from sparselora_fx.user.cost import bill
 from sparselora_fx.user.explain import explain, explain_trace
+from sparselora_fx.user.explanation import Explanation
 from sparselora_fx.user.report import write_report
 
 
@@ -67,10 +68,15 @@ def train(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
         "cost": bill(runtime, traced_flops(traced), verified_times(runtime)).to_json(),
         "verdict": worth["verdict"],
     }
+    _write(folder, said, costs)
+    return costs
+
+
+def _write(folder: Path, said: Explanation, costs: dict[str, Any]) -> None:
+    """What ran, for people and programs, and what it cost."""
     (folder / "explain.txt").write_text(f"{said}\n", encoding="utf-8")
     (folder / "explain.json").write_text(said.to_json() + "\n", encoding="utf-8")
     (folder / "costs.json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
-    return costs
 
 
 def _last_checkpoint(folder: Path) -> Path:
