@@ -1,8 +1,10 @@
 # Two commands matter: `make demo` and `make test`. Both set everything up in .venv/ first.
-# PYTHON=python3.12 picks another interpreter; ARGS="-k plan" is handed to pytest or to the demo.
+# PYTHON=python3.12 picks another interpreter; ARGS="-k plan" is handed to pytest or to the demo;
+# MODEL=smollm2 lets the demo fine-tune a real language model (docs/evidence.md).
 
 PYTHON ?= python3
 ARGS ?=
+MODEL ?= shipped
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -36,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+	$(VENV)/bin/python -m benchmarks.demo --model $(MODEL) $(ARGS)
 
 evidence: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.evidence --json benchmarks/results/evidence.json --status $(ARGS)

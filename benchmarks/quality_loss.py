@@ -24,8 +24,8 @@ import torch
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, RANK, load_model
-from benchmarks.demo.__main__ import test_loss as answer_loss
+from benchmarks.demo.models import MODEL, RANK, load_model
+from benchmarks.demo.scoring import test_loss as answer_loss
 from benchmarks.sensitivity import POLICY, about, train
 from benchmarks.support.activations import calibration_batches
 from benchmarks.track_adapter import batches_of

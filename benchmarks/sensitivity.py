@@ -27,8 +27,9 @@ import transformers
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, RANK, collate, encode, load_model
-from benchmarks.demo.__main__ import test_loss as answer_loss
+from benchmarks.demo.batches import collate, encode
+from benchmarks.demo.models import MODEL, RANK, load_model
+from benchmarks.demo.scoring import test_loss as answer_loss
 from benchmarks.demo.word_problems import generate
 from sparselora_fx.model.frozen_weights import frozen_weights
 

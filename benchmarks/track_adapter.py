@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, Batch, collate, encode
+from benchmarks.demo.batches import Batch, collate, encode
+from benchmarks.demo.models import MODEL
 from benchmarks.demo.word_problems import generate
 from benchmarks.support.overlap import overlaps
 

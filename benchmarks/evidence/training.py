@@ -54,7 +54,7 @@ def train(
     *, seed: int, rate: float,
 ) -> Trained:  # fmt: skip
     """Train fresh adapters on the items in their order; ``seed`` decides adapters and dropout."""
-    model = base.adapted(seed, settings.lora_rank).train()
+    model = base.adapted(seed, settings.lora_rank, arm.targets).train()
     result = Trained(model)
     torch.compiler.reset()
     plan = arm.plan(base.layers)

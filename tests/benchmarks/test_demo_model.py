@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.demo import __main__ as run
+from benchmarks.demo import batches as run
 from benchmarks.demo import pretrain
 from benchmarks.demo.word_problems import generate
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.demo.__main__ import MODEL
+from benchmarks.demo.models import MODEL
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import instructions, programs
 from benchmarks.evidence.arms import ARMS, DENSE, UNTRAINED, Arm

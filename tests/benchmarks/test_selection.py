@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, SPARSITY, load_model
+from benchmarks.demo.models import MODEL, SPARSITY, load_model
 from benchmarks.demo.word_problems import generate, prompt_of
 from benchmarks.support.overlap import overlaps
 
