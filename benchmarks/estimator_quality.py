@@ -53,7 +53,7 @@ SCORES = {
     "static": ("prior", "prior+weighted", "prior+weighted+normalised"),
 }  # fmt: skip
 DRAWS = 4  # of random channels, per region and batch
-GAP_RANK, GAP_SPARSITIES = 8, (0.75, 0.9, 0.97)
+GAP_RANK, GAP_SPARSITIES = 8, (0.5, 0.75, 0.9, 0.97)
 KEYS = ("model", "estimator", "score", "s", "rank", "overlap", "error", "token_error", "loss")
 Row = dict[str, Any]
 Scorer = Callable[[FeedForward, Seen], Tensor]
@@ -177,12 +177,14 @@ def run(args: argparse.Namespace, earlier: Path) -> tuple[list[Row], dict[str, A
     losses = args.json.with_name(f"{args.json.stem}_loss.json")
     if args.loss:
         quality_loss.complete(losses, args)
-    if args.measure:
-        rows, details = measure_all(args)
-    else:
+    rows: list[Row] = []
+    details: dict[str, Any] = {}
+    if args.json.exists() and earlier.exists():
         rows, details = (
             json.loads(file.read_text(encoding="utf-8")) for file in (args.json, earlier)
         )
+    if args.measure:
+        rows, details = joined(rows, details, *measure_all(args))
     if losses.exists():
         add_losses(rows, json.loads(losses.read_text(encoding="utf-8")))
     if args.cost:
@@ -190,8 +192,21 @@ def run(args: argparse.Namespace, earlier: Path) -> tuple[list[Row], dict[str, A
     return rows, details
 
 
+def joined(
+    rows: list[Row], details: dict[str, Any], fresh: list[Row], beside: dict[str, Any]
+) -> tuple[list[Row], dict[str, Any]]:
+    """What was measured now, beside what the files say of other models."""
+    names = {row["model"] for row in fresh}
+    rows = [row for row in rows if row["model"] not in names] + fresh
+    return rows, details | {
+        "models": details.get("models", {}) | beside["models"],
+        "gap_closed_at_rank_8": gaps(rows),
+        "on_the_task": beside["on_the_task"] or details.get("on_the_task", []),
+    }
+
+
 def measure_all(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of all models, and what is said beside them."""
+    """Rows of the models that are asked for, and what is said beside them."""
     rows: list[Row] = []
     marks = [(time.perf_counter(), time.process_time())]
     for name in args.models:
@@ -199,15 +214,18 @@ def measure_all(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
         marks.append((time.perf_counter(), time.process_time()))
     wall, cpu = ([round(b - a, 1) for a, b in itertools.pairwise(clock)]
                  for clock in zip(*marks, strict=True))  # fmt: skip
-    keys = ("models", "ranks", "test_batches", "calibration_batches")
-    return rows, {
+    keys = ("ranks", "test_batches", "calibration_batches")
+    about = {
         "settings": {key: getattr(args, key) for key in keys} | {"draws": DRAWS, "seed": 0},
-        "gap_closed_at_rank_8": gaps(rows),
-        "on_the_task": on_the_task(args) if activations.DEMO in args.models else [],
-        "seconds": dict(zip(args.models, wall, strict=True)),
-        "cpu_seconds": dict(zip(args.models, cpu, strict=True)),
         "machine": measuring.machine("wall"),
         "versions": measuring.versions(),
+    }
+    return rows, {
+        "models": {
+            name: about | {"seconds": wall[i], "cpu_seconds": cpu[i]}
+            for i, name in enumerate(args.models)
+        },
+        "on_the_task": on_the_task(args) if activations.DEMO in args.models else [],
     }
 
 

@@ -16,11 +16,10 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
@@ -28,8 +27,8 @@ from benchmarks.demo.models import MODEL, RANK, load_model
 from benchmarks.demo.scoring import test_loss as answer_loss
 from benchmarks.sensitivity import POLICY, about, train
 from benchmarks.support.activations import calibration_batches
+from benchmarks.support.random_factors import noise
 from benchmarks.track_adapter import batches_of
-from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.plan.score import DEFAULT_CALIBRATED
 
 SPARSITIES = (0.9, 0.97)
@@ -69,17 +68,6 @@ def runs(seeds: int) -> list[Run]:
         for estimator, score in STRESSED:
             found.append(Run(estimator, score, STRESS, "all", seed))
     return found
-
-
-def noise(estimator: slx.SVDEstimator, seed: int) -> slx.SVDEstimator:
-    """The estimator with factors that know nothing of the weights: Gaussian, of the same scale."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def like(values: torch.Tensor) -> torch.Tensor:
-        return torch.randn(values.shape, generator=generator).to(values.dtype) * values.std()
-
-    factors = {name: Factors(like(a), like(b)) for name, (a, b) in estimator.factors.items()}
-    return replace(estimator, factors=factors)
 
 
 def estimators(model: Any, args: argparse.Namespace) -> dict[str, slx.SVDEstimator]:

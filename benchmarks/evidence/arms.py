@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sparselora_fx as slx
-from benchmarks.quality_loss import noise
+from benchmarks.support.random_factors import noise
 from sparselora_fx.plan.plan import SparsityPlan
 
 RANK = 8

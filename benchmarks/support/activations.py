@@ -1,4 +1,4 @@
-"""Real activations of the feed-forward regions of two small pretrained models.
+"""Real activations of the feed-forward regions of three small pretrained models.
 
 Texts for calibration are docstrings of the standard library, texts for tests docstrings of PyTorch:
 other authors, other words, other habits.
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo.pretrain import standard_library_docstrings
+from benchmarks.evidence import model as evidence
 
-DEMO, MINILM = "demo_model", "all-MiniLM-L6-v2"
-MODELS = (DEMO, MINILM)
+DEMO, MINILM, SMOLLM2 = "demo_model", "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
+MODELS = (DEMO, MINILM, SMOLLM2)
 LENGTH, TEXTS = 128, 8  # tokens of a text at most, texts of a batch
 Batch = dict[str, Tensor]
 _library_docstrings = functools.cache(standard_library_docstrings)
@@ -54,6 +55,9 @@ class Seen:
 
 def load(name: str) -> tuple[nn.Module, Any]:
     """A model in fp32, frozen, in eval mode, and its tokenizer."""
+    if name == SMOLLM2:
+        base = evidence.load(None, torch.float32, "cpu")
+        return base.model.eval(), base.tokenizer
     if name == DEMO:
         folder = Path(__file__).resolve().parents[1] / "demo" / "model"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
