@@ -45,7 +45,7 @@ def _smollm2(seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 CHOICES = {
     "shipped": Choice(_shipped, lambda layers: slx.SparsityPlan(SPARSITY, start_step=0.05,
                                                                end_step=0.8),
-                      steps=200, batch=16, tests=256, seeds=3, rate=2e-3),
+                      steps=100, batch=16, tests=256, seeds=3, rate=2e-3),
     "smollm2": Choice(_smollm2, ffn(0.9, WIDE, end_step=0.8), steps=40, batch=8, tests=64, seeds=1,
                       rate=1e-3),
 }  # fmt: skip
