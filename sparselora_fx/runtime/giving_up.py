@@ -65,10 +65,11 @@ def slices_nothing(runtime: Judged, report: GraphReport, inputs: Sequence[Any]) 
 
 def note_call(runtime: Judged) -> None:
     """After a sparse training call: if none of its graphs sliced anything, later ones are dense."""
-    reasons = [seen.report.reason for seen in runtime.seen.values()]
     if not runtime.graphs:  # the compiler is switched off for now
         return
-    if _is_decisive(runtime) and not any(map(_is_of_call, reasons)):
+    if not _is_decisive(runtime):
+        return
+    if not any(_is_of_call(seen.report.reason) for seen in runtime.seen.values()):
         give_up(runtime)
 
 
@@ -95,12 +96,12 @@ def give_up(runtime: Judged) -> None:
 def _is_decisive(runtime: Judged) -> bool:
     """Whether the present call tells of all to come: a training call, at the schedule's last
     level."""
-    usual = runtime.call.is_step and bool(_planned(runtime))
-    usual = usual and not (runtime.trace_inputs.sliced or runtime.caps)
+    if runtime.trace_inputs.sliced or runtime.caps or not runtime.call.is_step:
+        return False  # the usual case costs nothing
     specs = runtime.specs_set
-    return (
-        usual and specs is not None and specs[0] > 0 and specs[0] >= max(runtime.sparsity_scales())
-    )
+    if specs is None or specs[0] <= 0 or specs[0] < max(runtime.sparsity_scales()):
+        return False
+    return bool(_planned(runtime))
 
 
 def _is_of_call(reason: str) -> bool:
