@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from sparselora_fx._torch import is_erased
 from sparselora_fx.graph.layout import same_shape
@@ -154,7 +155,7 @@ def _is_interleaved(pieces: list[_Piece], whole: torch.Tensor) -> bool:
 def _write(user: fx.Node, whole: torch.Tensor) -> tuple[_Piece, list[fx.Node]] | None:
     """A piece of a buffer that a call fills, and the nodes of that call."""
     nodes: list[fx.Node] = [user]
-    source: Any = None
+    source: Argument = None
     if op_name(user) == "setitem":
         source = user.args[2]
     elif op_name(user) == "getitem" and len(user.users) == 1:
@@ -166,6 +167,7 @@ def _write(user: fx.Node, whole: torch.Tensor) -> tuple[_Piece, list[fx.Node]] |
     bounds = last_slice(user.args[1], whole) if len(user.args) > 1 else None
     if values is None or nodes[-1].users or bounds is None:
         return None
+    assert isinstance(source, fx.Node)
     size = len(range(*bounds))
     same = values.dtype == whole.dtype and same_shape(values.shape, (*whole.shape[:-1], size))
     return (_Piece(*bounds, source), nodes) if same else None

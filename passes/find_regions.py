@@ -9,7 +9,7 @@ from torch import fx
 from sparselora_fx.analysis.channel_flow import propagate
 from sparselora_fx.analysis.channel_values import Channels, Port, Values, attention_of
 from sparselora_fx.analysis.readers import lost_in, outside_reader, roots_of
-from sparselora_fx.analysis.reasons import CACHED, NO_TOKENS, OTHER_GRID, UNORDERED
+from sparselora_fx.analysis.reasons import CACHED, NO_FACTORS, NO_TOKENS, OTHER_GRID, UNORDERED
 from sparselora_fx.analysis.regions import (
     IN_ORDER,
     Attention,
@@ -250,7 +250,7 @@ def _check_factors(region: Region) -> None:
         for pick in choice.producers:
             factor = tensor(pick.site.factors[0])
             if factor is None or factor.shape[0] != pick.site.out_features:
-                raise NoRegion("the estimator has no factors for one of its producers")
+                raise NoRegion(NO_FACTORS)
 
 
 def _check_tokens(region: Region, rewrite: Rewrite) -> None:

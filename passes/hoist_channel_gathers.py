@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -101,7 +99,7 @@ def _through_view(graph: fx.Graph, source: fx.Node, idx: fx.Node) -> Moved | Non
 def _width(idx: fx.Node) -> int:
     """How many channels an index node selects."""
     if idx.target is torch.cat:  # the rows of a fused projection, part by part
-        parts: Any = idx.args[0]
+        parts = argument(idx, 0, "tensors")
         return sum(_width(part) for part in parts)
     base, _, _, offsets = _as_rows(idx)
     # The selection is topk_channels(scores, k), or arange(n) where every channel is kept.

@@ -3,9 +3,6 @@ and padding not at all."""
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -24,13 +21,14 @@ from sparselora_fx.rewrite.gather_motion import (
     slice_of,
     token_gather_of,
 )
+from sparselora_fx.rewrite.respell import columns
 from sparselora_fx.rewrite.rewrite import Rewrite
 
 _GATHER = OPS.gather_tokens.default
 _SCATTER_TWO = OPS.scatter_two_lists.default
 _SCATTER = OPS.scatter_tokens.default
 _ROWWISE = NORMS | {"mean", "sum"}
-Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
+Lists = tuple[fx.Node, ...]  # the (idx, pos) nodes of one token list
 
 
 def hoist_token_gathers(rewrite: Rewrite) -> int:
@@ -59,7 +57,7 @@ def hoist_token_gathers(rewrite: Rewrite) -> int:
 
 
 def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
-    lists: Lists = gather.args[1:]
+    lists = (operand(gather, 1), operand(gather, 2))
     if source.target is _SCATTER_TWO:
         parts = {source.args[2]: source.args[0], source.args[4]: source.args[1]}
         part = parts.get(lists[0])
@@ -70,7 +68,7 @@ def _hoist(graph: fx.Graph, gather: fx.Node, source: fx.Node) -> Moved | None:
         and scattered.target is _SCATTER
         and scattered.args[1] is lists[0]
     ):
-        kept: Any = scattered.args[0]
+        kept = operand(scattered)
         return Moved(kept, [])
     if tensor(source) is None:
         return None
@@ -131,8 +129,7 @@ def _through_slice(graph: fx.Graph, source: fx.Node, lists: Lists) -> Moved | No
         return None
     parent, start, step = found
     gather = token_gather_of(graph, parent, lists)
-    key: Any = (Ellipsis, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
-    new = graph.call_function(operator.getitem, (gather, key))
+    new = columns(gather, slice(start, start + step * (int(example.shape[-1]) - 1) + 1, step))
     return Moved(new, [gather])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import fx
@@ -137,7 +137,7 @@ def _is_zero_at_zero(node: fx.Node) -> bool:
     return isinstance(result, torch.Tensor) and not result.count_nonzero()
 
 
-def _zero_for(argument: object) -> Any:
+def _zero_for(argument: object) -> object:
     example = tensor(argument) if isinstance(argument, fx.Node) else None
     return argument if example is None else torch.zeros([1] * example.dim(), dtype=example.dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -50,7 +49,7 @@ def _turn(graph: fx.Graph, product: fx.Node, matrix: fx.Node) -> int:
     if name not in _PRODUCTS or argument(product, 1, "weight") is not matrix:
         return 0
     packed, held, layout, _ = matrix.args
-    idx: Any = None if name == "linear" else product.args[2]
+    idx = None if name == "linear" else product.args[2]
     bias = argument(product, 2, "bias") if name == "linear" else None
     with graph.inserting_before(product):
         arguments = (argument(product, 0, "input"), packed, held, layout, idx, _PRODUCTS[name])

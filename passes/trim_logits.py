@@ -92,12 +92,12 @@ def _trim(graph: fx.Graph, loss: fx.Node, between: list[fx.Node], mark: fx.Node)
     example = tensor(logits)
     assert example is not None
     with graph.inserting_before(loss):
-        take = graph.call_function(OPS.gather_tokens.default, (logits, idx, pos))
+        gather = graph.call_function(OPS.gather_tokens.default, (logits, idx, pos))
         place = graph.call_method("clamp", (idx,), {"min": 0})
         held = graph.call_function(torch.ge, (idx, 0))
         labels = graph.call_method("index_select", (target, 0, place))
         labels = graph.call_function(torch.where, (held, labels, IGNORED))
-    loss.replace_input_with(logits, take)
+    loss.replace_input_with(logits, gather)
     loss.replace_input_with(target, labels)
     output = graph.output_node()
     returned = tuple(None if value in between else value for value in output.args[0])  # type: ignore[union-attr]

@@ -59,15 +59,16 @@ def _is_last_row_of_tokens(node: fx.Node, rows: Rows) -> bool:
 
 def _is_trimmed(node: fx.Node, lists: Lists) -> bool:
     """Whether a node is what this pass puts in the place of queries."""
-    placed = node.args[1] if op_name(node) == "where" else None
-    made = isinstance(placed, fx.Node) and placed.target is OPS.scatter_tokens.default
-    return made and placed.args[1:] == lists  # type: ignore[union-attr]
+    scattered = node.args[1] if op_name(node) == "where" else None
+    made = isinstance(scattered, fx.Node) and scattered.target is OPS.scatter_tokens.default
+    return made and scattered.args[1:] == lists  # type: ignore[union-attr]
 
 
 def _trim(graph: fx.Graph, node: fx.Node, lists: Lists) -> None:
-    take = token_gather_of(graph, node, lists)
-    users = [user for user in graph.nodes if user in node.users and user is not take]
+    pair = TokenList(*(part for part in lists if isinstance(part, fx.Node)))
+    gather = token_gather_of(graph, node, tuple(pair))
+    users = [user for user in graph.nodes if user in node.users and user is not gather]
     with graph.inserting_before(users[0]):
-        trimmed = filled(graph, take, TokenList(*lists))
+        trimmed = filled(graph, gather, pair)
     for user in users:
         user.replace_input_with(node, trimmed)

@@ -162,7 +162,7 @@ def storage_key(tensor: torch.Tensor) -> int | None:
     return int(tensor.untyped_storage()._cdata)
 
 
-def storage_at(address: int, device: torch.device, nbytes: int) -> Any:
+def storage_at(address: int, device: torch.device, nbytes: int) -> torch.types.Storage:
     """A storage over memory that it does not own. Run on 2.11."""
     return torch._C._construct_storage_from_data_pointer(address, device, nbytes)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from sparselora_fx.analysis.score_spans import ScoreSpans
 from sparselora_fx.analysis.token_liveness import ATTENTION, MATMULS, factors
 from sparselora_fx.graph.layout import same_count
-from sparselora_fx.graph.nodes import argument, op_name, reads_shape_only, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, reads_shape_only, tensor
 from sparselora_fx.graph.op_families import CASTS, RESHAPES
 from sparselora_fx.graph.pointwise import is_pointwise
 
@@ -65,9 +63,9 @@ def _are_hidden(scores: fx.Node, spans: ScoreSpans) -> bool:
 
 def _are_weights(probabilities: fx.Node, spans: ScoreSpans) -> bool:
     """Whether a node holds probabilities, or what dropout leaves of them, of masked scores."""
-    node: Any = probabilities
+    node = probabilities
     while op_name(node) in _KEEPS_ZEROS or _reshapes(node) or _drops_last(node):
-        node = node.args[0]
+        node = operand(node)
     return _along_last(node, ("softmax",)) and spans.hide(argument(node, 0, "input"))
 
 
@@ -82,7 +80,7 @@ def _keeps_places(node: fx.Node, source: fx.Node) -> bool:
     return _reshapes(node) or (same and (op_name(node) in CASTS or is_pointwise(node)))
 
 
-def _drops_last(node: Any) -> bool:
+def _drops_last(node: fx.Node) -> bool:
     """Whether a node is ``x[..., :n]``."""
     key = node.args[1] if op_name(node) == "getitem" else None
     if not isinstance(key, tuple) or not all(isinstance(k, slice) or k is Ellipsis for k in key):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
@@ -47,8 +46,7 @@ def move(node: fx.Node, name: str, held: Channels) -> Value | None:
             return None
         return _map(held, lambda layout: layout.repeat_inner(axis % out.dim(), repeats))
     if name in ("repeat", "tile"):
-        times: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "repeats")
-        times = (times,) if isinstance(times, int) else tuple(times or ())
+        times = _numbers(node, "repeats")
         return _map(held, lambda layout: layout.repeat_outer(times))
     if name == "index_select" and out is not None:
         axis = axis_argument(node, 1, "dim", out.dim())
@@ -102,12 +100,19 @@ def _map(held: Channels, rule: Callable[[Layout], Layout | None]) -> Channels:
     return replace(held, ports=ports)
 
 
+def _numbers(node: fx.Node, name: str) -> tuple[int, ...]:
+    """Numbers that a call takes one by one, as one number or as a sequence."""
+    if len(node.args) > 2:
+        return tuple(argument(node, i, name) for i in range(1, len(node.args)))
+    given = argument(node, 1, name)
+    return (given,) if isinstance(given, int) else tuple(given or ())
+
+
 def order_of(node: fx.Node, name: str, rank: int) -> list[int] | None:
     """Which axis of its input each axis of a permuted value is; None if the call does not say."""
     order = list(range(rank))
     if name == "permute":
-        dims: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
-        return [int(d) % rank for d in dims]
+        return [d % rank for d in _numbers(node, "dims")]
     if name in ("movedim", "moveaxis"):
         source, target = argument(node, 1, "source"), argument(node, 2, "destination")
         if not (isinstance(source, int) and isinstance(target, int)):
@@ -149,7 +154,7 @@ def _index(layout: Layout, key: object, shape: Sequence[object]) -> Layout | Non
             if taken is None or any(isinstance(other, int) for other in keys):
                 return None
             current = taken
-        elif k != slice(None):
+        elif isinstance(k, slice) and k != slice(None):
             start, step = k.start or 0, k.step or 1
             size = _static_size(current, axis)
             if not isinstance(start, int) or not isinstance(step, int) or step < 1:
@@ -166,7 +171,7 @@ def _index(layout: Layout, key: object, shape: Sequence[object]) -> Layout | Non
     return current
 
 
-def _one_index(key: object) -> Any:
+def _one_index(key: object) -> object:
     """``x[[i]]`` as the slice that it equals."""
     if isinstance(key, list) and len(key) == 1 and isinstance(key[0], int):
         return slice(key[0], key[0] + 1 or None)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from sparselora_fx.graph.mutation import is_mutated
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.ir.token_lists import IGNORED
 
@@ -61,12 +59,13 @@ def _labels_of(target: object) -> tuple[fx.Node, bool, bool] | None:
     example = tensor(target)
     if example is None or example.dim() != 1 or example.dtype.is_floating_point:
         return None
+    assert isinstance(target, fx.Node)
     node = _unwrapped(target)
     if op_name(node) != "getitem":
         return node, False, True
     if node.args[1] not in ((Ellipsis, slice(1, None, None)), (slice(None), slice(1, None, None))):
         return None
-    shifted: Any = node.args[0]
+    shifted = operand(node)
     if op_name(shifted) != "pad":
         return _unwrapped(shifted), True, False
     by = argument(shifted, 1, "pad")
@@ -74,10 +73,10 @@ def _labels_of(target: object) -> tuple[fx.Node, bool, bool] | None:
     filled = argument(shifted, 3, "value") == IGNORED
     if not constant or not filled or tuple(by) != (0, 1):
         return None
-    return _unwrapped(shifted.args[0]), True, True
+    return _unwrapped(operand(shifted)), True, True
 
 
-def _unwrapped(node: Any) -> Any:
+def _unwrapped(node: fx.Node) -> fx.Node:
     """A node before reshapes and casts."""
     while op_name(node) in (*RESHAPES, *CASTS) and isinstance(node.args[0], fx.Node):
         node = node.args[0]

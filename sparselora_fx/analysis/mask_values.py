@@ -6,13 +6,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sparselora_fx import _torch
-from sparselora_fx.graph.nodes import changes_input, op_name, value
+from sparselora_fx.graph.nodes import called, changes_input, op_name, value
 
 _MOST = 1 << 28  # elements of a mask that is computed to be looked at
 LAYERS = (
@@ -26,8 +25,8 @@ class _Batch:
     """Which tokens are real, ``bool[B, L]``, and the inputs that say so."""
 
     shown: Tensor
-    inputs: dict[fx.Node, Any]
-    known: dict[fx.Node, Any] = field(default_factory=dict)
+    inputs: dict[fx.Node, object]
+    known: dict[fx.Node, object] = field(default_factory=dict)
 
 
 class MaskValues:
@@ -54,7 +53,7 @@ class MaskValues:
         given = dict(zip(placeholders, inputs, strict=True))
         mask = arguments.get("attention_mask")
         masks = [n for n in placeholders if mask is not None and given[n] is mask]
-        self.outer: dict[fx.Node, Any] = {}  # inputs of a body -> what it is called with
+        self.outer: dict[fx.Node, object] = {}  # inputs of a body -> what it is called with
         self.fixed: dict[fx.Node, bool] = {}  # answers of `is_known`
         # What a caller passes as numbers is another in the next batch.
         passed = {id(t) for t in arguments.values() if t.dtype.is_floating_point}
@@ -74,7 +73,7 @@ class MaskValues:
             batch.known = {n: v for n, v in batch.known.items() if n.graph is not body.graph}
         self.fixed = {n: v for n, v in self.fixed.items() if n.graph is not body.graph}
 
-    def source(self, node: object) -> Any:
+    def source(self, node: object) -> object:
         """A node, or for an input of a body what it is called with."""
         while isinstance(node, fx.Node) and node in self.outer:
             node = self.outer[node]
@@ -108,11 +107,11 @@ class MaskValues:
             todo += current.all_input_nodes
         return True
 
-    def values(self, node: object) -> list[Any]:
+    def values(self, node: object) -> list[object]:
         """What a node that `is_known` holds, for each batch."""
         return [self._value(self.source(node), batch) for batch in self.batches]
 
-    def _value(self, node: object, batch: _Batch) -> Any:
+    def _value(self, node: object, batch: _Batch) -> object:
         node = self.source(node)
         if isinstance(node, torch.SymInt):
             return _torch.traced_size(node)
@@ -124,22 +123,17 @@ class MaskValues:
             batch.known[node] = self._computed(node, batch)
         return batch.known[node]
 
-    def _computed(self, node: fx.Node, batch: _Batch) -> Any:
+    def _computed(self, node: fx.Node, batch: _Batch) -> object:
         if node.op == "placeholder":
             return self._value(batch.inputs[node], batch)
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(node.graph.owning_module)
-        return called(node, lambda source: self._value(source, batch))
+        return computed(node, lambda source: self._value(source, batch))
 
 
-def called(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    """What a call returns for some values of its arguments."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    target = operator.add if node.target is operator.iadd else node.target
-    return target(*args, **kwargs)
+def computed(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
+    """What a call returns for some values of its arguments, none of which it changes."""
+    return called(node, value_of, operator.add if node.target is operator.iadd else None)
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -6,7 +6,6 @@ See docs/decisions/0008.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -143,7 +142,7 @@ class _Proof:
     ) -> LiveRows | None:
         """What is needed of a node that a graph returns; None: all."""
         if returned is not None:
-            values: Any = output.args[0]
+            values: object = output.args[0]
             values = values if isinstance(values, tuple | list) else (values,)
             return common(n for v, n in zip(values, returned, strict=True) if v is node)
         example = tensor(node)

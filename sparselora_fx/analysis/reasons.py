@@ -6,5 +6,6 @@ NO_TOKENS = "its rows are not the batch's tokens, so padding cannot be told ther
 CACHED = " (a KV cache? use_cache=False in training calls)"
 WITHOUT = "it runs without gradients inside a training step"
 UNPROFITABLE = "slicing cannot pay at this size"
+NO_FACTORS = "the estimator has no factors for one of its producers"  # or they are not placed yet
 
 OF_CALL = (UNORDERED, OTHER_GRID, NO_TOKENS, CACHED, WITHOUT, UNPROFITABLE)

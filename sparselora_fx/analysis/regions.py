@@ -39,7 +39,7 @@ class Site:
     padding_unread: bool = False  # whether no row of padding in what it returns reaches a loss
     token_rows: TokenRows | None = None  # which tokens they are, if not the batch's one by one
     order: str = UNKNOWN  # how the rows of x stand to the batch's tokens (`token_order`)
-    statistics: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.known` names
+    statistics: dict[str, fx.Node] = field(default_factory=dict)  # what `SiteSpec.statistics` names
     adapter_adds: dict[fx.Node, fx.Node] = field(
         default_factory=dict
     )  # addition -> the LoRA branch it adds

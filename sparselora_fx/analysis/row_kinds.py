@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -18,9 +17,9 @@ class Part:
     """Some of other rows: ``rows[:, kept]``."""
 
     rows: TokenRows
-    start: Any
-    stop: Any
-    step: Any
+    start: object
+    stop: object
+    step: object
 
 
 @dataclass(frozen=True)

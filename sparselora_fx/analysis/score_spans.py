@@ -6,15 +6,14 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparselora_fx.analysis.mask_values import LAYERS, MaskValues, called, is_weight
+from sparselora_fx.analysis.mask_values import LAYERS, MaskValues, computed, is_weight
 from sparselora_fx.graph.nodes import argument, changes_input, op_name, reads_shape_only, tensor
 from sparselora_fx.graph.op_families import CASTS, PERMUTES, RESHAPES, SPLITS
 from sparselora_fx.graph.pointwise import is_pointwise
@@ -29,6 +28,7 @@ _MOVES = CASTS | PERMUTES | RESHAPES | SPLITS | {
 }  # fmt: skip
 _SHIFTS = ("add", "__add__", "__radd__", "iadd", "sub", "__sub__")
 _ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+Ends = tuple[Tensor, Tensor]  # the least and the largest of a value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,13 +79,12 @@ class ScoreSpans:
         span = self._safely(lambda: self._masked(mask))
         return span is not None and self._apart(span)
 
-    def _safely(self, compute: Any) -> Span | None:
+    def _safely(self, compute: Callable[[], Span | None]) -> Span | None:
         if not self.masks.batches:
             return None
         try:
             with torch.no_grad():
-                found: Span | None = compute()
-                return found
+                return compute()
         except _ERRORS as error:
             log.debug("a mask cannot be computed, so padding counts as read: %s", error)
             return None
@@ -125,15 +124,15 @@ class ScoreSpans:
         if example is None:
             return None
         if self.masks.is_known(node):
-            values = self.masks.values(node)
-            if not all(isinstance(v, Tensor) for v in values):
+            known = tuple(v for v in self.masks.values(node) if isinstance(v, Tensor))
+            if len(known) != len(self.masks.batches):
                 return None
-            self.known.append(Span(tuple(values), tuple(values)))
+            self.known.append(Span(known, known))
             return self.known[-1]
         if _is_changed(node):
             return None
         if name == "baddbmm":
-            return self._joined(node, [node.args[0]], name)
+            return self._joined(node, [argument(node, 0, "input")], name)
         if is_weight(node) or name in LAYERS:
             return self._layer(example)
         held = node.args[0] if node.args else None
@@ -158,7 +157,7 @@ class ScoreSpans:
 
     def _shifted(self, node: fx.Node) -> Span | None:
         """Scores and one number a row, which no softmax sees."""
-        other: Any = node.args[1]
+        other = node.args[1]
         if self.masks.is_known(other) or not isinstance(node.args[0], fx.Node):
             return self._joined(node, node.all_input_nodes, op_name(node))
         return self._of(node.args[0])
@@ -177,7 +176,7 @@ class ScoreSpans:
         low, high = (tuple(t.reshape(shape) for t in ends) for ends in (first.low, first.high))
         return Span(low, high)
 
-    def _joined(self, node: fx.Node, sources: list[Any], name: str) -> Span | None:
+    def _joined(self, node: fx.Node, sources: list[fx.Node], name: str) -> Span | None:
         """What an operation, place by place, makes of spans."""
         spans: dict[fx.Node, Span | None] = {}
         for source in sources:
@@ -219,7 +218,7 @@ def _key_of(node: fx.Node, spans: dict[fx.Node, Span]) -> str:
     return repr(fx.map_arg((node.args, node.kwargs), lambda n: f"@{id(spans.get(n, n))}"))
 
 
-def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
+def _bounds(node: fx.Node, ends: dict[fx.Node, Ends]) -> Ends | None:
     """The least and the largest of what a call returns, between the bounds of its inputs."""
     points = {n: [lo] if lo is hi else [lo, lo / 2 + hi / 2, hi] for n, (lo, hi) in ends.items()}
     if op_name(node) == "baddbmm":
@@ -227,7 +226,9 @@ def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
     found: list[Tensor] = []
     for choice in itertools.product(*points.values()):
         chosen = dict(zip(points, choice, strict=True))
-        found.append(called(node, partial(_operand, chosen)))
+        if not isinstance(made := computed(node, partial(_operand, chosen)), Tensor):
+            raise TypeError(f"{node} makes no tensor")
+        found.append(made)
     low = high = found[0]
     for other in found[1:]:
         if other.dtype == torch.bool:
@@ -236,7 +237,7 @@ def _bounds(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
     return low, high
 
 
-def _of_product(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> Any:
+def _of_product(node: fx.Node, ends: dict[fx.Node, Ends]) -> Ends:
     """``beta * bias + alpha * (a @ b)``."""
     beta = argument(node, 3, "beta", 1)
     ((low, high),) = ends.values()
@@ -244,7 +245,7 @@ def _of_product(node: fx.Node, ends: dict[fx.Node, tuple[Tensor, Tensor]]) -> An
     return low - _LAYER, high + _LAYER
 
 
-def _operand(chosen: dict[fx.Node, Tensor], node: fx.Node) -> Any:
+def _operand(chosen: dict[fx.Node, Tensor], node: fx.Node) -> Tensor:
     if node in chosen:
         return chosen[node]
     example = tensor(node)

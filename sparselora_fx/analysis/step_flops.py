@@ -83,7 +83,7 @@ def _fixed(size: int | torch.SymInt) -> int:
     return _torch.traced_size(size) if isinstance(size, torch.SymInt) else size
 
 
-def _on_meta(held: Any) -> Any:
+def _on_meta(held: object) -> object:
     if isinstance(held, Tensor) and held.device.type != "meta":
         return held.to("meta")
     return torch.device("meta") if isinstance(held, torch.device) else held
@@ -98,7 +98,7 @@ class _Counting(fx.Interpreter):
         self.serving = _serving(gm.graph)
         self.choosing = self.again = 0
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if op_name(n) == _CHECKPOINT:
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self._run_twice(*args)
@@ -108,11 +108,12 @@ class _Counting(fx.Interpreter):
             self.choosing += self.counter.get_total_flops() - before
         return result
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Whatever device a node speaks of, its tensors are on "meta"."""
-        return pytree.tree_map(_on_meta, super().fetch_args_kwargs_from_env(n))
+        args, kwargs = pytree.tree_map(_on_meta, super().fetch_args_kwargs_from_env(n))
+        return args, kwargs
 
-    def _run_twice(self, gm: fx.GraphModule, *args: object) -> Any:
+    def _run_twice(self, gm: fx.GraphModule, *args: object) -> object:
         """A checkpointed body: the backward runs it again, but for its choices, which are kept."""
         body = _Counting(gm, self.counter)
         before = self.counter.get_total_flops()
@@ -135,22 +136,22 @@ def _serving(graph: fx.Graph) -> set[fx.Node]:
 Shape = Sequence[int]
 
 
-def _product(x: Shape, *_: Any, out_shape: Shape = (), **__: Any) -> int:
+def _product(x: Shape, *_: object, out_shape: Shape = (), **__: object) -> int:
     """``x[..., K] -> y[..., N]`` by some of a matrix."""
     return 2 * prod(x) * out_shape[-1]
 
 
-def _weight_gradient(gy: Shape, x: Shape, *_: Any, **__: Any) -> int:
+def _weight_gradient(gy: Shape, x: Shape, *_: object, **__: object) -> int:
     return 2 * prod(gy) * x[-1]
 
 
-def _low_rank_norms(x: Shape, a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+def _low_rank_norms(x: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
     """``x @ b.T``, its Gram matrix, and the rows of a in that."""
     tokens, rank = prod(x[:-1]), b[0]
     return 2 * (tokens * rank * (x[-1] + rank) + a[0] * rank * rank)
 
 
-def _low_rank_energy(z: Shape, a: Shape, *_: Any, **__: Any) -> int:
+def _low_rank_energy(z: Shape, a: Shape, *_: object, **__: object) -> int:
     """The Gram matrix of z, and the rows of a in that."""
     tokens, rank = prod(z[:-1]), z[-1]
     return 2 * (tokens * rank * rank + a[0] * rank * rank)
@@ -165,6 +166,6 @@ _OURS = {
     _low_rank_norms: ("low_rank_norms",),
     _low_rank_energy: ("low_rank_energy",),
 }  # fmt: skip
-_FORMULAS: dict[Any, Any] = {
+_FORMULAS: dict[object, object] = {
     getattr(OPS, name): formula for formula, names in _OURS.items() for name in names
 }

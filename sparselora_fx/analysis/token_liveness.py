@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from sparselora_fx.graph.nodes import (
     axis_argument,
     changes_input,
     op_name,
+    operand,
     reads_shape_only,
     tensor,
 )
@@ -31,7 +32,7 @@ _UPDATES = ("iadd", "isub", "imul", "add_", "sub_", "mul_")
 _TUPLES = ("autograd_function_apply", "max", "min", "topk", "sort")  # results alike in shape
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes")
 
-Lists = tuple[Any, ...]  # the (idx, pos) nodes of one token list
+Lists = tuple[fx.Node | str, ...]  # the (idx, pos) nodes of one token list, or what it is called
 
 
 class LiveRows(NamedTuple):
@@ -85,13 +86,15 @@ def common(needs: Iterable[LiveRows | None]) -> LiveRows | None:
 def gathered_by(user: fx.Node, node: fx.Node, rows: Rows) -> LiveRows | None:
     """What a `gather_tokens` needs of its input ``[B, L, N]`` or ``[B * L, N]``."""
     x = tensor(node)
-    takes = (
+    gathers = (
         user.target in _TOKEN_GATHERS
         and user.args[0] is node
         and x is not None
         and x.dim() in (2, 3)
     )
-    return LiveRows(0, x.dim() - 2, user.args[1:]) if takes and x is not None else None
+    if not gathers or x is None:
+        return None
+    return LiveRows(0, x.dim() - 2, (operand(user, 1), operand(user, 2)))
 
 
 def needed(user: fx.Node, node: fx.Node, rows: Rows) -> LiveRows | None:
@@ -158,7 +161,7 @@ def _source_axis(
     return axis if keeps else None
 
 
-def factors(product: fx.Node) -> tuple[Any, Any]:
+def factors(product: fx.Node) -> tuple[object, object]:
     """The operands ``(a, b)`` of ``a @ b``, one of `MATMULS`."""
     if op_name(product) == "baddbmm":
         return argument(product, 1, "batch1"), argument(product, 2, "batch2")
@@ -206,8 +209,8 @@ def _same_place(x: torch.Tensor, out: torch.Tensor, axis: int) -> int | None:
 
 def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
     """Where the token axis was before ``x[key]``, if the key leaves its places as they are."""
-    key: Any = user.args[1]
-    keys: list[Any] = list(key) if isinstance(key, tuple) else [key]
+    key = user.args[1]
+    keys: list[object] = list(key) if isinstance(key, tuple) else [key]
     kinds = [
         list if isinstance(k, list) else type(k)
         for k in keys
@@ -225,7 +228,7 @@ def _before_index(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
     if found is None:
         return None
     source, chosen = found
-    if isinstance(chosen, list):
+    if not isinstance(chosen, slice):
         return None
     return source if chosen.start in (None, 0) and chosen.step in (None, 1) else None
 
@@ -246,7 +249,7 @@ def _before_reduction(user: fx.Node, x: torch.Tensor, axis: int) -> int | None:
 def _updates_only(user: fx.Node) -> bool:
     """Whether a call changes, element by element, a value that nothing else reads, under whatever
     name."""
-    node: Any = user.args[0] if op_name(user) in _UPDATES else None
+    node = user.args[0] if op_name(user) in _UPDATES else None
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if op_name(node) not in (*CASTS, *RESHAPES, *PERMUTES, "getitem", "dropout"):
             return node.op in ("call_function", "call_method") and tensor(node) is not None

@@ -6,7 +6,6 @@ Shapes do not say it where a batch has as many samples as tokens, or where token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -109,7 +108,7 @@ class _Walk:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.marks: list[fx.Node] = []
         self.outer: dict[fx.Node, list[fx.Node]] = {}  # inputs of bodies -> what they are given
-        self.inner: dict[fx.Node, Any] = {}  # calls of bodies -> what those return
+        self.inner: dict[fx.Node, object] = {}  # calls of bodies -> what those return
         self._enter(gm)
 
     def _enter(self, gm: fx.GraphModule) -> None:
@@ -128,16 +127,17 @@ class _Walk:
         if node.op == "placeholder":
             yield from ((operand, need) for operand in self.outer.get(node, []))
             return
-        source: Any = node.args[0] if node.args else None
-        if node in self.inner or (op_name(node) == "getitem" and source in self.inner):
-            returned = self.inner[node if node in self.inner else source]
+        source = node.args[0] if node.args and op_name(node) == "getitem" else None
+        call = node if node in self.inner else source
+        if isinstance(call, fx.Node) and call in self.inner:
+            returned = self.inner[call]
             if isinstance(returned, tuple | list):
                 returned = returned[0 if node in self.inner else node.args[1]]  # type: ignore[index]
             if isinstance(returned, fx.Node):
                 yield returned, need
             return
         if op_name(node) == "embedding":
-            held: Any = argument(node, 0, "input")
+            held = argument(node, 0, "input")
             example = tensor(held)
             if example is not None and max(need[:2]) < example.dim():
                 yield held, need

@@ -7,7 +7,6 @@ of the batch's tokens which count must then say it of those rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -64,7 +63,7 @@ def _rows_of(node: fx.Node, found: Mapping[fx.Node, TokenRows | None]) -> TokenR
 
 
 def _joined(node: fx.Node, found: Mapping[fx.Node, TokenRows | None]) -> TokenRows | None:
-    pieces: Any = node.args[0]
+    pieces = argument(node, 0, "tensors")
     parts: list[TokenRows | fx.Node] = []
     for piece in pieces:
         rows = found.get(piece, piece)

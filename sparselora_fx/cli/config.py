@@ -278,7 +278,7 @@ def _plain(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _number(text: str) -> Any:
+def _number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from sparselora_fx.cli.config import ConfigError, DataSection
 from sparselora_fx.ir.token_lists import IGNORED
@@ -17,7 +17,24 @@ _FORMS = (
 _ROLES = ("system", "user", "assistant")
 
 
-def read_records(path: str) -> list[dict[str, Any]]:
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer of transformers."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        return_dict: bool,
+    ) -> Iterable[int]: ...
+
+
+def read_records(path: str) -> list[dict[str, object]]:
     """The records of a .json (a list), .jsonl (one a line) or .parquet file (which needs pyarrow).
 
     Raises:
@@ -38,10 +55,10 @@ def read_records(path: str) -> list[dict[str, Any]]:
         why = _fault(record)
         if why:
             raise ConfigError(f"{path}: record {number}: {why}; expected {_FORMS}")
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
-def _read_json(file: Path) -> list[Any]:
+def _read_json(file: Path) -> list[object]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -51,8 +68,8 @@ def _read_json(file: Path) -> list[Any]:
     return found
 
 
-def _read_lines(file: Path) -> list[Any]:
-    found = []
+def _read_lines(file: Path) -> list[object]:
+    found: list[object] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             try:
@@ -62,7 +79,7 @@ def _read_lines(file: Path) -> list[Any]:
     return found
 
 
-def _read_parquet(file: Path) -> list[Any]:
+def _read_parquet(file: Path) -> list[object]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -75,7 +92,7 @@ def _read_parquet(file: Path) -> list[Any]:
         raise ConfigError(f"{file}: not Parquet: {error}") from error
 
 
-def _fault(record: Any) -> str:
+def _fault(record: object) -> str:
     """What is wrong with a record; "" for nothing."""
     if not isinstance(record, Mapping):
         return f"is no mapping but {type(record).__name__}"
@@ -97,7 +114,7 @@ def _fault(record: Any) -> str:
 
 
 def encode(
-    records: Iterable[Mapping[str, Any]], tokenizer: Any, section: DataSection
+    records: Iterable[Mapping[str, object]], tokenizer: Tokenizer, section: DataSection
 ) -> list[dict[str, list[int]]]:
     """``input_ids`` and ``labels`` of each record: -100 on everything but answers, so that the rest
     is sparse. Records whose answer does not begin within ``max_length`` tokens are left out.
@@ -108,7 +125,7 @@ def encode(
     found = []
     for record in records:
         if "messages" in record and getattr(tokenizer, "chat_template", None):
-            ids, labels = _by_template(record["messages"], tokenizer)
+            ids, labels = _by_template(_messages(record), tokenizer)
         else:
             ids, labels = _by_parts(_parts(record, section.prompt), tokenizer)
         ids, labels = ids[: section.max_length], labels[: section.max_length]
@@ -121,7 +138,16 @@ def encode(
     return found
 
 
-def _by_template(messages: list[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _messages(record: Mapping[str, object]) -> list[Mapping[str, str]]:
+    """A record's conversation; `_fault` has looked at it."""
+    messages = record["messages"]
+    assert isinstance(messages, list)
+    return messages
+
+
+def _by_template(
+    messages: list[Mapping[str, str]], tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
     """A conversation as the tokenizer's own chat template writes it."""
 
     def written(count: int, *, prompt: bool = False) -> list[int]:
@@ -142,7 +168,7 @@ def _by_template(messages: list[Mapping[str, Any]], tokenizer: Any) -> tuple[lis
     return ids, labels
 
 
-def _by_parts(parts: list[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _by_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -154,13 +180,13 @@ def _by_parts(parts: list[tuple[str, bool]], tokenizer: Any) -> tuple[list[int],
     return ids, labels
 
 
-def _parts(record: Mapping[str, Any], prompt: str) -> list[tuple[str, bool]]:
+def _parts(record: Mapping[str, object], prompt: str) -> list[tuple[str, bool]]:
     """The texts of a record in their order, and whether each is learnt."""
     if "messages" in record:
         return [
             (m["content"] if m["role"] == "assistant" else f"{m['role']}: {m['content']}\n",
              m["role"] == "assistant")
-            for m in record["messages"]
+            for m in _messages(record)
         ]  # fmt: skip
     fields = {key: value for key, value in record.items() if isinstance(value, str)}
     try:
@@ -169,4 +195,4 @@ def _parts(record: Mapping[str, Any], prompt: str) -> list[tuple[str, bool]]:
         raise ConfigError(
             f"data.prompt is {prompt!r}, and a record has no {error}; it has {sorted(fields)}"
         ) from error
-    return [(text + "\n", False), (record["output"], True)]
+    return [(text + "\n", False), (fields["output"], True)]

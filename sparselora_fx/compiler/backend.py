@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from sparselora_fx.compiler.pass_log import PassLog
 from sparselora_fx.compiler.patience import Clock
@@ -28,11 +28,11 @@ class Listener(Protocol):
 
     calls: int  # how often the model was called
 
-    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, TracedCall]:
+    def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         """A graph was traced. Returns whether labels are shifted, and what is known of the model's
         call; raises `OtherConvention` if that call must begin anew."""
 
-    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[Any]) -> int:
+    def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
         """A graph is about to be compiled: what the passes did to it; None for one that is left as
         it was. Returns its number, from 1; raises `NothingSparse` if the model's call must begin
         anew, dense."""
@@ -44,13 +44,17 @@ class Listener(Protocol):
         """A graph was compiled."""
 
     def replayable(
-        self, compiled: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], extra: int
+        self,
+        compiled: Callable[..., object],
+        gm: fx.GraphModule,
+        inputs: Sequence[object],
+        extra: int,
     ) -> Callable[..., object]:
         """What to run in place of a compiled graph: the same, or CUDA graphs of it. ``extra``: so
         many outputs beyond the model's own."""
 
     def graph_ran(
-        self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Any], *, first: bool
+        self, report: GraphReport, args: tuple[object, ...], extra: Sequence[Tensor], *, first: bool
     ) -> None:
         """A rewritten graph has run: with its inputs, and its outputs beyond the model's own.
         ``first``: in the first call of the model that used these weights, as one graph serves many
@@ -66,7 +70,7 @@ def make_backend(
     repeated = tuple(blocks)
     clock = Clock()
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., object]:
+    def backend(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         report, compilation, inputs = rewrite_graph(listener, gm, inputs, options)
         rewritten = compilation.kind == SPARSE
         compile_graph = partial(inductor_backend.backend_compile, name, rewritten=rewritten)
@@ -83,8 +87,8 @@ def make_backend(
 
 
 def rewrite_graph(
-    listener: Listener, gm: fx.GraphModule, inputs: Sequence[Any], options: Options
-) -> tuple[GraphReport | None, Compilation, Sequence[Any]]:
+    listener: Listener, gm: fx.GraphModule, inputs: Sequence[object], options: Options
+) -> tuple[GraphReport | None, Compilation, Sequence[object]]:
     """Run the passes over a traced graph, in place. Returns what they did (None: it has no marked
     site), what the graph is, and those of the inputs that it still has."""
     shift, call = listener.graph_traced(gm, inputs)
@@ -124,7 +128,7 @@ class _Rewritten:
     sees them."""
 
     def __init__(
-        self, compiled: Callable[..., Any], report: GraphReport, listener: Listener
+        self, compiled: Callable[..., object], report: GraphReport, listener: Listener
     ) -> None:
         self.compiled = compiled
         self.report = report
@@ -133,9 +137,10 @@ class _Rewritten:
         sites = [site for region in report.regions for site in region.sites] + report.dense
         self.key = sites[0].weight if sites else None
 
-    def __call__(self, *args: Any) -> object:
+    def __call__(self, *args: object) -> object:
         args = self.report.passed(args)
         outputs = self.compiled(*args)
+        assert isinstance(outputs, tuple | list)
         own = len(outputs) - self.report.extra
         # One graph serves many layers: they differ in the weights they pass.
         now, first = self.listener.calls, False

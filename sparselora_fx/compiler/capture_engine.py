@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparselora_fx._torch import storage_at
+
+Result = TypeVar("Result")
 
 
 class Engine(Protocol):
@@ -16,7 +18,7 @@ class Engine(Protocol):
 
     device: str  # type of the devices whose work it captures
 
-    def capture(self, run: Callable[[], object]) -> tuple[Callable[[], None], Any]:
+    def capture(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """Run a function. Returns another that does the same work again on the same memory, and
         what the function returned; its values are there after a replay."""
 
@@ -27,10 +29,10 @@ class Engine(Protocol):
         """A captured tensor that does not keep its memory from later captures: to be read at once
         after a replay."""
 
-    def random_state(self) -> Any:
+    def random_state(self) -> Tensor:
         """The state of the device's random numbers."""
 
-    def set_random_state(self, state: object) -> None:
+    def set_random_state(self, state: Tensor) -> None:
         """Set that state."""
 
 
@@ -42,7 +44,7 @@ class CudaEngine:
     def __init__(self) -> None:
         self.pool: Any = None
 
-    def capture(self, run: Callable[[], object]) -> tuple[Callable[[], None], Any]:
+    def capture(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads (a data loader that pins memory) may do what a capture may not.
@@ -65,8 +67,8 @@ class CudaEngine:
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return alias.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def random_state(self) -> Any:
+    def random_state(self) -> Tensor:
         return torch.cuda.get_rng_state()
 
-    def set_random_state(self, state: Any) -> None:
+    def set_random_state(self, state: Tensor) -> None:
         torch.cuda.set_rng_state(state)

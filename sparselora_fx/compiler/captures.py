@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,14 +30,18 @@ class Capture:
     backward: Callable[[], None]
 
     def __init__(
-        self, compiled: Callable[..., Any], extra: int, engine: Engine, used: Sequence[int]
+        self,
+        compiled: Callable[..., object],
+        extra: int,
+        engine: Engine,
+        used: Sequence[int],
     ) -> None:
         self.compiled = compiled
         self.extra = extra
         self.engine = engine
         self.used = list(used)
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
+        self.inputs: list[object] = []
+        self.outputs: list[object] = []
         self.needing: list[int] = []  # places of the outputs that need a gradient
         self.roots: list[int] = []
         self.copied: list[int] = []  # places of the inputs that are copied in
@@ -45,7 +49,7 @@ class Capture:
         self.packed: dict[torch.dtype, Tensor] = {}  # what the backward writes, end to end
         self.parts: list[_Part | None] = []  # where each root's gradient is in it
 
-    def record(self, args: Sequence[Any], moving: Sequence[int]) -> None:
+    def record(self, args: Sequence[object], moving: Sequence[int]) -> None:
         """Capture forward and backward with the inputs of a call.
 
         Args:
@@ -60,8 +64,8 @@ class Capture:
             raise RuntimeError(f"it reads tensors on {', '.join(sorted(devices))}")
         self.inputs = [_alias(arg) if isinstance(arg, Tensor) else arg for arg in args]
         self.copied = [i for i in moving if isinstance(args[i], Tensor)]
-        for i in self.copied:
-            self.inputs[i] = _buffer(args[i])
+        for i, arg in zip(self.copied, tensors_at(args, self.copied), strict=True):
+            self.inputs[i] = _buffer(arg)
         self.roots = [i for i, x in enumerate(self.inputs) if _needs_gradient(x)]
         versions = self._versions()
         cached = torch.is_autocast_cache_enabled()
@@ -76,18 +80,20 @@ class Capture:
     def _versions(self) -> list[int]:
         return [value._version for value in self.inputs if isinstance(value, Tensor)]
 
-    def usual(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
+    def usual(self, args: Sequence[object]) -> tuple[list[object], Sequence[object]]:
         """A call as usual: inputs of no history, and its outputs."""
         inputs = [_alias(arg) if isinstance(arg, Tensor) else arg for arg in args]
         with torch.enable_grad():
-            return inputs, self.compiled(*inputs)
+            outputs = self.compiled(*inputs)
+        assert isinstance(outputs, tuple | list)
+        return inputs, outputs
 
     def _record(self) -> None:
         self.forward, outputs = self.engine.capture(lambda: self.compiled(*self.inputs))
+        assert isinstance(outputs, tuple | list)
         self.needing = [i for i, out in enumerate(outputs) if _needs_gradient(out)]
-        self.gradients = [torch.zeros_like(outputs[i]) for i in self.used]
-        roots = [self.inputs[i] for i in self.roots]
-        ends = [outputs[i] for i in self.used]
+        roots, ends = tensors_at(self.inputs, self.roots), tensors_at(outputs, self.used)
+        self.gradients = [torch.zeros_like(end) for end in ends]
 
         def backward() -> None:
             found = torch.autograd.grad(ends, roots, self.gradients, allow_unused=True)
@@ -99,9 +105,9 @@ class Capture:
         # All but the extra outputs are copied as soon as they are there: a capture for each of
         # several sizes must not hold logits and gradients of its own.
         unowned = self.engine.unowned
-        for place in range(len(outputs) - self.extra):
-            if isinstance(outputs[place], Tensor):
-                self.outputs[place] = unowned(self.outputs[place])
+        for place, out in enumerate(self.outputs[: len(outputs) - self.extra]):
+            if isinstance(out, Tensor):
+                self.outputs[place] = unowned(out)
         self.packed = {dtype: unowned(flat) for dtype, flat in self.packed.items()}
 
     def _pack(self, found: Sequence[Tensor | None]) -> None:
@@ -125,10 +131,11 @@ class Capture:
         """The gradient of each root in tensors like ``packed``; None where there is none."""
         return [None if part is None else part.of(packed[part.dtype]) for part in self.parts]
 
-    def take(self, args: Sequence[Any]) -> None:
+    def take(self, args: Sequence[object]) -> None:
         """Copy in what a call brings."""
-        for i in self.copied:
-            self.inputs[i].data.copy_(args[i].detach())
+        held = tensors_at(self.inputs, self.copied)
+        for into, arg in zip(held, tensors_at(args, self.copied), strict=True):
+            into.data.copy_(arg.detach())
 
 
 class _Part(NamedTuple):
@@ -164,7 +171,7 @@ class Pool:
 class Pending:
     """A replayed call, until its backward has come; it answers that."""
 
-    def __init__(self, capture: Capture, args: tuple[Any, ...], pool: Pool) -> None:
+    def __init__(self, capture: Capture, args: tuple[object, ...], pool: Pool) -> None:
         self.capture = capture
         self.args = args
         self.pool = pool
@@ -176,7 +183,7 @@ class Pending:
         self.number = pool.forwards
 
     def _versions(self) -> list[int]:
-        return [self.args[i]._version for i in self.capture.roots]
+        return [root._version for root in tensors_at(self.args, self.capture.roots)]
 
     def answer(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient of each root, of those of the outputs that need one."""
@@ -213,42 +220,56 @@ class Pending:
             engine.set_random_state(now)
         self.done = True
         return torch.autograd.grad(
-            [outputs[place] for place in asked], [inputs[i] for i in roots],
-            gradients, allow_unused=True,
+            tensors_at(outputs, asked), tensors_at(inputs, roots), gradients, allow_unused=True
         )  # fmt: skip
+
+
+class _Ctx(Protocol):
+    """What autograd hands from a forward to its backward; PyTorch's own class names none of it."""
+
+    pending: Pending
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pending: Pending, *roots: Tensor) -> Any:
+    def forward(ctx: _Ctx, pending: Pending, *roots: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.pending = pending
         capture = pending.capture
         capture.take(pending.args)
         capture.forward()
-        return tuple(capture.outputs[place].clone() for place in capture.needing)
+        return tuple(out.clone() for out in tensors_at(capture.outputs, capture.needing))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: _Ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.pending.answer(gradients)
 
 
-def replayed(capture: Capture, args: tuple[Any, ...], pool: Pool) -> tuple[Any, ...]:
+def replayed(capture: Capture, args: tuple[object, ...], pool: Pool) -> tuple[object, ...]:
     """A call's outputs by replay. The caller may keep them, but for the extra ones."""
     pending = Pending(capture, args, pool)
     results = _Replay.apply(pending, *(args[i] for i in capture.roots))  # type: ignore[no-untyped-call]
     outputs = list(capture.outputs)
-    own = range(len(outputs) - capture.extra)
-    for place in own:
-        if isinstance(outputs[place], Tensor) and place not in capture.needing:
-            outputs[place] = outputs[place].clone()
+    for place, out in enumerate(outputs[: len(outputs) - capture.extra]):
+        if isinstance(out, Tensor) and place not in capture.needing:
+            outputs[place] = out.clone()
     for place, result in zip(capture.needing, results, strict=True):
         outputs[place] = result
     return tuple(outputs)
 
 
-def _needs_gradient(value: Any) -> bool:
+def tensors_at(values: Sequence[object], places: Iterable[int]) -> list[Tensor]:
+    """Some of a graph's inputs or outputs, of which it is known that they are tensors."""
+    found = [values[place] for place in places]
+    tensors = [value for value in found if isinstance(value, Tensor)]
+    assert len(tensors) == len(found)
+    return tensors
+
+
+def _needs_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 

@@ -16,20 +16,19 @@ outputs, a second backward) computes its forward again.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparselora_fx.compiler.capacities import Capacities, Lengths
 from sparselora_fx.compiler.capture_engine import CudaEngine, Engine
-from sparselora_fx.compiler.captures import Capture, Pool, replayed
+from sparselora_fx.compiler.captures import Capture, Pool, replayed, tensors_at
 from sparselora_fx.compiler.replay_check import replays_differently
 from sparselora_fx.environment import disabled_layers
 from sparselora_fx.errors import CompileError
 from sparselora_fx.notices import Notices
 
-Function = Callable[..., Any]
+Function = Callable[..., object]
 _SMALL = 32  # calls in a graph: with fewer it is left as it is
 _CALLS = 3  # as usual at each combination of sizes, before it is captured
 _CAPTURES = 12  # of one compiled graph
@@ -182,14 +181,14 @@ class Replayed:
         self.graphs.refuse(reason)
         return self.compiled(*args)
 
-    def _known(self, args: tuple[Any, ...]) -> _Sizes | None:
+    def _known(self, args: tuple[object, ...]) -> _Sizes | None:
         """What is known of the sizes of a call; None if there are too many."""
         if self.moving is None:
             model = self.graphs.model
             ids = {id(t) for t in (*model.parameters(), *model.buffers())}
             self.held = [i for i, a in enumerate(args) if id(a) in ids]
             self.moving = sorted(set(range(len(args))) - set(self.held))
-        where = tuple([args[i].data_ptr() for i in self.held])
+        where = tuple([held.data_ptr() for held in tensors_at(args, self.held)])
         key = (where, tuple([_key(args[i]) for i in self.moving]))
         if key not in self.sizes:
             if len(self.sizes) >= _SIZES:
@@ -201,6 +200,7 @@ class Replayed:
     def _watched(self, args: tuple[object, ...], known: _Sizes) -> object:
         """A call as usual that tells which outputs gradients come for."""
         outputs = self.compiled(*args)
+        assert isinstance(outputs, tuple | list)
         for place, output in enumerate(outputs):
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 output.register_hook(_noting(known.used, place))

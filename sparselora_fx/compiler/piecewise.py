@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, getitem
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,8 +29,8 @@ from sparselora_fx.graph.nodes import value
 
 log = logging.getLogger(__name__)
 
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., object]]
-Env = dict[fx.Node, Any]  # the fake value of each node that more than one piece reads or returns
+Compiler = Callable[[fx.GraphModule, Sequence[object]], Callable[..., object]]
+Env = dict[fx.Node, object]  # the fake value of each node that more than one piece reads or returns
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Hasha
     for node in gm.graph.find_nodes(op="get_attr"):
         env[node] = attrgetter(str(node.target))(gm)
     keys: list[Hashable] = []
-    results: dict[Hashable, list[Any]] = {}
+    results: dict[Hashable, list[object]] = {}
     for run in runs:
         piece = _extract(gm, run, env)
         key = (_graph_key(piece.module), tuple(_input_key(env[node]) for node in piece.inputs))
@@ -94,18 +93,21 @@ def _keys(gm: fx.GraphModule, runs: list[list[fx.Node]], env: Env) -> list[Hasha
     return keys
 
 
-def _is_plain(example: Any) -> bool:
+def _is_plain(example: object) -> bool:
     """Whether a value is a fake tensor of the common kind, whose size and strides are all of it."""
-    is_fake = isinstance(example, Tensor) and mode_of(example) is not None
-    return is_fake and example.layout is torch.strided
+    if not isinstance(example, Tensor) or mode_of(example) is None:
+        return False
+    return example.layout is torch.strided
 
 
-def _fresh(fake: object) -> Any:
+def _fresh(fake: object) -> object:
     """A fake tensor like another, and a view of none: two inputs that share memory would be
     compiled as such."""
     if not isinstance(fake, Tensor):
         return fake
-    with mode_of(fake):
+    mode = mode_of(fake)
+    assert mode is not None
+    with mode:
         return torch.empty_strided(
             fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device,
             requires_grad=fake.requires_grad,
@@ -115,7 +117,7 @@ def _fresh(fake: object) -> Any:
 def _symbols(example: object) -> set[Hashable]:
     """The symbols in a size, or in a tensor's sizes and strides."""
     if isinstance(example, Tensor):
-        parts: tuple[Any, ...] = (*example.shape, *example.stride(), example.storage_offset())
+        parts: tuple[object, ...] = (*example.shape, *example.stride(), example.storage_offset())
     else:
         parts = (example,)
     return {symbol for part in parts for symbol in free_symbols(part)}
@@ -167,7 +169,7 @@ def _chain(
 def _named(compiled: Callable[..., object]) -> Callable[..., object]:
     """A compiled piece under a name that generated code can use."""
 
-    def piece(*args: object) -> Any:
+    def piece(*args: object) -> object:
         return compiled(*args)
 
     return piece

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import fx
 
@@ -25,6 +25,7 @@ from sparselora_fx.rewrite.rewrite import Options, Program, Rewrite, TracedCall
 
 Pass = Callable[[Rewrite], int]
 WholePass = Callable[[Program], int]
+Subject = TypeVar("Subject")  # what a step rewrites
 
 
 def run(
@@ -108,7 +109,7 @@ def _rewrite_all(
             spec.check(rewrite, step.__name__)
 
 
-def _timed(step: Callable[[Any], int], subject: object) -> tuple[int, float]:
+def _timed(step: Callable[[Subject], int], subject: Subject) -> tuple[int, float]:
     start = time.perf_counter()
     changes = step(subject)
     return changes, time.perf_counter() - start

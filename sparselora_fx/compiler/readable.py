@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -48,7 +47,7 @@ def short_name(target: str) -> str:
     return name.strip("_.").removeprefix("base_model.model.")
 
 
-def shown_value(held: Any) -> str:
+def shown_value(held: object) -> str:
     """``f32[2, 13, 112]`` of a tensor, ``Sym(s0)`` of a size, "" of anything else."""
     if isinstance(held, Tensor):
         word = str(held.dtype).removeprefix("torch.")
@@ -78,7 +77,7 @@ def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
     return f"{text:<{_WIDTH}}  # {module}" if module else text
 
 
-def _shown(held: Any, names: dict[fx.Node, str]) -> str:
+def _shown(held: object, names: dict[fx.Node, str]) -> str:
     if isinstance(held, fx.Node):
         return names.get(held, held.name)
     if isinstance(held, tuple | list):

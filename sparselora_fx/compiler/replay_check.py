@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparselora_fx.compiler.captures import Capture
+from sparselora_fx.compiler.captures import Capture, tensors_at
 
 _BOUND = 0.02  # of a tensor's norm; the order of sums may differ, and with it roundings in bf16
 
@@ -26,8 +26,7 @@ def replays_differently(capture: Capture, args: Sequence[object]) -> bool:
 
 def _usual(capture: Capture, args: Sequence[object]) -> list[Tensor | None]:
     inputs, outputs = capture.usual(args)
-    ends = [outputs[place] for place in capture.used]
-    roots = [inputs[place] for place in capture.roots]
+    ends, roots = tensors_at(outputs, capture.used), tensors_at(inputs, capture.roots)
     ones = [torch.ones_like(end) for end in ends]
     gradients = torch.autograd.grad(ends, roots, ones, allow_unused=True)
     return [*(end.detach() for end in ends), *gradients]
@@ -36,7 +35,7 @@ def _usual(capture: Capture, args: Sequence[object]) -> list[Tensor | None]:
 def _replayed(capture: Capture, args: Sequence[object]) -> list[Tensor | None]:
     capture.take(args)
     capture.forward()
-    ends = [capture.outputs[place].clone() for place in capture.used]
+    ends = [end.clone() for end in tensors_at(capture.outputs, capture.used)]
     for gradient in capture.gradients:
         gradient.fill_(1)
     capture.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -41,14 +41,14 @@ class TraceListener(Listener, Protocol):
         """A traced graph was called; it would have cost so much."""
 
 
-def make_tracer(listener: TraceListener, options: Options) -> Callable[..., Any]:
+def make_tracer(listener: TraceListener, options: Options) -> Callable[..., object]:
     """A backend for ``torch.compile`` whose graphs are traced and rewritten, but never run.
 
     Floating-point results are NaN, so that nobody takes them for something computed; they need
     gradients where the real ones do.
     """
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         results = pytree.tree_map(value, gm.graph.output_node().args[0])
         dense = step_flops(gm, inputs)
         report, compilation, left = rewrite_graph(listener, gm, inputs, options)
@@ -56,7 +56,7 @@ def make_tracer(listener: TraceListener, options: Options) -> Callable[..., Any]
         flops = TracedFlops(dense, sparse)
         listener.graph_compiled(compilation)
 
-        def stub(*args: Any) -> Any:
+        def stub(*args: object) -> object:
             listener.stand_in_ran(flops)
             if report is not None:
                 listener.graph_ran(report, report.passed(args), (), first=True)
@@ -67,7 +67,7 @@ def make_tracer(listener: TraceListener, options: Options) -> Callable[..., Any]
     return backend
 
 
-def _made_up(held: Any) -> Any:
+def _made_up(held: object) -> object:
     if isinstance(held, torch.SymInt):
         return _torch.traced_size(held)
     if not isinstance(held, Tensor):

@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from sparselora_fx.estimator.statistics import Moment, Statistics, aware_factors
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.model.packed import kept_as_stored
 from sparselora_fx.model.preserve import kept_modes
+from sparselora_fx.model.signature import base_model
 from sparselora_fx.model.weight_layout import likely_consumers
 
 _MOMENT_BYTES = 1 << 30  # of full second moments held at once, unless `layers_per_pass` says
@@ -184,7 +184,7 @@ def _passes(
 
 
 def _run(
-    model: nn.Module, weights: list[FrozenWeight], batch: Any, read: Reader, *, flat: bool = True
+    model: nn.Module, weights: list[FrozenWeight], batch: object, read: Reader, *, flat: bool = True
 ) -> None:
     """One forward in eval mode; ``read(weight, x)`` gets each weight's input, counted tokens
     ``[T, K]`` if ``flat``."""
@@ -199,7 +199,9 @@ def _run(
     handles = []
     for w in weights:
 
-        def hook(_: nn.Module, args: Any, kwargs: Any, w: FrozenWeight = w) -> None:
+        def hook(
+            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], w: FrozenWeight = w
+        ) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None and x.dim() >= 2 and x.shape[-1] == w.in_features:
                 read(w, _counted(x.detach(), mask) if flat else x)
@@ -221,9 +223,8 @@ def _counted(x: Tensor, mask: object) -> Tensor:
     return rows
 
 
-def _without_cache(model: nn.Module, inputs: dict[str, object]) -> dict[str, Any]:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if "use_cache" in inspect.signature(base.forward).parameters:
+def _without_cache(model: nn.Module, inputs: dict[str, object]) -> dict[str, object]:
+    if "use_cache" in inspect.signature(base_model(model).forward).parameters:
         return {"use_cache": False, **inputs}
     return inputs
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +44,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         for name, parts in table.items()
         for part, tensor in parts._asdict().items()
     }
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "format": _FORMAT,
         "version": _CALIBRATED if contents.statistics else _PLAIN,
         "seed": contents.seed,

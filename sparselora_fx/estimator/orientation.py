@@ -67,7 +67,7 @@ class _Uses(TorchDispatchMode):
         return out
 
 
-def _operands(name: str, args: Any) -> Iterator[tuple[Tensor, bool]]:
+def _operands(name: str, args: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """The matrices of a product, and of each whether it is ``[K, N]`` on the right of it, or
     ``[N, K]``."""
     if name in _PRODUCTS:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 
-def bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, list[Any]]]:
+def bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule, list[object]]]:
     """Every higher-order op of a graph: ``(call node, body, operands in the order of the body's
     placeholders)``.
 

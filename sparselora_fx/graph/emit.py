@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._pytree import tree_leaves
 
 from sparselora_fx import _torch
+from sparselora_fx.graph.nodes import called
 
 _CALLS = ("call_function", "call_method")
 
@@ -66,13 +66,13 @@ def propagate(gm: fx.GraphModule, nodes: Iterable[fx.Node], env: dict[fx.Node, o
             set_value(node, env[node])
 
 
-def mode_of(value: object) -> Any:
+def mode_of(value: object) -> FakeTensorMode | None:
     """The mode in which the first fake tensor of a value is computed with; None if it has none."""
     fakes = (leaf for leaf in tree_leaves(value) if isinstance(leaf, FakeTensor))
     return next((fake.fake_mode for fake in fakes), None)
 
 
-def mode_in(graph: fx.Graph) -> Any:
+def mode_in(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode in which a graph's values are computed; None where they are no fake tensors."""
     found = (mode_of(node.meta.get("example_value")) for node in graph.nodes)
     return next((mode for mode in found if mode is not None), None)
@@ -90,7 +90,7 @@ def _give_value(node: fx.Node) -> None:
 
 
 @contextlib.contextmanager
-def _computing(mode: Any) -> Iterator[None]:
+def _computing(mode: FakeTensorMode | None) -> Iterator[None]:
     """Compute on fake tensors: no size is decided for good, and no guard added."""
     shapes = getattr(mode, "shape_env", None)
     quiet = contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
@@ -108,7 +108,7 @@ def _unsaved() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _autocast_at(graph: fx.Graph) -> Iterator[None]:
     """The autocasts that a graph itself has entered, and not left, where nodes are made now."""
-    entered: list[Any] = []
+    entered: list[object] = []
     for enter in graph.find_nodes(op="call_function", target=_enter_autocast):
         if _torch.inserts_after(graph, enter) and not any(
             _torch.inserts_after(graph, leave) for leave in enter.users
@@ -121,9 +121,5 @@ def _autocast_at(graph: fx.Graph) -> Iterator[None]:
             _exit_autocast(held)
 
 
-def _result(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["example_value"])
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+def _result(node: fx.Node) -> object:
+    return called(node, lambda source: source.meta["example_value"])

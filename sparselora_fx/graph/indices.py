@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from sparselora_fx.graph.layout import Atom
+from sparselora_fx.graph.nodes import called
 
 _MAX = 4096  # elements; heads are counted in dozens
 
@@ -18,8 +17,9 @@ def run_of(index: object) -> tuple[int, tuple[Atom, Atom]] | None:
 
     None where there is no such map, or where what the index is depends on the graph's inputs.
     """
-    numbers = index if isinstance(index, list) else _evaluated(index)
-    if not numbers or not all(type(n) is int for n in numbers):
+    found = index if isinstance(index, list) else _evaluated(index)
+    numbers = [n for n in found or () if type(n) is int]
+    if found is None or not numbers or len(numbers) != len(found):
         return None
     count, start = len(numbers), numbers[0]
     for inner in (n for n in range(1, count + 1) if count % n == 0):
@@ -31,7 +31,7 @@ def run_of(index: object) -> tuple[int, tuple[Atom, Atom]] | None:
     return None
 
 
-def _evaluated(node: object) -> list[Any] | None:
+def _evaluated(node: object) -> list[object] | None:
     """The values of a one-dimensional tensor that depends on numbers alone."""
     if not isinstance(node, fx.Node):
         return None
@@ -58,9 +58,5 @@ def _tags(node: fx.Node) -> list[torch.Tag]:
     return getattr(node.target, "tags", [])
 
 
-def _value(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _value)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+def _value(node: fx.Node) -> object:
+    return called(node, _value)

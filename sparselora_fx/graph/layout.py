@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import sympy  # type: ignore[import-untyped]
 import torch
 
 from sparselora_fx._torch import size_expression
 
-# An int, or the sympy expression of a symbolic size: hashable, and compared without a guard.
-Size = Any
+# The expression of a symbolic size is hashable, and compared without a guard.
+Size: TypeAlias = int | sympy.Expr
 
 
 class Atom(NamedTuple):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Target
 
 from sparselora_fx.graph.layout import same_shape
 
@@ -57,6 +59,17 @@ def operand(node: fx.Node, position: int = 0) -> fx.Node:
     found = node.args[position]
     assert isinstance(found, fx.Node), f"{node.format_node()}: argument {position} is no node"
     return found
+
+
+def called(node: fx.Node, value_of: Callable[[fx.Node], Any], function: object = None) -> Any:
+    """What a call returns for some values of its arguments; ``function`` in the place of its own,
+    if given."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    run = function or node.target
+    assert callable(run)
+    return run(*args, **kwargs)
 
 
 def axis_argument(node: fx.Node, position: int, name: str, rank: int, default: int = 0) -> int:
@@ -114,7 +127,8 @@ def given_place(node: fx.Node, flag: str) -> int | str | None:
 
 
 @functools.cache
-def _place_of(function: Any, name: str) -> int | None:
+def _place_of(function: Target, name: str) -> int | None:
+    assert callable(function)
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a builtin says nothing of its arguments

@@ -3,7 +3,7 @@ frozen weight would need."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,17 @@ from sparselora_fx._torch import without_autocast
 from sparselora_fx.ir import fakes  # noqa: F401 - importing fakes registers shapes
 from sparselora_fx.ir.ops import LIBRARY, OPS
 
-Ctx = Any  # torch.autograd.function.FunctionCtx has no typed attributes
+
+class Ctx(Protocol):
+    """What autograd hands from a forward to its backward; PyTorch's own class names none of it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    channels: int  # of a gather's input
+    shape: torch.Size  # of a gather's input
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors until the backward."""
 
 
 def _save(ctx: Ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -12,7 +12,6 @@ Index arguments (``idx``) are 1-D int64, unique and in range.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def _eager(name: str, check: Callable[..., None] | None = None) -> Callable[[Bod
     that see through the op: what is traced has no values to check."""
 
     def register(body: Body) -> Body:
-        def checked(*args: Any) -> Tensor:
+        def checked(*args: object) -> Tensor:
             if check is not None:
                 check(*args)
             return body(*args)

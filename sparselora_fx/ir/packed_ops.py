@@ -6,7 +6,7 @@ K input channels, N output channels, S kept channels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -103,12 +103,27 @@ def _(
     return gy.new_empty(*gy.shape[:-1], kept)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Ctx(Protocol):
+    """What autograd hands from a forward to its backward; PyTorch's own class names none of it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    layout: str
+    of: int
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors until the backward."""
+
+
+_Inputs = tuple[Tensor, Tensor, list[Tensor], str, Tensor | None, int]
+
+
+def _save(ctx: _Ctx, inputs: _Inputs, output: Tensor) -> None:
     _, packed, held, ctx.layout, idx, ctx.of = inputs
     ctx.save_for_backward(idx, packed, *held)
 
 
-def _backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: _Ctx, gy: Tensor) -> tuple[object, ...]:
     idx, packed, *held = ctx.saved_tensors
     gx = None
     if ctx.needs_input_grad[0]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ KNOWN_VERSIONS = ("2.11", "2.12", "2.13", "2.14")
 # On a CPU a kernel that places rows and channels is scalar code. Inlined in each of its readers (a
 # rotation reads it three times) it costs more than a pass over memory. Torch's default is 30; with
 # 8 a step of the preset cpu-small took 1.105 s instead of 1.119 (medians of 11, in turns).
-_ON_CPU: dict[str, Any] = {"realize_opcount_threshold": 8}
+_ON_CPU: dict[str, object] = {"realize_opcount_threshold": 8}
 # Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens",
@@ -38,10 +38,10 @@ _LOWERED = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_
 def backend_compile(
     name: str,
     gm: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Sequence[object],
     *,
     rewritten: bool,
-    patches: Mapping[str, Any] | None = None,
+    patches: Mapping[str, object] | None = None,
 ) -> Callable[..., object]:
     """Compile a Dynamo graph as ``torch.compile(backend=name)`` would.
 
@@ -51,18 +51,20 @@ def backend_compile(
     if name == "inductor" and rewritten:
         from torch._inductor.compile_fx import compile_fx
 
-        compiler: Any = compile_fx  # its annotation covers ahead-of-time uses too
+        # Its annotation covers ahead-of-time uses too.
+        compiler = cast(Callable[..., Callable[..., object]], compile_fx)
         on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
         settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
         with saving_less(), donating_nothing(), backward_at_once():
             if not install_lowerings():
-                return compiler(gm, inputs, decompositions=_all_decomposed())  # type: ignore[no-any-return]
+                return compiler(gm, inputs, decompositions=_all_decomposed())
             settings["post_grad_custom_pre_pass"] = _key_pass()
-            return compiler(gm, inputs, config_patches=settings)  # type: ignore[no-any-return]
+            return compiler(gm, inputs, config_patches=settings)
     from torch._dynamo.backends.registry import lookup_backend
 
     with donating_nothing() if rewritten else nullcontext():
-        return lookup_backend(name)(gm, list(inputs))
+        compiler = cast(Callable[..., Callable[..., object]], lookup_backend(name))  # sizes too
+        return compiler(gm, list(inputs))
 
 
 def saving_less() -> AbstractContextManager[None]:
@@ -85,7 +87,7 @@ def _body(name: str) -> Callable[..., object]:
     return getattr(ops, name, None) or getattr(score_ops, name)  # type: ignore[no-any-return]
 
 
-def _all_decomposed() -> dict[Any, Callable[..., Any]]:
+def _all_decomposed() -> dict[object, Callable[..., object]]:
     """Inductor's decompositions and those of all our ops. Inductor does not cache with such a
     table."""
     from torch._inductor.decomposition import select_decomp_table

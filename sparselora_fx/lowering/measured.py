@@ -20,16 +20,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from sparselora_fx.environment import KERNEL_TABLE, kernel_table
 from sparselora_fx.errors import CompileError
 
 SHIPPED = Path(__file__).with_name("measured.json")
 PROVENANCE = "_provenance"  # beside the cards: what their points were measured with
-_SIZES = ("tokens", "outputs", "inner")
 _NEAR = 1.0  # octaves: a size that far from every measured one was not measured
 _assumed: list[float] = []  # by `assume`, the innermost last
+
+
+class _Point(TypedDict):
+    """What was measured at one size."""
+
+    template: str
+    tokens: int
+    outputs: int
+    inner: int
+    ratio: float
 
 
 def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> float | None:
@@ -46,7 +55,9 @@ def ratio(gpu: str, template: str, tokens: int, outputs: int, inner: int) -> flo
     near: list[tuple[float, float]] = []
     for point in _table().get(gpu, ()):
         if point["template"] == template:
-            sizes = [math.log2(point[name]) for name in _SIZES]
+            sizes = [
+                math.log2(size) for size in (point["tokens"], point["outputs"], point["inner"])
+            ]
             apart = [abs(a - b) for a, b in zip(sizes, asked, strict=True)]
             if max(apart) <= _NEAR:
                 near.append((math.hypot(*apart), -point["ratio"]))
@@ -78,14 +89,14 @@ def _path() -> Path:
     return kernel_table() or SHIPPED
 
 
-def _table() -> dict[str, list[dict[str, Any]]]:
+def _table() -> dict[str, list[_Point]]:
     path = _path()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         table.pop(PROVENANCE, None)
         for points in table.values():
             for point in points:
-                sizes = [point[name] for name in (*_SIZES, "ratio")]
+                sizes = [point[name] for name in ("tokens", "outputs", "inner", "ratio")]
                 if not isinstance(point["template"], str) or not all(size > 0 for size in sizes):
                     raise ValueError(f"got the point {point}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -73,30 +73,39 @@ def grid(
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
+class _Choice(Protocol):
+    """A kernel that Inductor may choose."""
+
+    def maybe_append_choice(self, choices: list[object], **how: object) -> object:
+        """Add it to the choices, if it can compute this."""
+
+
 @cache
-def _template(name: str) -> Any:
+def _template(name: str) -> _Choice:
     """Inductor keeps template names in one registry for the process, so each is made once."""
     api = inductor.inductor()
-    return api.TritonTemplate(
+    made: _Choice = api.TritonTemplate(
         name=f"sparselora_{name}", grid=api.SymbolicGridFn(grid), source=read_template(name)
     )
+    return made
 
 
 @cache
-def _fallback(op: str) -> Any:
+def _fallback(op: str) -> _Choice:
     """The op's eager kernel (index_select + cuBLAS) as a choice.
 
     It is called as ``torch.ops.sparselora.<op>``: a Python function here would be missing in a
     fresh process that finds the compiled graph in a cache.
     """
     overload = getattr(OPS, op).default
-    return inductor.inductor().ExternKernelChoice(
+    made: _Choice = inductor.inductor().ExternKernelChoice(
         overload,
         name=f"sparselora_{op}_fallback",
         has_out_variant=False,
         op_overload=overload,
         use_fallback_kernel=True,
     )
+    return made
 
 
 def autotunes() -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from sparselora_fx.errors import CompileError
+from sparselora_fx.model.signature import base_model
 from sparselora_fx.notices import Notices
 
 # Losses that predict label t at token t; every other model with labels[B, L] is taken for a causal
@@ -66,7 +67,7 @@ def convention_of(model: nn.Module, said: bool | None) -> Convention:
         )
     if said is not None:
         return Convention(said, said=True)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     library = type(base).__module__.startswith("transformers.")
     if not library or hasattr(base, "_loss_function"):
         return Convention(None)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ class RandomState:
 
     cpu: Tensor
     cuda: dict[int, Tensor]
-    python: Any
-    numpy: Any
+    python: tuple[object, ...]
+    numpy: object
 
     @classmethod
     def on(cls, devices: Iterable[int]) -> RandomState:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from sparselora_fx.errors import CompileError
 
 def call_arguments(
     names: Sequence[str], args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The arguments of a call by name, as far as its callee has ``names`` for them."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -25,6 +24,14 @@ def argument_names(forward: Callable[..., object]) -> list[str]:
         for p in inspect.signature(forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper; a model without one is its own."""
+    unwrap = getattr(model, "get_base_model", None)
+    found = unwrap() if callable(unwrap) else model
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def output_embedding(model: nn.Module, *, regional: bool) -> nn.Module:

@@ -8,9 +8,10 @@ region matters, and training finds such a gain by itself, without paying for it 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparselora_fx.errors import PlanError
 from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
@@ -18,6 +19,9 @@ from sparselora_fx.plan.sensitivity_table import Measurement, SensitivityTable
 # A frontier longer than this is thinned evenly, ends kept: the result may then miss the optimum by
 # less than one part in this many of the work saved. Models of equal blocks stay far below it.
 MAX_FRONTIER = 100_000
+
+Places = NDArray[np.signedinteger]  # positions, or counts of multiply-adds
+Harm = NDArray[np.float64]
 
 
 class Choice(NamedTuple):
@@ -73,14 +77,15 @@ def choose(
     return _trace(options, back, at)
 
 
-def _frontier(options: list[list[Measurement]]) -> tuple[Any, Any, list[Any]]:
+def _frontier(options: list[list[Measurement]]) -> tuple[Places, Harm, list[Places]]:
     """Rising ``saved`` and ``harm`` of the undominated combinations, and how to get back.
 
     ``back[i]`` holds, for each of the combinations after region i, its predecessor times the
     number of options plus the option taken (0: dense).
     """
-    saved, harm = np.zeros(1, np.int64), np.zeros(1)
-    back = []
+    saved: Places = np.zeros(1, np.int64)
+    harm: Harm = np.zeros(1, np.float64)
+    back: list[Places] = []
     for rows in options:
         work = np.array([0, *(row.saved for row in rows)], np.int64)
         loss = np.array([0.0, *(abs(row.loss_change) for row in rows)])
@@ -96,7 +101,7 @@ def _frontier(options: list[list[Measurement]]) -> tuple[Any, Any, list[Any]]:
     return saved, harm, back
 
 
-def _trace(options: list[list[Measurement]], back: list[Any], at: int) -> Choice:
+def _trace(options: list[list[Measurement]], back: list[Places], at: int) -> Choice:
     rows: list[Measurement] = []
     dense: list[tuple[str, ...]] = []
     for group, kept in zip(reversed(options), reversed(back), strict=True):

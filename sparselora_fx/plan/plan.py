@@ -84,7 +84,7 @@ class SparsityPlan:
     """
 
     sparsity: float | dict[str, float] | str
-    tokens: str | Callable[[dict[str, Any]], Any]
+    tokens: str | Callable[[dict[str, Any]], object]
     start_step: When
     end_step: When | None
     channel_multiple: int
@@ -113,7 +113,7 @@ class SparsityPlan:
         for key in options:
             if key not in DEFAULTS:
                 raise PlanError(f"unknown option {key!r}; {nearest(key, DEFAULTS)}")
-        values: dict[str, Any] = dict(DEFAULTS)
+        values: dict[str, object] = dict(DEFAULTS)
         if isinstance(sparsity, os.PathLike) or (
             isinstance(sparsity, str) and sparsity != STRUCTURAL
         ):
@@ -124,7 +124,7 @@ class SparsityPlan:
         values["start_step"], values["end_step"] = check_schedule(
             values["start_step"], values["end_step"]
         )
-        checks: dict[str, Callable[[Any], Any]] = {
+        checks: dict[str, Callable[[Any], object]] = {
             "sparsity": check_sparsity,
             "tokens": check_tokens,
             "ramp": check_ramp,
@@ -140,8 +140,8 @@ class SparsityPlan:
             "max_loss_gap": check_gap,
         }
         for key in OWN_KEYS:
-            value = checks.get(key, lambda v: v)(values[key])
-            object.__setattr__(self, key, value)
+            value = values[key]
+            object.__setattr__(self, key, checks[key](value) if key in checks else value)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> SparsityPlan:

@@ -6,9 +6,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparselora_fx.errors import SensitivityError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FORMAT = "sparselora_fx.sensitivity"
 
@@ -132,7 +136,7 @@ class SensitivityTable:
         except OSError as error:
             raise SensitivityError(f"cannot write the plot to {str(path)!r}: {error}") from error
 
-    def _draw(self, figure: Any, panel: Any, kind: str, worst: float) -> None:
+    def _draw(self, figure: Figure, panel: Axes, kind: str, worst: float) -> None:
         rows = [row for row in self.rows if row.kind == kind]
         regions = list(dict.fromkeys(row.region for row in rows))
         levels = sorted({row.level for row in rows})

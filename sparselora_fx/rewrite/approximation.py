@@ -49,14 +49,16 @@ class View:
         if self.kind == "pooled":
             return call(OPS.pool_tokens.default, (x, self.token_weight))
         if self.kind == "strided":
-            taken = call(OPS.sample_tokens.default, (x, self.token_weight, self.samples))
+            gathered = call(OPS.sample_tokens.default, (x, self.token_weight, self.samples))
         elif self.context:
-            taken = call(OPS.gather_or_zero_tokens.default, (x, *self.context))
+            gathered = call(OPS.gather_or_zero_tokens.default, (x, *self.context))
         else:
             return x
         example = tensor(node)
         assert example is not None
-        return self.graph.call_method("unsqueeze", (taken, 0)) if example.dim() == 3 else taken
+        return (
+            self.graph.call_method("unsqueeze", (gathered, 0)) if example.dim() == 3 else gathered
+        )
 
 
 class Approximation:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from sparselora_fx._torch import is_erased
 from sparselora_fx.graph.layout import same_shape
@@ -74,7 +75,7 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     return lost
 
 
-def token_gather_of(graph: fx.Graph, node: fx.Node, lists: tuple[object, ...]) -> fx.Node:
+def token_gather_of(graph: fx.Graph, node: fx.Node, lists: tuple[fx.Node, ...]) -> fx.Node:
     """``gather_tokens(node, *lists)``, one for all readers."""
     return _gather_of(graph, OPS.gather_tokens.default, node, lists)
 
@@ -85,7 +86,7 @@ def channel_gather_of(graph: fx.Graph, node: fx.Node, idx: fx.Node) -> fx.Node:
 
 
 def _gather_of(
-    graph: fx.Graph, target: torch._ops.OpOverload, node: fx.Node, index: tuple[Any, ...]
+    graph: fx.Graph, target: torch._ops.OpOverload, node: fx.Node, index: tuple[fx.Node, ...]
 ) -> fx.Node:
     """A gather that stands right after what it reads, where every reader finds it; one of its own
     at the insertion point if something writes into the node."""
@@ -179,21 +180,21 @@ def dropout_mask(graph: fx.Graph, source: fx.Node) -> fx.Node | None:
     if isinstance(known, fx.Node):
         return known
     with graph.inserting_before(source):
-        ones = _ones_like(graph, source.args[0])
+        ones = _ones_like(graph, operand(source))
         mask = graph.call_function(source.target, (ones, *source.args[1:]), dict(source.kwargs))  # type: ignore[arg-type]
     mask.meta["sparselora_mask_of"] = source
     source.meta["sparselora_mask"] = mask
     return mask
 
 
-def _ones_like(graph: fx.Graph, node: Any) -> fx.Node:
+def _ones_like(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Ones in the shape of a node, which does not read the node: as a reader it would keep gathers
     from moving past it."""
     example = tensor(node)
     assert example is not None
     root, rank = _rows_of(node), example.dim() - 1
-    sizes = [graph.call_method("size", (root, i)) for i in range(rank)]
-    shape: Any = (*sizes, int(example.shape[-1]))
+    sizes: list[Argument] = [graph.call_method("size", (root, i)) for i in range(rank)]
+    shape = (*sizes, int(example.shape[-1]))
     return graph.call_method("new_ones", (root, shape), {"dtype": example.dtype})
 
 
@@ -204,7 +205,7 @@ def _rows_of(node: fx.Node) -> fx.Node:
         if node.target is OPS.scatter_two_lists.default:
             return operand(node, 3)
         if name in ("linear", "sliced_linear", "scatter_channels") or slice_of(node):
-            before: Any = node.args[0]
+            before = node.args[0]
         elif is_pointwise(node):
             before = next((n for n in inputs if _same_rows(n, node)), None)
         else:

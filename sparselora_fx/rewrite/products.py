@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any
 
 import torch
 from torch import fx
 
 from sparselora_fx.analysis.linears import TRANSPOSED, WEIGHT_VIEWS
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
 from sparselora_fx.rewrite.respell import called, drop, instead
 
 
@@ -72,9 +71,9 @@ def _unexpanded(node: object) -> fx.Node | None:
         "broadcast_to",
     ):
         return None
-    inner: Any = node.args[0]
+    inner = operand(node)
     unsqueezed = op_name(inner) == "unsqueeze" and argument(inner, 1, "dim") in (0, -3)
     if unsqueezed or (op_name(inner) == "getitem" and inner.args[1] in (None, (None,))):
-        inner = inner.args[0]
+        inner = operand(inner)
     example = tensor(inner)
     return inner if example is not None and example.dim() == 2 else None

@@ -4,13 +4,14 @@ joined again."""
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
 
 from torch import fx
+from torch.fx.node import Argument
 
 from sparselora_fx.analysis.channel_moves import order_of
 from sparselora_fx.graph.emit import copied
-from sparselora_fx.graph.nodes import argument, axis_argument, op_name, tensor, value
+from sparselora_fx.graph.nodes import argument, axis_argument, op_name, operand, tensor, value
 from sparselora_fx.graph.op_families import PERMUTES
 from sparselora_fx.graph.pointwise import is_pointwise
 from sparselora_fx.rewrite.respell import called, drop
@@ -86,11 +87,12 @@ def as_whole(node: fx.Node) -> fx.Node | None:
     return new
 
 
-def _joined(pieces: list[Any], axis: int) -> fx.Node | None:
-    first = pieces[0]
-    if not all(isinstance(piece, fx.Node) for piece in pieces) or len(pieces) < 2:
+def _joined(given: Sequence[Argument], axis: int) -> fx.Node | None:
+    pieces = [piece for piece in given if isinstance(piece, fx.Node)]
+    if len(pieces) != len(given) or len(pieces) < 2:
         return None
-    if op_name(first) == "getitem" and op_name(first.args[0]) in _SPLITS:
+    first = pieces[0]
+    if op_name(first) == "getitem" and op_name(operand(first)) in _SPLITS:
         return _split_whole(pieces, axis)
     alike = all(
         (p.op, p.target, p.args[1:], p.kwargs)
@@ -103,12 +105,13 @@ def _joined(pieces: list[Any], axis: int) -> fx.Node | None:
     source = _joined([p.args[0] for p in pieces], axis)
     if source is None:
         return None
-    function = str(first.target) if first.op == "call_method" else first.target
+    target = first.target
+    function = target if callable(target) else str(target)
     return called(function, source, *first.args[1:], **first.kwargs)
 
 
 def _split_whole(pieces: list[fx.Node], axis: int) -> fx.Node | None:
-    split: Any = pieces[0].args[0]
+    split = operand(pieces[0])
     found, source = value(split), tensor(split.args[0])
     if source is None or not isinstance(found, tuple | list) or len(found) != len(pieces):
         return None
@@ -116,4 +119,4 @@ def _split_whole(pieces: list[fx.Node], axis: int) -> fx.Node | None:
         (operator.getitem, (split, i)) for i in range(len(pieces))
     ]
     same = axis_argument(split, 2, "dim", source.dim()) == axis
-    return split.args[0] if in_order and same else None
+    return operand(split) if in_order and same else None

@@ -7,9 +7,7 @@ channels): FFN ``||f(W~1 x, W~2 x, ...)||``, queries and keys ``||W~q x|| * ||W~
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +19,7 @@ from sparselora_fx.graph.emit import copied
 from sparselora_fx.graph.layout import channel_map
 from sparselora_fx.graph.nodes import op_name, tensor
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.rewrite.respell import rrelu_slope
+from sparselora_fx.rewrite.respell import columns, rrelu_slope
 
 
 class Replay:
@@ -72,8 +70,7 @@ class Replay:
             return approximation
         if inner == 1:
             rows = slice(offset, offset + outer_stride * (channels - 1) + 1, outer_stride)
-            key: Any = (Ellipsis, rows)
-            return self.graph.call_function(operator.getitem, (approximation, key))
+            return columns(approximation, rows)
         every = self.graph.call_function(torch.arange, (channels,))
         index = self.graph.call_function(
             OPS.channel_rows.default, (every, inner, outer_stride, [offset])

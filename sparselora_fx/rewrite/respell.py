@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 from torch.utils._pytree import tree_leaves
 
 from sparselora_fx.graph.layout import same_shape
@@ -132,7 +132,7 @@ def as_constant(node: fx.Node) -> fx.Node | None:
         return None
     if not isinstance(number, int | float) or not all(_broadcasts(u, node) for u in node.users):
         return None
-    options: dict[str, Any] = {"dtype": example.dtype, "device": example.device}
+    options: dict[str, Argument] = {"dtype": example.dtype, "device": example.device}
     with node.graph.inserting_before(node):
         new = node.graph.call_function(torch.full, ((1,), number), options)
     node.replace_all_uses_with(new)
@@ -178,12 +178,18 @@ def _is_like(other: object, node: fx.Node) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
-def called(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+def called(function: Callable[..., object] | str, *args: Argument, **kwargs: Argument) -> fx.Node:
     """A call of a function, or of a method by its name, at the graph's insertion point."""
     graph = next(arg for arg in tree_leaves(args) if isinstance(arg, fx.Node)).graph
     if isinstance(function, str):
         return graph.call_method(function, args, kwargs)
     return graph.call_function(function, args, kwargs)
+
+
+def columns(source: fx.Node, kept: slice) -> fx.Node:
+    """``source[..., kept]``, at the graph's insertion point."""
+    key = (Ellipsis, kept)  # fx carries it, though its type of arguments does not name it
+    return source.graph.call_function(operator.getitem, (source, key))  # type: ignore[arg-type]
 
 
 def drop(node: object) -> None:
@@ -201,7 +207,7 @@ def drop(node: object) -> None:
             drop(source)
 
 
-def instead(old: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+def instead(old: fx.Node, function: Callable[..., object], *args: Argument) -> fx.Node:
     """A call in the place of another one."""
     new = old.graph.call_function(function, args)
     new.meta = dict(old.meta)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -42,7 +41,7 @@ class Program:
     """A traced graph with its bodies, and what it was traced with, before any pass changes them."""
 
     gm: fx.GraphModule
-    inputs: Sequence[Any]
+    inputs: Sequence[object]
     options: Options
     call: TracedCall
     padding_unread: frozenset[fx.Node] = frozenset()  # set by find_unread_padding

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -166,5 +164,5 @@ def _sum(graph: fx.Graph, first: fx.Node | None, second: fx.Node) -> fx.Node:
     return second if first is None else graph.call_function(torch.add, (first, second))
 
 
-def _times_square(graph: fx.Graph, energy: fx.Node, norms: Any) -> fx.Node:
+def _times_square(graph: fx.Graph, energy: fx.Node, norms: fx.Node | None) -> fx.Node:
     return graph.call_function(torch.mul, (energy, graph.call_method("square", (norms,))))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
+from torch.fx.node import Argument
 
 from sparselora_fx.analysis.regions import Site
 from sparselora_fx.ir.score_ops import ACROSS
@@ -40,7 +39,7 @@ def _cast_factors(site: Site) -> None:
         site.factors = (_at_start(a, "to", cast), _at_start(b, "to", cast))
 
 
-def _at_start(factor: fx.Node, method: str, *args: Any) -> fx.Node:
+def _at_start(factor: fx.Node, method: str, *args: Argument) -> fx.Node:
     """A method of a factor, called before all else."""
     graph = factor.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from sparselora_fx.analysis.branches import LINEAR_CASTS, adapter_branch, reads
 from sparselora_fx.analysis.linears import linear_uses, products
@@ -80,12 +79,13 @@ def _continues(
 
 def _adds(
     user: fx.Node,
-    one: Any,
-    other: Any,
+    one: Argument,
+    other: Argument,
     site: Site,
     held: dict[fx.Node, Scale],
     frozen: frozenset[fx.Node],
 ) -> bool:
+    assert isinstance(one, fx.Node)
     if _is_bias(other, site):
         site.bias_adds.add(user)
         held[user] = held[one]
@@ -136,7 +136,7 @@ def _is_scale(node: object, site: Site, made: set[fx.Node]) -> bool:
     return same_shape(example.shape, (*[1] * (example.dim() - 1), site.out_features))
 
 
-def _product(user: fx.Node, scale: Scale, other: object) -> fx.Node:
+def _product(user: fx.Node, scale: Scale, other: Argument) -> fx.Node:
     with user.graph.inserting_before(user):
         row = called("reshape", called("detach", other), -1)
         return row if scale is None else called(torch.mul, scale, row)

@@ -50,10 +50,10 @@ def filled(graph: fx.Graph, y: fx.Node, tokens: TokenList[fx.Node]) -> fx.Node:
     """Rows y of one list ``[idx, pos]`` in place again, as ``[B, L, N]``; elsewhere y's first row,
     without a gradient. For where nobody reads those: a row of zeros might have a norm without a
     derivative."""
-    place = graph.call_function(OPS.scatter_tokens.default, (y, *tokens))
+    scattered = graph.call_function(OPS.scatter_tokens.default, (y, *tokens))
     held = graph.call_method("unsqueeze", (graph.call_function(torch.ge, (tokens.pos, 0)), -1))
     filler = graph.call_method("detach", (graph.call_method("narrow", (y, 0, 0, 1)),))
-    return graph.call_function(torch.where, (held, place, filler))
+    return graph.call_function(torch.where, (held, scattered, filler))
 
 
 def in_shape(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from sparselora_fx.analysis.reasons import NO_FACTORS
+from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.ir.markers import OBSERVED, SiteSpec
 from sparselora_fx.model.attributes import buffer_name, spec_name
@@ -28,6 +30,10 @@ from sparselora_fx.runtime.packed_forward import (
 )
 
 
+class MissingFactors(Exception):
+    """A graph that is being traced reads factors that were not placed."""
+
+
 @dataclass
 class Attachment:
     """Hooks, factors and specs on the modules of one model: everything that `restore` must undo.
@@ -36,17 +42,18 @@ class Attachment:
     factors.
     """
 
-    owner: Any
+    owner: object
     model: nn.Module
     frozen: list[FrozenWeight]
     sparsity: Mapping[str, Sparsity]
     trace_inputs: TraceInputs
-    handles: list[Any] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     layout: GatherLayout = field(default_factory=GatherLayout)
     statistics: dict[str, tuple[str, ...]] = field(default_factory=dict)
     packed: dict[str, Tensor] = field(default_factory=dict)  # quantised weights, as last looked at
     by_column: set[str] = field(default_factory=set)  # names of weights likely sliced by column
+    withheld: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # their factors
 
     def mark(
         self,
@@ -54,7 +61,8 @@ class Attachment:
         vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Put a hook on every module that owns a frozen weight, and factors on those that the plan
-        makes sparse.
+        makes sparse and that are likely producers: nobody reads those of consumers. Should a graph
+        ask for them all the same, `give` places them.
 
         Dense ones need the hook too: Dynamo does not guard whether a module has hooks, but it does
         guard what they read, and without that a sparse block would run a dense block's graph.
@@ -73,9 +81,11 @@ class Attachment:
             owners.setdefault(weight.module, []).append(mark)
             if not sparse:
                 continue
-            # An estimator may know producers only; consumers are not scored.
+            # An estimator may know producers only.
             none = torch.empty(0, 0, dtype=weight.dtype)
             known = factors.get(weight.canonical, (none, none))
+            if weight.name in self.by_column:
+                self.withheld[weight.name], known = known, (none, none)
             for what, factor in zip("ab", known, strict=True):
                 self._attach(weight, what, factor.to(weight.dtype))
         for module, marks in owners.items():
@@ -149,7 +159,10 @@ class Attachment:
             for weight in (w for w in self.frozen if max(self.sparsity[w.name]) > 0):
                 pair = estimator.factors[weight.canonical]
                 values = {"a": pair.a, "b": pair.b, **vectors[weight.canonical]}
-                for what in ("a", "b", *self.statistics[weight.name]):
+                held = () if weight.name in self.withheld else ("a", "b")
+                if not held:
+                    self.withheld[weight.name] = (pair.a, pair.b)
+                for what in (*held, *self.statistics[weight.name]):
                     buffer = weight.module._buffers[buffer_name(weight.param, what)]
                     assert buffer is not None
                     known = values.get(what, buffer.new_zeros(0))
@@ -159,6 +172,20 @@ class Attachment:
         """The factors and statistics on the modules, which no step changes."""
         found = (module._buffers.get(name) for module, name in self.buffers)
         return (buffer for buffer in found if buffer is not None)
+
+    def completes(
+        self, report: GraphReport, inputs: Sequence[object], name_of: Callable[[object], str | None]
+    ) -> bool:
+        """Place the factors that a graph lacks, of weights that were taken for consumers and are
+        producers in it. Returns whether there were any."""
+        lacking = {name_of(inputs[s.weight]) for s in report.dense if s.reason == NO_FACTORS}
+        given = False
+        for weight in (w for w in self.frozen if w.name in lacking):
+            for what, factor in zip("ab", self.withheld.pop(weight.name, ()), strict=False):
+                placed = factor.to(device=weight.weight.device, dtype=weight.dtype)
+                weight.module._buffers[buffer_name(weight.param, what)] = placed
+                given |= placed.numel() > 0
+        return given
 
     def unhook(self) -> None:
         """Take the hooks off alone: nothing is marked any more."""
@@ -179,6 +206,7 @@ class Attachment:
             forget_plain(module)
         self.trace_inputs.close()
         self.buffers.clear()
+        self.withheld.clear()
         self.layout.restore()
 
     def _attach(self, weight: FrozenWeight, what: str, values: Tensor) -> str:
@@ -188,7 +216,7 @@ class Attachment:
         self.buffers.append((weight.module, name))
         return name
 
-    def _hang(self, module: nn.Module, hook: Any, *, with_kwargs: bool) -> None:
+    def _hang(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool) -> None:
         hook.__dict__[OWNER] = self.owner
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
         keep_plain(module)

@@ -9,7 +9,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -63,16 +62,16 @@ def caching_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
+def cache_hook(key: int, module: nn.Module) -> Callable[..., object]:
     """A forward pre-hook that keeps a module from making a cache while a call says so: the wrapper
     that calls the module need not know of caches. Run eagerly, and while being traced."""
     names = tuple(inspect.signature(module.forward).parameters)
     stand_in = _stand_in()
-    config: Any = module.config
+    config = module.config
     known = hasattr(config, "use_cache")  # else a model inside it decides
     decoder = not getattr(config, "is_encoder_decoder", False)
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         inputs = inputs_of(key)
         if inputs is None or inputs.caching == AS_CALLED:
             return None
@@ -80,7 +79,7 @@ def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
         if not known or not is_unset(given):
             return None
         given["use_cache"] = False
-        stands_in = inputs.caching == STANDS_IN and config.use_cache and decoder
+        stands_in = inputs.caching == STANDS_IN and getattr(config, "use_cache", False) and decoder
         if stands_in and may_be_packed(given):
             given["past_key_values"] = stand_in(config=config)
         return (), given
@@ -89,14 +88,14 @@ def cache_hook(key: int, module: nn.Module) -> Callable[..., Any]:
 
 
 @functools.cache
-def _stand_in() -> Any:
+def _stand_in() -> Callable[..., object]:
     """A class of caches that stay empty: attention reads the keys and values of the call alone."""
     from transformers import DynamicCache
 
     class Empty(DynamicCache):  # type: ignore[misc]
         def update(
             self, key_states: object, value_states: object, *args: object, **kwargs: object
-        ) -> Any:
+        ) -> object:
             return key_states, value_states
 
     return Empty

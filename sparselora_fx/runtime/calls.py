@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from sparselora_fx.plan.plan import Sparsity
+
+# Makes the compiled call of a step: that call, the same of the model's own forward, its arguments
+# by name, and whether tokens enough of it are sparse.
+AroundStep = Callable[
+    [Callable[[], object], Callable[[], object], Mapping[str, object], bool], object
+]
 
 
 class CallKind(Enum):

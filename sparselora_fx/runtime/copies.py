@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 from torch import nn
 
@@ -28,12 +28,12 @@ class StandIn:
     ``replaced`` is what stood in the instance's ``__dict__`` before, or None.
     """
 
-    replaced: Any = None
+    replaced: object = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> object:
         raise _not_copied()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise _not_copied()
 
 
@@ -87,7 +87,7 @@ class _Reduce:
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)  # no circle: a module's memory goes with its last user
 
-    def __call__(self, protocol: Any) -> object:
+    def __call__(self, protocol: SupportsIndex) -> object:
         module = self.module()
         assert module is not None
         made = type(module).__reduce_ex__(module, protocol)

@@ -62,9 +62,9 @@ class CountedBatch:
         )
 
 
-def add_counts(batch: MutableMapping[str, Any], plan: SparsityPlan, shift: bool | None) -> None:
+def add_counts(batch: MutableMapping[str, object], plan: SparsityPlan, shift: bool | None) -> None:
     """Add to a batch what is counted in it; see `collating.count_tokens`."""
-    tensors = [batch[name] for name in _READ if isinstance(batch.get(name), Tensor)]
+    tensors = [value for value in map(batch.get, _READ) if isinstance(value, Tensor)]
     # A function of the user's need not say the same twice.
     if callable(plan.tokens) or any(t.device.type != "cpu" for t in tensors):
         return

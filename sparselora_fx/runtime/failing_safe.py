@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +226,6 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def shapes_of(values: Iterable[Any]) -> Hashable:
+def shapes_of(values: Iterable[object]) -> Hashable:
     """What tells kinds of calls apart: the sizes of their tensors."""
     return tuple(tuple(v.shape) for v in values if isinstance(v, Tensor))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparselora_fx.analysis.reasons import OF_CALL
 from sparselora_fx.compiler.report import GraphReport
@@ -40,7 +40,7 @@ class Judged(Protocol):
     @property
     def graphs(self) -> int: ...
     def sparsity_scales(self) -> list[float]: ...
-    def name_of(self, weight: Tensor) -> str | None: ...
+    def name_of(self, weight: object) -> str | None: ...
     def observe(self, report: GraphReport, args: tuple[object, ...]) -> None: ...
 
 
@@ -48,7 +48,7 @@ class NothingSparse(Exception):
     """A graph that is being traced shows that the present call slices nothing."""
 
 
-def slices_nothing(runtime: Judged, report: GraphReport, inputs: Sequence[Any]) -> bool:
+def slices_nothing(runtime: Judged, report: GraphReport, inputs: Sequence[object]) -> bool:
     """Whether one graph shows that no call will slice anything: it holds all linears that the plan
     makes sparse, and none is in a region. If so, users are told, and the call must begin anew."""
     if not _is_decisive(runtime) or report.regions:

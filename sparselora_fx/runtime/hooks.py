@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def inputs_of(key: int) -> TraceInputs | None:
     return _TRACE_INPUTS.get(key)
 
 
-def site_hook(key: int, marks: tuple[SiteAttributes, ...]) -> object:
+def site_hook(key: int, marks: tuple[SiteAttributes, ...]) -> Callable[..., object]:
     """A forward pre-hook that passes a module's input through one `site` (or `observed`) marker per
     weight, while being traced."""
 
@@ -125,7 +125,7 @@ def _refuse_recomputation(
         )
 
 
-def label_hook(key: int) -> object:
+def label_hook(key: int) -> Callable[..., object]:
     """A forward pre-hook that passes a module's input through a `label_rows` marker, while being
     traced."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,18 +52,19 @@ def _producer(weight: FrozenWeight, rows: Tensor, sparse: Tensor | None) -> Call
     """``S_C(W x) + b``: what the skipped channels get is their bias alone."""
     bias = getattr(weight.module, "bias", None)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
         rest = torch.zeros_like(output) if bias is None else bias.to(output).expand_as(output)
         return _mixed(output, _with_rows(output, rest, rows), sparse)
 
     return hook
 
 
-def _consumer(rows: Tensor, sparse: Tensor | None) -> Callable[..., Any]:
+def _consumer(rows: Tensor, sparse: Tensor | None) -> Callable[..., object]:
     """``W (S_C h) + b``."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         x = args[0]
+        assert isinstance(x, Tensor)
         return (_mixed(x, _with_rows(x, torch.zeros_like(x), rows), sparse), *args[1:])
 
     return hook
@@ -83,5 +83,5 @@ def _mixed(dense: Tensor, masked: Tensor, sparse: Tensor | None) -> Tensor:
     return torch.where(sparse[..., None].to(dense.device), masked, dense)
 
 
-def is_grid(value: Any, sparse: Tensor | None) -> bool:
+def is_grid(value: object, sparse: Tensor | None) -> bool:
     return isinstance(value, Tensor) and sparse is not None and value.shape[:-1] == sparse.shape

@@ -63,11 +63,12 @@ def named_tokens() -> Tensor | None:
     return _named.get()
 
 
-def checked(mask: Tensor, grid: Tensor) -> Tensor:
+def checked(mask: object, grid: Tensor) -> Tensor:
     """A mask that was named, on the grid's device; `PlanError` if its shape is another."""
-    if mask.shape != grid.shape:
+    if not isinstance(mask, Tensor) or mask.shape != grid.shape:
+        got = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise PlanError(
-            f"output_tokens is of shape {tuple(mask.shape)}, and the call's tokens are "
+            f"output_tokens is {got}, and the call's tokens are "
             f"{tuple(grid.shape)}; name the tokens of each forward by a mask of their own shape"
         )
     return mask.to(grid.device)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from sparselora_fx._torch import in_backward
 from sparselora_fx.compiler.report import GraphReport, SiteReport
 
-NameOf = Callable[[Tensor], str | None]
+NameOf = Callable[[object], str | None]
 
 
 @dataclass
@@ -65,7 +62,7 @@ def note_outcomes(
 
 
 def _uses(
-    report: GraphReport, args: tuple[Any, ...], name_of: NameOf
+    report: GraphReport, args: tuple[object, ...], name_of: NameOf
 ) -> list[tuple[str, SiteOutcome]]:
     uses = []
     for region in report.regions:

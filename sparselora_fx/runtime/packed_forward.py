@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class PackedForward(StandIn):
         self.layout = packed.layout._replace(by_column=copied).encode()
         self.follows_autocast = packed.follows_autocast
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> object:
         traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
         if not traced or getattr(self.module, self.spec) in (DENSE, OBSERVED):
             return self.original(*args, **kwargs)
@@ -42,7 +41,7 @@ class PackedForward(StandIn):
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        module: Any = self.module
+        module, bias = self.module, getattr(self.module, "bias", None)
         dtype = getattr(module, "compute_dtype", None) or x.dtype
         back = x.dtype
         if self.follows_autocast and torch.is_autocast_enabled(x.device.type):
@@ -51,8 +50,8 @@ class PackedForward(StandIn):
         held = [getattr(module, name) for name in self.held]
         packed = getattr(module, STORAGE)
         made: Tensor = OPS.packed_linear(read, packed, held, self.layout, None, ALL)
-        if module.bias is not None:
-            made = made + (module.bias if module.bias.dtype == dtype else module.bias.to(dtype))
+        if bias is not None:
+            made = made + (bias if bias.dtype == dtype else bias.to(dtype))
         return made if back == dtype else made.to(back)
 
 
@@ -102,7 +101,7 @@ def replace_buffers(weight: FrozenWeight, *, by_column: bool) -> None:
     )
 
 
-def _form(tensor: Tensor | None) -> Any:
+def _form(tensor: Tensor | None) -> object:
     return None if tensor is None else (tensor.shape, tensor.dtype)
 
 

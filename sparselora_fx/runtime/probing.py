@@ -9,12 +9,12 @@ zero that the sparse step left out. So the errors of earlier regions are not cou
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparselora_fx._torch import in_backward
 from sparselora_fx.compiler.report import GraphReport
@@ -51,7 +51,13 @@ class Choices:
     regions: dict[str, Chosen] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
 
-    def add(self, report: GraphReport, args: tuple[Any, ...], extra: Any, runtime: Runtime) -> None:
+    def add(
+        self,
+        report: GraphReport,
+        args: tuple[object, ...],
+        extra: Sequence[Tensor],
+        runtime: Runtime,
+    ) -> None:
         """Take over what one graph chose; see `Runtime.recorders`."""
         if in_backward():
             return
@@ -75,7 +81,7 @@ class DenseRun:
     """What the dense forward gave: the model's output, errors by region, and the regions whose
     output is not finite when sparse, or also when dense."""
 
-    output: Any = None
+    output: object = None
     errors: dict[str, float] = field(default_factory=dict)
     broken_sparse: list[str] = field(default_factory=list)
     broken_dense: list[str] = field(default_factory=list)
@@ -83,7 +89,7 @@ class DenseRun:
 
 def run_dense(
     runtime: Runtime,
-    forward: Callable[[], Any],
+    forward: Callable[[], object],
     choices: Choices,
     sparse: Tensor | None,
     state: RandomState,
@@ -161,19 +167,19 @@ def _watch_region(
     tokens: Tensor | None,
     state: RandomState,
     found: dict[str, list[Tensor]],
-) -> Iterator[Any]:
+) -> Iterator[RemovableHandle]:
     """Hooks on a region's module: note the random numbers, and run it again behind itself."""
     module = runtime.model.get_submodule(chosen.where)
     states: list[RandomState] = []
     inside = [False]
     weights = {w.name: w for w in runtime.frozen}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not inside[0]:
             states.append(state.now())
 
     def after(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         if inside[0]:
             return
@@ -195,8 +201,8 @@ def _watch_region(
 
 def _both(
     module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     dense: Tensor,
     chosen: Chosen,
     weights: Mapping[str, FrozenWeight],
@@ -208,7 +214,7 @@ def _both(
     gathered = chosen.kind == "ffn" and not kwargs and len(args) == 1
     if gathered and tokens is not None and is_grid(args[0], sparse) and is_grid(dense, sparse):
         # A feed-forward works token by token: the sampled ones are enough.
-        args = (args[0].flatten(0, 1)[tokens][None],)
+        args = (_tensor(args[0]).flatten(0, 1)[tokens][None],)
         entered.put()
         dense = _tensor(module(*args))
         sparse = tokens = None
@@ -228,18 +234,18 @@ def _compared(dense: Tensor, masked: Tensor) -> list[Tensor]:
     return [error, masked.isfinite().all().float(), dense.isfinite().all().float()]
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def _first_tensor(output: object) -> Tensor | None:
     first = output[0] if isinstance(output, tuple | list) and output else output
     return first if isinstance(first, Tensor) and first.dim() >= 2 else None
 
 
-def _tensor(output: Any) -> Tensor:
+def _tensor(output: object) -> Tensor:
     found = _first_tensor(output)
     assert found is not None, "a module that returned a tensor returns none the second time"
     return found
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     """Whether arguments hold tensors and plain values only: nothing that a second run changes, as
     it would a KV cache."""
     if isinstance(value, tuple | list):

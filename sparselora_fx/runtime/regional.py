@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +50,16 @@ class CompiledBlock(StandIn):
         self.block = block
         self.runtime = runtime
         self.compiled = compiled
-        self.original: Callable[..., Any] = block.forward
+        self.original: Callable[..., object] = block.forward
         self.first = next(iter(inspect.signature(block.forward).parameters), "")  # argument's name
         functools.update_wrapper(self, self.original)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         called = self.runtime.trace_inputs.under_way or _torch.in_backward()
         if not (self.runtime.active and called):
             return self.original(*args, **kwargs)
-        x: Any = args[0] if args else kwargs.get(self.first)
-        if not self._opens(x):
+        x = args[0] if args else kwargs.get(self.first)
+        if not isinstance(x, Tensor) or not self._opens(x):
             return self.compiled(*args, **kwargs)
         copy: Tensor = _WithGradient.apply(x, _ASKS)  # type: ignore[no-untyped-call]
         version = copy._version
@@ -71,12 +71,12 @@ class CompiledBlock(StandIn):
             x.copy_(copy)
         return result
 
-    def _opens(self, x: object) -> bool:
+    def _opens(self, x: Tensor) -> bool:
         """Whether a sparse call's first block with adapters, whose input needs no gradient, gets
         one that asks for it: it then runs the graph of all other blocks, not one of its own. That
         gradient is a small part of one block's backward; a graph is a large part of the first
         step."""
-        if not (self.runtime.sparse_now and torch.is_grad_enabled() and isinstance(x, Tensor)):
+        if not (self.runtime.sparse_now and torch.is_grad_enabled()):
             return False
         return (
             x.is_floating_point()

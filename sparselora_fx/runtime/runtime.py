@@ -24,8 +24,8 @@ from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
 from sparselora_fx.rewrite.rewrite import Options, TracedCall
-from sparselora_fx.runtime.attachment import Attachment
-from sparselora_fx.runtime.calls import Call
+from sparselora_fx.runtime.attachment import Attachment, MissingFactors
+from sparselora_fx.runtime.calls import AroundStep, Call
 from sparselora_fx.runtime.copies import OWNER
 from sparselora_fx.runtime.failing_safe import Safety
 from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
@@ -35,10 +35,6 @@ from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
 from sparselora_fx.runtime.speed_check import SpeedCheck
 from sparselora_fx.runtime.tally import TokenTally
 from sparselora_fx.watch.state import WatchState
-
-# Makes the compiled call of a step: that call, the same of the model's own forward, its arguments
-# by name, and whether tokens enough of it are sparse.
-AroundStep = Callable[[Callable[[], Any], Callable[[], Any], Mapping[str, Any], bool], object]
 
 
 @dataclass
@@ -131,7 +127,7 @@ class Runtime:
         if self.speed.verdict is not None and self.speed.stays_dense:
             self.notices.warn(self.speed.verdict.advice())
 
-    def name_of(self, weight: Tensor) -> str | None:
+    def name_of(self, weight: object) -> str | None:
         """The module name of a frozen weight that a graph was called with."""
         found = self.names.get(id(weight))
         if found is None or found.traced is not weight:
@@ -205,7 +201,9 @@ class Runtime:
         if self.collector is not None and self.collector.estimator is None:
             self.attached.place(self.collector.build(), self.collector.score)
 
-    def collect(self, report: GraphReport, args: tuple[Any, ...], extra: Sequence[Tensor]) -> None:
+    def collect(
+        self, report: GraphReport, args: tuple[object, ...], extra: Sequence[Tensor]
+    ) -> None:
         """Count what a graph observed; what a backward computes again was counted before."""
         if self.collector is None or in_backward():
             return
@@ -237,7 +235,10 @@ class Runtime:
         self.compilations.append(compilation)
 
     def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
-        """Count a graph, unless it shows that nothing can be sliced; see `backend.Listener`."""
+        """Count a graph, unless its call must begin anew; see `backend.Listener`."""
+        if report is not None and self.attached.completes(report, inputs, self.name_of):
+            self.convention.retry = True
+            raise MissingFactors("the call begins anew, with factors that its graph reads")
         if report is not None and slices_nothing(self, report, inputs):
             self.convention.retry = True
             raise NothingSparse("the call begins anew, dense")

@@ -15,12 +15,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from sparselora_fx.runtime.backward_hooks import on_backward
-from sparselora_fx.runtime.timer import Timer
+from sparselora_fx.runtime.timer import Moment, Timer
 
 FEW, MOST = 3, 7  # pairs: three that agree are enough, after seven the median decides
 DENSE_STEPS = 12  # at most, with those that do not count
@@ -69,7 +68,7 @@ class _Step:
     dense: bool
     rows: int = 0  # tokens of its calls
     waiting: int = 0  # calls whose backward has not ended
-    spans: list[tuple[Any, Any]] = field(default_factory=list)  # start and end of each call
+    spans: list[tuple[Moment, Moment]] = field(default_factory=list)  # start and end of each call
     worked: bool = False  # something was compiled or captured in it
     replayed: bool = False  # a CUDA graph was replayed in it
 
@@ -82,7 +81,7 @@ class _Step:
 class _Call:
     """Where a call began: the time, and what had been compiled and replayed before."""
 
-    start: Any
+    start: Moment
     work: int
     replays: int
 
@@ -148,7 +147,7 @@ class SpeedCheck:
         """The present call is not timed: it does more than a step's calls do."""
         self.asked = False
 
-    def watch(self, call: _Call | None, result: Any, rows: int) -> None:
+    def watch(self, call: _Call | None, result: object, rows: int) -> None:
         """Time a call whose forward is done until its backward has ended.
 
         Args:

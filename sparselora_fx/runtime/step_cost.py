@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +138,7 @@ def _step_flops(
     return StepFlops(dense, saved, predictor, copied, grid, sparse, real, len(sites))
 
 
-def time_steps(runtime: Runtime, batch: Mapping[str, Any], pairs: int) -> StepTimes | None:
+def time_steps(runtime: Runtime, batch: Mapping[str, object], pairs: int) -> StepTimes | None:
     """Time dense and sparse compiled steps in turn; the first of each compiles, and is not counted.
     None: the device has no clock."""
     scales = (0.0, max(runtime.sparsity_scales()))
@@ -169,7 +168,7 @@ def verified_times(runtime: Runtime) -> StepTimes | None:
 
 def _timed(
     runtime: Runtime,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, object],
     parameters: list[nn.Parameter],
     timer: Timer,
     scale: float,
@@ -184,7 +183,7 @@ def _timed(
     return timer.elapsed_ms(begin, end) / 1e3
 
 
-def _tokens(batch: Mapping[str, Any]) -> tuple[int, int]:
+def _tokens(batch: Mapping[str, object]) -> tuple[int, int]:
     """Tokens of a batch's grid, and those that are no padding."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     embeds = batch.get("inputs_embeds")

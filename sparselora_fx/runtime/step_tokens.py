@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens
 from sparselora_fx.runtime.runtime import Runtime
 
 
-def known_tokens(runtime: Runtime, arguments: dict[str, object]) -> dict[str, Any]:
+def known_tokens(runtime: Runtime, arguments: dict[str, object]) -> dict[str, object]:
     """A call's arguments, with what is known besides of the tokens that carry loss."""
     named, kept = named_tokens(), runtime.kept_labels
     if named is not None:

@@ -9,7 +9,6 @@ predicts label t at token t. Of a loss that nobody has seen, both are taken to c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, checked
 
 
 def split_tokens(
-    plan: SparsityPlan, arguments: Mapping[str, Any], *, shift: bool | None
+    plan: SparsityPlan, arguments: Mapping[str, object], *, shift: bool | None
 ) -> Tokens | None:
     """Apply a plan's token policy to one call; None when the call has no token grid ``[B, L]``.
 
@@ -69,14 +68,14 @@ def split_tokens(
     return Tokens(sparse, dense, split, unmasked=not masked)
 
 
-def _grid(arguments: Mapping[str, Any]) -> Tensor | None:
+def _grid(arguments: Mapping[str, object]) -> Tensor | None:
     grid = arguments.get("input_ids")
     if not isinstance(grid, Tensor):
         embeds = arguments.get("inputs_embeds")
         grid = embeds[..., 0] if isinstance(embeds, Tensor) and embeds.dim() == 3 else None
     if grid is None:
         grid = arguments.get(OUTPUT_TOKENS)
-    return grid if grid is not None and grid.dim() == 2 else None
+    return grid if isinstance(grid, Tensor) and grid.dim() == 2 else None
 
 
 def _shown(grid: Tensor, mask: object) -> tuple[Tensor, bool]:
@@ -101,7 +100,7 @@ def _places(real: Tensor, arguments: Mapping[str, object]) -> Tensor:
 
 
 def _user_mask(
-    policy: Callable[[dict[str, Any]], object], arguments: Mapping[str, object], real: Tensor
+    policy: Callable[[dict[str, object]], object], arguments: Mapping[str, object], real: Tensor
 ) -> Tensor:
     mask = policy(dict(arguments))
     if not isinstance(mask, Tensor) or mask.shape != real.shape or mask.dtype != torch.bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +18,7 @@ from sparselora_fx.errors import CompileError
 from sparselora_fx.model.attributes import spec_name
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
 from sparselora_fx.rewrite.rewrite import TracedCall
+from sparselora_fx.runtime.attachment import MissingFactors
 from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.copies import stand_in_behind, stand_in_of
 from sparselora_fx.runtime.forward import CompiledForward
@@ -41,7 +41,7 @@ class Traced:
     """
 
     runtime: Runtime
-    batch: Mapping[str, Any]
+    batch: Mapping[str, object]
     texts: bool = False
     hook: PassHook | None = None
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
@@ -60,6 +60,10 @@ class Traced:
         return PassLog(self.texts, self.hook)
 
     def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
+        runtime = self.runtime
+        if report is not None and runtime.attached.completes(report, inputs, runtime.name_of):
+            runtime.convention.retry = True
+            raise MissingFactors("the call begins anew, with factors that its graph reads")
         return len(self.compilations) + 1
 
     def graph_compiled(self, compilation: Compilation) -> None:
@@ -82,7 +86,7 @@ class Traced:
 
 def trace(
     runtime: Runtime,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, object],
     *,
     texts: bool = False,
     hook: PassHook | None = None,
@@ -122,7 +126,7 @@ def trace(
 
 @contextlib.contextmanager
 def _tracing(
-    runtime: Runtime, forward: CompiledForward, backend: Callable[..., Any]
+    runtime: Runtime, forward: CompiledForward, backend: Callable[..., object]
 ) -> Iterator[None]:
     """The model's compiled functions are traced ones meanwhile."""
     held: list[CompiledForward | CompiledBlock] = [forward]
@@ -149,7 +153,7 @@ def _as_it_was(runtime: Runtime, traced: Traced) -> Iterator[None]:
     kept = {name: getattr(runtime, name) for name in names}
     measured, runtime.speed.verdict = runtime.speed.verdict, None  # it may keep training dense
     named = [(weight.module.__dict__, spec_name(weight.param)) for weight in runtime.frozen]
-    words = [(held, name, held[name]) for held, name in named if name in held]
+    specs = [(held, name, held[name]) for held, name in named if name in held]
     sliced, dense_calls = set(runtime.trace_inputs.sliced), set(runtime.dense_calls)
     try:
         runtime.tally = TokenTally(notices=runtime.tally.notices)  # nobody is told twice
@@ -163,6 +167,6 @@ def _as_it_was(runtime: Runtime, traced: Traced) -> Iterator[None]:
             setattr(runtime, name, value)
         for held, name in named:
             held.pop(name, None)
-        for held, name, word in words:
-            held[name] = word
+        for held, name, spec in specs:
+            held[name] = spec
         runtime.trace_inputs.sliced, runtime.dense_calls = sliced, dense_calls

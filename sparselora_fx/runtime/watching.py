@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import SupportsFloat
 
 from torch import Tensor
 
@@ -39,12 +39,12 @@ def watch_model(runtime: Runtime, state: WatchState | None) -> None:
 def _watched(
     runtime: Runtime,
     state: WatchState,
-    sparse: Callable[[], Any],
-    dense: Callable[[], Any],
-    arguments: Mapping[str, Any],
+    sparse: Callable[[], object],
+    dense: Callable[[], object],
+    arguments: Mapping[str, object],
     is_sparse: bool,
 ) -> object:
-    """One training call, probed if that is due; see `runtime.AroundStep`.
+    """One training call, probed if that is due; see `calls.AroundStep`.
 
     Raises:
         DriftError: the watch is to stop training, and there is drift. NotFinite: see there.
@@ -80,7 +80,7 @@ def _watched(
     return result
 
 
-def _undriven(runtime: Runtime, sparse: Callable[[], Any]) -> object:
+def _undriven(runtime: Runtime, sparse: Callable[[], object]) -> object:
     """Processes that do not know which step it is cannot agree. Who asked for a watch is told so;
     an automatic plan stays at its first stage."""
     what = (
@@ -97,8 +97,8 @@ def _undriven(runtime: Runtime, sparse: Callable[[], Any]) -> object:
 def _probe(
     runtime: Runtime,
     state: WatchState,
-    dense: Callable[[], Any],
-    arguments: Mapping[str, Any],
+    dense: Callable[[], object],
+    arguments: Mapping[str, object],
     choices: Choices,
     before: RandomState,
     sparse_loss: Tensor | None,
@@ -149,7 +149,7 @@ def settle(runtime: Runtime, *, between_steps: bool = False) -> None:
             act(runtime, state, together)
 
 
-def loss_of(output: Any) -> Tensor | None:
+def loss_of(output: object) -> Tensor | None:
     """The loss in a model's output, if there is one."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, tuple | list) and output:
@@ -165,7 +165,7 @@ def _is_finite(loss: Tensor | None) -> bool:
 
 def _compare(
     step: int,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     sparse: Tensor | None,
     dense: Tensor | None,
     done: DenseRun,
@@ -189,11 +189,11 @@ def _compare(
     return Probe(step, gap, dict(done.errors), faults, blamed)
 
 
-def _share(arguments: Mapping[str, Any]) -> float:
+def _share(arguments: Mapping[str, object]) -> float:
     """What turns a loss into nats per output token: transformers divides the sum of a micro-batch
     by the tokens of the whole step, if it is told them."""
     total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
-    if total is None or not isinstance(labels, Tensor):
+    if not isinstance(total, SupportsFloat) or not isinstance(labels, Tensor):
         return 1.0
     own = int((labels[..., 1:] != IGNORED).sum())
     return float(total) / max(own, 1)

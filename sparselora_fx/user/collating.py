@@ -18,7 +18,7 @@ from sparselora_fx.runtime.runtime import get_runtime
 class CountingCollator:
     """A data loader's ``collate_fn`` whose batches carry their counts."""
 
-    collate: Callable[..., Any]
+    collate: Callable[..., object]
     plan: SparsityPlan
     shift: bool | None
 

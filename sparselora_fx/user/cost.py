@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
@@ -121,7 +120,7 @@ class Cost:
             found[f"{name}_kwh"] = _times(hours, None if self.watts is None else self.watts / 1000)
         return found
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """``predicted_ratio``, ``measured_ratio``, ``break_even_steps``, ``verdict``, and under
         ``parts`` what they are made of: seconds, steps, bytes, FLOPs; ``run``: see `run`."""
         parts = {
@@ -166,7 +165,7 @@ class Cost:
 
 def cost(
     model: nn.Module,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, object],
     *,
     steps: int | None = None,
     price_per_hour: float | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from sparselora_fx.user.worth import worth_of
 
 
 def explain(
-    model: nn.Module, batch: Mapping[str, Any] | None = None, *, verbose: bool = False
+    model: nn.Module, batch: Mapping[str, object] | None = None, *, verbose: bool = False
 ) -> Explanation:
     """What happened to a compiled model's frozen linears, why the rest is dense, and does it pay.
 

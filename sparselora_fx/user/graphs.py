@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -88,7 +87,7 @@ class Graphs:
 
 def graphs(
     model: nn.Module,
-    batch: Mapping[str, Any] | None = None,
+    batch: Mapping[str, object] | None = None,
     *,
     after_pass: PassHook | None = None,
 ) -> Graphs:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from sparselora_fx._torch import in_backward
 from sparselora_fx.compiler.report import GraphReport
 from sparselora_fx.runtime.outcomes import common_module, numbered
 from sparselora_fx.runtime.runtime import Runtime, get_runtime
+
+Entry = TypeVar("Entry")
 
 
 @dataclass
@@ -38,7 +40,13 @@ class Recording:
     # What the present call has written: ("site" or "region", name).
     _fresh: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
-    def add(self, report: GraphReport, args: tuple[Any, ...], extra: Any, runtime: Runtime) -> None:
+    def add(
+        self,
+        report: GraphReport,
+        args: tuple[object, ...],
+        extra: Sequence[Tensor],
+        runtime: Runtime,
+    ) -> None:
         """Take over what one graph call chose. ``extra`` are the graph's extra outputs. What a
         backward computes again was recorded before."""
         if in_backward():
@@ -66,7 +74,7 @@ class Recording:
         else:
             self.selections[self._key("region", where, self.selections)] = chosen
 
-    def _key(self, kind: str, name: str, entries: dict[str, Any]) -> str:
+    def _key(self, kind: str, name: str, entries: dict[str, Entry]) -> str:
         """The first key of this name that the present call has not written; what earlier calls
         wrote of it goes."""
         first = (kind, name) not in self._fresh

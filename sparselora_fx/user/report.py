@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from torch import nn
@@ -32,7 +31,7 @@ _DIFF_LINES = 400  # of one pass; a deep model's are alike
 
 def report(
     model: nn.Module,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, object],
     path: str | os.PathLike[str],
     *,
     recordings: Sequence[Recording] = (),
@@ -127,7 +126,7 @@ def _charts(said: Explanation) -> list[tuple[str, Markup]]:
     return found
 
 
-def _drift(runtime: Runtime, keys: PlanKeys) -> dict[str, Any] | None:
+def _drift(runtime: Runtime, keys: PlanKeys) -> dict[str, object] | None:
     """The history of a watched model; None: nobody watches."""
     if runtime.watching is None:
         return None
@@ -138,9 +137,9 @@ def _drift(runtime: Runtime, keys: PlanKeys) -> dict[str, Any] | None:
     return {"chart": chart, "rows": probe_rows(probes, keys)}
 
 
-def _strips(rows: Sequence[LinearRow], keys: PlanKeys) -> list[tuple[str, list[dict[str, Any]]]]:
+def _strips(rows: Sequence[LinearRow], keys: PlanKeys) -> list[tuple[str, list[dict[str, object]]]]:
     """By kind of region, a cell for each."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, dict[str, object]]] = {}
     for row in rows:
         if row.sliced:
             key = keys.key(row.region or row.name)
@@ -168,7 +167,7 @@ def _shown(row: LinearRow, keys: PlanKeys) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _graph(one: Compilation) -> dict[str, Any]:
+def _graph(one: Compilation) -> dict[str, object]:
     """The passes of a graph that changed it, each with a diff."""
     texts, steps = dict(one.log.start), []
     for record in one.log.records:

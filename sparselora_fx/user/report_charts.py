@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
 from sparselora_fx.errors import CompileError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # matplotlib wants colours, the page has variables for light and dark: each of these stands for one.
 _COLOURS = {"#010101": "var(--ink)", "#020202": "var(--dim)", "#030303": "var(--mark)"}
@@ -21,7 +24,7 @@ def bars(words: str, values: Sequence[tuple[str, float, str]]) -> Markup:
     """Horizontal bars from 0 to the largest value: a label, a value and its text each. ``words``
     say what is shown to who cannot see it."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         places = range(len(values))
         axes.barh(places, [value for _, value, _ in values], color=_MARK, height=0.6)
         axes.set_yticks(places, [label for label, *_ in values], color=_INK)
@@ -40,7 +43,7 @@ def curve(words: str, points: Sequence[tuple[float, float]], names: tuple[str, s
     """A line with a mark at each point ``(x, y)``; ``names`` of both axes."""
     x, y = zip(*points, strict=True)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.plot(x, y, color=_MARK, marker="o", markersize=3)
         axes.axhline(0, color=_DIM, linewidth=0.6)
         axes.set_xlabel(names[0], color=_INK)
@@ -50,7 +53,7 @@ def curve(words: str, points: Sequence[tuple[float, float]], names: tuple[str, s
     return _svg(draw, 2.2, f"{words}: {len(y)} points, from {y[0]:.4g} to {y[-1]:.4g}")
 
 
-def _svg(draw: Callable[[Any], None], height: float, words: str) -> Markup:
+def _svg(draw: Callable[[Axes], None], height: float, words: str) -> Markup:
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sparselora_fx.user.folding import PlanKeys
 from sparselora_fx.user.linear_rows import LinearRow
@@ -11,7 +10,7 @@ from sparselora_fx.user.linear_rows import LinearRow
 _WIDTH, _STEP = 300, 70  # of the drawing; from one row of boxes to the next
 
 
-def drawing_of(rows: Sequence[LinearRow], keys: PlanKeys) -> dict[str, Any] | None:
+def drawing_of(rows: Sequence[LinearRow], keys: PlanKeys) -> dict[str, object] | None:
     """The first sliced region, before beside after: input, producers, the function between,
     consumer, output. None: nothing is sliced."""
     first = next((row for row in rows if row.sliced), None)
@@ -23,7 +22,7 @@ def drawing_of(rows: Sequence[LinearRow], keys: PlanKeys) -> dict[str, Any] | No
     return {"name": name, "kept": first.kept, "sides": sides}
 
 
-def _side(own: Sequence[LinearRow], keys: PlanKeys, *, cut: bool) -> dict[str, Any]:
+def _side(own: Sequence[LinearRow], keys: PlanKeys, *, cut: bool) -> dict[str, object]:
     between = "attention" if own[0].kind == "attention" else "pointwise"
     levels = [
         [("input", "", False)],
@@ -36,7 +35,7 @@ def _side(own: Sequence[LinearRow], keys: PlanKeys, *, cut: bool) -> dict[str, A
         _boxes(own, "in", keys, cut=cut),
         [("output", "", False)],
     ]
-    boxes: list[dict[str, Any]] = []
+    boxes: list[dict[str, object]] = []
     lines: list[str] = []
     above: list[tuple[float, int]] = []
     for number, level in enumerate(level for level in levels if level):

@@ -124,7 +124,7 @@ class Judge:
         gap = abs(median(self.gaps[-self.watch.window :])) if self.gaps else 0.0
         return gap <= self.watch.tolerance / 2
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All that later verdicts depend on."""
         return {"gaps": list(self.gaps), "errors": {n: list(e) for n, e in self.errors.items()}}
 

@@ -127,7 +127,7 @@ class Ladder:
             self.lowered.remove(name)
         return {name: rung.level}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All that later moves depend on."""
         return {
             "regions": {

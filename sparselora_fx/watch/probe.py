@@ -34,7 +34,7 @@ class Probe:
     action: str | None = None
     sliced: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain values; what is not finite is None, as JSON knows no NaN."""
         return {
             "step": self.step,
@@ -83,7 +83,7 @@ def processes() -> int:
 def agreed(probe: Probe | None) -> Probe | None:
     """The probe of all processes that train together, the same in each; None: nobody has one.
     Collective: every process calls it, whether its own step was probed or not."""
-    found: list[Any] = [None] * processes()
+    found: list[Probe | None] = [None] * processes()
     dist.all_gather_object(found, probe)
     taken = [one for one in found if one is not None]
     return merged(taken) if taken else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sparselora_fx.model.blocks import block_positions
 from sparselora_fx.model.frozen_weights import FrozenWeight
@@ -63,13 +62,16 @@ class Stages:
         """Words for an action."""
         return f"stage {self.at + 1} of {len(self.caps)}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All that later moves depend on; the caps follow from the model."""
         return {"at": self.at, "proven": self.proven, "ended": self.ended}
 
-    def take(self, state: Mapping[str, Any]) -> None:
+    def take(self, state: Mapping[str, object]) -> None:
         """Go on from what `to_json` wrote."""
-        self.at, self.proven, self.ended = state["at"], state["proven"], state["ended"]
+        at, proven, ended = state["at"], state["proven"], state["ended"]
+        if not (isinstance(at, int) and isinstance(proven, bool) and isinstance(ended, bool)):
+            raise TypeError(f"got {dict(state)}")
+        self.at, self.proven, self.ended = at, proven, ended
 
 
 def stages_of(frozen: list[FrozenWeight], sparsity: Mapping[str, Sparsity]) -> Stages:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sparselora_fx.errors import WatchError
 from sparselora_fx.model.frozen_weights import FrozenWeight
@@ -45,7 +46,7 @@ class WatchState:
     pending: Probe | None = None
     seconds: float = 0.0
     norms: dict[str, Tensor] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
     told: bool = False
     stages: Stages = field(default_factory=Stages)
 
@@ -71,7 +72,7 @@ class WatchState:
                 caps[site] = level.scaled(1.0, at_most=caps.get(site))
         return {name: cap for name, cap in caps.items() if min(cap) < 1.0}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What `take` goes on from: plain values."""
         return {
             "version": _VERSION,

@@ -58,7 +58,7 @@ def test_only_context_tokens_are_sliced() -> None:
     data["labels"][:, :7] = -100
     output = F.pad(data["labels"][:, 1:] != -100, (0, 1))
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
-    got = oracle.run_compiled(model, data, plan)
+    got = oracle.run_compiled(model, data, plan, "aot_eager")
     assert_sliced(model, got.record)
     oracle.assert_close(got, reference_step(model, data, got.record, ~output), BOUND)
 
@@ -86,7 +86,7 @@ def test_the_choice_sees_the_scale() -> None:
 def test_sparsity_0_is_plain_and_restore_takes_all_off() -> None:
     model, data = model_of(), oracle.batch()
     before, weights = oracle.marks(model), oracle.copy_of_weights(model)
-    got = oracle.run_compiled(model, data, oracle.plan_of(0.0))
+    got = oracle.run_compiled(model, data, oracle.plan_of(0.0), "aot_eager")
     oracle.assert_untouched(model, before, weights)
     oracle.assert_identical(got, oracle.plain_compiled_step(model, data, "aot_eager"))
 

@@ -71,8 +71,9 @@ def test_fp32_adapters_on_a_bf16_base(dropout: float) -> None:
 
 @pytest.mark.slow
 def test_inductor() -> None:
-    model = with_dora(oracle.llama().unload(), LLAMA, lora_dropout=0.0).float()
+    """A producer and a consumer: each more has further kernels for its norms, there and back."""
+    model = with_dora(oracle.llama().unload(), ["up_proj", "down_proj"], lora_dropout=0.0).float()
     data = oracle.batch()
-    got = oracle.run_compiled(model, data, oracle.plan_of(0.5), backend="inductor")
-    assert len(got.record.sites) == 7
+    got = oracle.run_compiled(model, data, oracle.plan_of({"mlp": 0.5}), backend="inductor")
+    assert len(got.record.sites) == 3
     oracle.assert_close(got, reference_step(model, data, got.record), 1e-4)

@@ -19,31 +19,23 @@ def test_whole_model(plan: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_checkpointing(dropout: float) -> None:
-    check(model_of(dropout=dropout, checkpointing=False), EVEN)
+def test_gradient_checkpointing() -> None:
+    check(model_of(dropout=0.1, checkpointing=False), EVEN)
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_with_uneven_layers() -> None:
-    check(model_of(checkpointing=False), UNEVEN)
+def test_gradient_checkpointing_and_input_require_grads_with_uneven_layers() -> None:
+    check(model_of(checkpointing=False, input_grads=True), UNEVEN)
 
 
 @pytest.mark.slow
 def test_input_require_grads() -> None:
-    check(model_of(input_grads=True), EVEN)
+    check(model_of(dropout=0.1, input_grads=True), EVEN)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_gradient_checkpointing_and_input_require_grads(dropout: float) -> None:
-    check(model_of(dropout=dropout, checkpointing=False, input_grads=True), EVEN)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_reentrant_checkpointing_is_right_or_refused(dropout: float) -> None:
-    model = model_of(dropout=dropout, checkpointing=True, input_grads=True)
+def test_reentrant_checkpointing_is_right_or_refused() -> None:
+    model = model_of(dropout=0.1, checkpointing=True, input_grads=True)
     try:
         check(model, EVEN)
     except slx.CompileError as error:

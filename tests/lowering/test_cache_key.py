@@ -67,25 +67,21 @@ def run(tree: Path, cache: Path, **environment: str) -> dict:
 
 
 @pytest.mark.slow
-def test_changed_template_misses_and_unchanged_hits(tree: Path, tmp_path: Path) -> None:
+def test_what_changes_code_misses_and_what_does_not_hits(tree: Path, tmp_path: Path) -> None:
+    """One compilation each: as before, with a debug setting, with a changed template."""
     cache = tmp_path / "cache"
     first = run(tree, cache)
     assert first["right"] and not first["hit"]
     again = run(tree, cache)
     assert again["right"] and again["hit"] and again["key"] == first["key"]
 
+    checked = run(tree, cache, SPARSELORA_DEBUG_BOUNDS="1")
+    assert checked["right"] and not checked["hit"] and checked["key"] != first["key"]
+
     template = tree / "sparselora_fx/lowering/templates/out_sliced.py.jinja"
     template.write_text(template.read_text() + "{# changed #}\n")
     changed = run(tree, cache)
     assert changed["right"] and not changed["hit"] and changed["key"] != first["key"]
-
-
-@pytest.mark.slow
-def test_a_debug_setting_misses(tree: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first = run(tree, cache)
-    checked = run(tree, cache, SPARSELORA_DEBUG_BOUNDS="1")
-    assert checked["right"] and not checked["hit"] and checked["key"] != first["key"]
 
 
 def test_key_covers_every_file_of_the_lowerings(tree: Path) -> None:

@@ -15,35 +15,10 @@ import sparselora_fx as slx
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.passes.hoist_channel_gathers import hoist_channel_gathers
 from tests.support import oracle
+from tests.support.gathered_graphs import Selected
 from tests.support.rewritten_graphs import count, rewritten
-from tests.support.small_graphs import Small, changes_nothing, keeps_values, shown, text
+from tests.support.small_graphs import changes_nothing, keeps_values, shown, text
 from tests.support.token_batches import ragged
-
-GATHER, SCATTER, ROWS = (
-    getattr(OPS, name).default for name in ("gather_channels", "scatter_channels", "channel_rows")
-)
-
-
-class Selected(Small):
-    """A graph with a selection ``s`` of 3 of 8 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x = self.input("x", 2, 3, 8, trains=True)
-        self.s = self.call(OPS.topk_channels.default, self.input("scores", 8), 3)
-
-    def kept(self, width: int) -> fx.Node:
-        """What a sliced linear might have returned."""
-        return self.call("neg", self.input("c", 2, 3, width, trains=True))
-
-    def gather(self, node: fx.Node, idx: fx.Node | None = None) -> fx.Node:
-        return self.call(GATHER, node, idx or self.s)
-
-    def scatter(self, node: fx.Node, n: int = 8, idx: fx.Node | None = None) -> fx.Node:
-        return self.call(SCATTER, node, idx or self.s, n)
-
-    def rows(self, *offsets: int, stride: int = 1) -> fx.Node:
-        return self.call(ROWS, self.s, 1, stride, list(offsets))
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -112,14 +87,6 @@ def test_rules(rule: str) -> None:
     changes_nothing(rewrite, hoist_channel_gathers)
 
 
-def test_dropout_draws_the_mask_it_would_have_drawn() -> None:
-    small = Selected()
-    rewrite = small.rewrite(small.gather(small.call(F.dropout, small.x, 0.3)))
-    assert keeps_values(rewrite, hoist_channel_gathers) == 1
-    assert "new_ones" in text(rewrite) and "mul" in text(rewrite)
-    changes_nothing(rewrite, hoist_channel_gathers)
-
-
 STAYS: dict[str, Build] = {
     "softmax over channels": lambda s: s.gather(s.call(F.softmax, s.x, dim=-1)),
     "cumulative": lambda s: s.gather(s.call("cumsum", s.x, -1)),
@@ -136,20 +103,6 @@ STAYS: dict[str, Build] = {
 def test_near_misses_stay(name: str) -> None:
     small = Selected()
     changes_nothing(small.rewrite(STAYS[name](small)), hoist_channel_gathers)
-
-
-def test_another_reader_holds_a_gather_back() -> None:
-    small = Selected()
-    h = small.call(F.silu, small.x)
-    changes_nothing(small.rewrite(small.gather(h), h), hoist_channel_gathers)
-
-
-def test_what_is_written_in_place_is_read_where_it_was() -> None:
-    small = Selected()
-    h = small.call(F.silu, small.x)
-    taken = small.gather(h)
-    small.call("mul_", h, 2.0)
-    changes_nothing(small.rewrite(taken), hoist_channel_gathers)
 
 
 @pytest.mark.parametrize("tokens", ["all", "context"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -13,7 +14,11 @@ from torch._functorch.aot_autograd import make_boxed_func
 import sparselora_fx as slx
 from sparselora_fx.graph.nodes import op_name
 from sparselora_fx.lowering import inductor_backend
+from sparselora_fx.passes.hoist_channel_gathers import hoist_channel_gathers
+from sparselora_fx.passes.hoist_token_gathers import hoist_token_gathers
 from tests.support.ffn_example import FeedForward, graphs
+from tests.support.gathered_graphs import Lists, Selected
+from tests.support.small_graphs import Pass, changes_nothing, keeps_values, text
 
 
 def test_two_readers_of_a_choice_share_what_they_read() -> None:
@@ -57,3 +62,38 @@ def test_their_gradient_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backward.count("sliced_linear_dgrad") == 3
     assert backward.count("sliced_linear_in_dgrad") == 2
     assert backward.count("sliced_linear_in_wgrad") == 1
+
+
+Kind = tuple[type[Selected] | type[Lists], Pass]
+KINDS: dict[str, Kind] = {
+    "channels": (Selected, hoist_channel_gathers),
+    "tokens": (Lists, hoist_token_gathers),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_the_mask_it_would_have_drawn(kind: str) -> None:
+    of, hoist = KINDS[kind]
+    small = of()
+    rewrite = small.rewrite(small.gather(small.call(F.dropout, small.x, 0.3)))
+    assert keeps_values(rewrite, hoist, **small.given) == 1
+    assert "new_ones" in text(rewrite) and "mul" in text(rewrite)
+    changes_nothing(rewrite, hoist)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_reader_holds_a_gather_back(kind: str) -> None:
+    of, hoist = KINDS[kind]
+    small = of()
+    h = small.call(F.silu, small.x)
+    changes_nothing(small.rewrite(small.gather(h), h), hoist)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_in_place_is_read_where_it_was(kind: str) -> None:
+    of, hoist = KINDS[kind]
+    small = of()
+    h = small.call(F.silu, small.x)
+    gathered = small.gather(h)
+    small.call("mul_", h, 2.0)
+    changes_nothing(small.rewrite(gathered), hoist)

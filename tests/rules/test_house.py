@@ -53,6 +53,8 @@ MAY_USE_PRIVATE = {
     "sparselora_fx/lowering/inductor_backend.py",
 }
 _METADATA = ("example_value", "val", "tensor_meta")
+ANY = re.compile(r"\bAny\b")
+MOST_ANY = 141  # below a third of the 426 that there were before there were rooms
 PLAIN = ("regions", "channel_values")  # what analyses found: they find nothing themselves
 SAME_STYLE = ("sparselora_fx", "passes", "tests", "benchmarks")
 
@@ -160,6 +162,14 @@ def test_private_torch_has_its_files() -> None:
 )
 def test_private_spellings_are_seen(code: str) -> None:
     assert PRIVATE.search(code)
+
+
+def test_any_is_rare() -> None:
+    """A type says what is there: ``object`` where nothing is assumed, a protocol of what is used of
+    a library without types. ``Any`` is for what no type fits: example values, JSON."""
+    found = {relative(path): len(ANY.findall(path.read_text("utf-8"))) for path in sources()}
+    most = {name: count for name, count in found.items() if count > 5}
+    assert sum(found.values()) <= MOST_ANY, f"{sum(found.values())}, most of them here: {most}"
 
 
 def test_imports_have_one_style() -> None:

@@ -91,11 +91,11 @@ def trainer_for(model: nn.Module, folder: Path, **options: Any) -> Trainer:
 
 @pytest.mark.slow
 def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
-    through = compiled(oracle.llama(), backend="aot_eager")
+    through = compiled(oracle.llama())
     start = adapters(through)
     trainer_for(through, tmp_path / "a").train()
     assert get_runtime(through).seen, "no compiled graph ran"
-    again = compiled(oracle.llama(), backend="aot_eager")
+    again = compiled(oracle.llama())
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
     trainer_for(again, tmp_path / "b").train(resume_from_checkpoint=checkpoint)
     finished, resumed = adapters(through), adapters(again)
@@ -109,7 +109,7 @@ def test_restore_after_mixed_precision_training(tmp_path: Path) -> None:
     """The Trainer's bf16 wraps the forward on the instance once more."""
     model, data = oracle.llama(), oracle.batch()
     before, plain_keys = oracle.marks(model), list(model.state_dict())
-    compiled(model, backend="aot_eager")
+    compiled(model)
     trainer = trainer_for(model, tmp_path, bf16=True, save_strategy="no")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -63,12 +63,12 @@ def step(model: nn.Module, x: Tensor) -> oracle.Step:
     return oracle.Step(loss.detach(), gradients)
 
 
-def check(make: Callable[[], nn.Module], sparsity: float = 0.6) -> tuple[slx.Recording, str]:
+def check(
+    make: Callable[[], nn.Module], sparsity: float = 0.6, backend: str = "eager"
+) -> tuple[slx.Recording, str]:
     """Compiled equals masked eager; returns what was recorded and what `explain` said."""
     model, x = build(make)
-    slx.compile(
-        model, oracle.estimator_of(model), plan=oracle.plan_of(sparsity), backend="aot_eager"
-    )
+    slx.compile(model, oracle.estimator_of(model), plan=oracle.plan_of(sparsity), backend=backend)
     with slx.record(model) as record:
         got = step(model, x)
     table = slx.explain(model, verbose=True)

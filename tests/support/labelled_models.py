@@ -19,13 +19,13 @@ ROUNDING = 2e-6
 
 
 def compare(
-    model: Any, data: Any, plan: Any, bound: float = ROUNDING, **options: Any
+    model: Any, data: Any, plan: Any, bound: float = ROUNDING, backend: str = "eager"
 ) -> oracle.Step:
     """Trimmed and untrimmed steps agree to rounding; the trimmed one returns no logits."""
     steps = []
     for trim in (False, True):
         estimator = oracle.estimator_of(model)
-        slx.compile(model, estimator, plan=plan, backend="aot_eager", trim_logits=trim, **options)
+        slx.compile(model, estimator, plan=plan, backend=backend, trim_logits=trim)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             warnings.filterwarnings("default", module="torch|transformers|peft")
