@@ -65,6 +65,7 @@ class CompiledForward(StandIn):
         self.precompile = runtime.warm_up_next = precompile
         self.trim_logits = trim_logits
         self.untrimmed = False  # the call under way should trim logits, and cannot
+        self.decided = False  # what the call under way is: what raises before that is no graph's
         self.original: Callable[..., Any] = model.forward
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
@@ -118,21 +119,20 @@ class CompiledForward(StandIn):
     ) -> object:
         """A training call; if it is sparse and breaks, the same call dense."""
         runtime, values = self.runtime, [*args, *kwargs.values()]
-        safety = runtime.safety
 
         def plain() -> object:
             runtime.set_sparsity_scale(0.0)  # checkpointed blocks may read it in the backward
             return self.original(*args, **kwargs)
 
-        safety.begin(self.model, runtime.attached.own_buffers())
-        out = safety.run(
+        runtime.safety.begin(self.model, runtime.attached.own_buffers())
+        out = runtime.safety.run(
             lambda: self._run(counted, args, dict(kwargs)),
             plain,
             shapes_of(values),
             RandomState.of(values),
-            lambda: runtime.sparse_now,
+            lambda: self.decided and runtime.sparse_now,
         )
-        safety.note_recompiles(max(runtime.recompiles.again.values(), default=0))
+        runtime.safety.note_recompiles(max(runtime.recompiles.again.values(), default=0))
         return out
 
     def _run(
@@ -161,7 +161,7 @@ class CompiledForward(StandIn):
         self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
-        arguments = call_arguments(self.names, args, kwargs)
+        self.decided, arguments = False, call_arguments(self.names, args, kwargs)
         if self.model.training and decodes(arguments):
             return self.original(*args, **kwargs)
         check_devices(self.model, arguments)
@@ -169,6 +169,7 @@ class CompiledForward(StandIn):
         self._allow_replay(True)
         begun = runtime.speed.begin(next(self.model.parameters())) if self._is_step() else None
         sliced = self._set_trace_inputs(known_tokens(runtime, arguments), counted)
+        self.decided = True
         trace_inputs.caching = self._caching(sliced)
         packed = trace_inputs.caching == STANDS_IN and may_be_packed(arguments)
         if self.cacheable and trace_inputs.caching and is_unset(arguments) and not packed:
@@ -228,7 +229,7 @@ class CompiledForward(StandIn):
         """What tells this call from others for which graphs of their own are compiled."""
         runtime, trace_inputs = self.runtime, self.runtime.trace_inputs
         specs = runtime.specs_set or tuple(runtime.call.sparsity.items())
-        caps = tuple(sorted((runtime.caps_set or {}).items()))
+        caps = tuple((runtime.caps_set or {}).items())
         lists = (
             len(trace_inputs.tokens),
             len(trace_inputs.picked),

@@ -182,6 +182,7 @@ def test_a_broken_compilation_ahead_does_not_end_training(monkeypatch: pytest.Mo
 
 
 def test_a_users_own_error_is_not_hidden() -> None:
+    """Of the model, or of what decides which tokens are sparse."""
     model = compiled()
     model(**oracle.batch())
     data = oracle.batch()
@@ -189,3 +190,16 @@ def test_a_users_own_error_is_not_hidden() -> None:
     with pytest.raises(IndexError):
         model(**data)
     assert "fail-safe" not in slx.explain(model)
+    model = tiny()
+    plan = slx.SparsityPlan(PLAN, tokens=_policy, start_step=0, channel_multiple=1)
+    slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    model(**oracle.batch())
+    with pytest.raises(KeyError, match="no policy"):
+        model(**oracle.batch(length=9))
+    assert "fail-safe" not in slx.explain(model)
+
+
+def _policy(arguments: dict[str, Any]) -> torch.Tensor:
+    if arguments["input_ids"].shape[1] == 9:
+        raise KeyError("no policy")
+    return torch.ones_like(arguments["input_ids"], dtype=torch.bool)
