@@ -26,7 +26,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, RANK, SPARSITY, collate, encode, load_model, test_loss
+from benchmarks.demo.batches import collate, encode
+from benchmarks.demo.models import MODEL, RANK, SPARSITY, load_model
+from benchmarks.demo.scoring import test_loss
 from benchmarks.demo.word_problems import generate
 from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.runtime.runtime import get_runtime

@@ -23,8 +23,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 import sparselora_fx as slx
-from benchmarks.demo.__main__ import MODEL, RANK, SPARSITY, accuracy, load_model
-from benchmarks.demo.__main__ import test_loss as answer_loss
+from benchmarks.demo.models import MODEL, RANK, SPARSITY, load_model
+from benchmarks.demo.scoring import accuracy
+from benchmarks.demo.scoring import test_loss as answer_loss
 from benchmarks.demo.word_problems import generate
 from benchmarks.sensitivity import POLICY, about, train
 from benchmarks.track_adapter import batches_of
