@@ -57,7 +57,7 @@ def _watched(
     settle(runtime)
     step = runtime.calls if runtime.step is None else runtime.step[0]
     due = state.is_due(step)
-    if not due and state.watch.mode == "observe":
+    if not due and (state.watch.mode == "observe" or not _is_read_at_once(runtime)):
         return sparse()
     before = RandomState.of(arguments.values())
     if not due:
@@ -78,6 +78,11 @@ def _watched(
     if mends and state.watch.mode == "adapt":
         raise NotFinite("the loss of the sparse step is not finite, that of the dense one is")
     return result
+
+
+def _is_read_at_once(runtime: Runtime) -> bool:
+    """Whether a loss can be looked at for nothing. On a GPU the host would wait in every step."""
+    return next(runtime.model.parameters()).device.type == "cpu"
 
 
 def _undriven(runtime: Runtime, sparse: Callable[[], object]) -> object:

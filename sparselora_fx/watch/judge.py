@@ -14,7 +14,9 @@ from sparselora_fx.watch.settings import Watch
 
 LEAST = 3  # probes, before anything but a fault is judged: one batch proves nothing
 RECENT = 3  # probes that make up "now" for a region
-RISE = 1.25  # a region has drifted when its error is so many times what it was at first,
+# A region has drifted when its error is so many times what it was just before (a fault), or what it
+# was at first: adapters that learn change what flows through a region, and its error with it.
+JUMP, RISE = 1.25, 1.75
 SPREADS = 3.0  # and so many spreads between batches above that; for a gap, so many standard errors
 _HISTORY = 4  # windows of gaps that tell how much they differ from batch to batch
 _CLIP = 5.0  # one wild batch counts as a difference of so many usual ones
@@ -43,7 +45,7 @@ class Judge:
     """Remembers what was measured at the present sparsity, and judges it.
 
     ``errors`` are the errors by region and ``gaps`` the loss gaps, oldest first, since what they
-    depend on was changed last; of a region's, the first window is what it is compared with.
+    depend on was changed last; of a region's, the first window and the last ones are kept, to compare with.
     """
 
     watch: Watch
@@ -56,11 +58,12 @@ class Judge:
             return Verdict("; ".join(probe.faults), tuple(probe.blamed), broken=True)
         if probe.loss_gap is not None:
             self.gaps = [*self.gaps, probe.loss_gap][-_HISTORY * self.watch.window :]
-        keep = 2 * self.watch.window
+        window = self.watch.window
+        keep = 2 * window + RECENT  # the first window stays, and the last before now
         for name, error in probe.regions.items():
             seen = [*self.errors.get(name, []), error]
-            first = self.watch.window  # the baseline stays, what is between goes
-            self.errors[name] = seen if len(seen) <= keep else seen[:first] + seen[-first:]
+            fits = len(seen) <= keep
+            self.errors[name] = seen if fits else seen[:window] + seen[-window - RECENT :]
         return self._of_gap(probe.regions) or self._of_regions() or Verdict(calm=self._calm())
 
     def forget(self, regions: Sequence[str] = ()) -> None:
@@ -102,14 +105,13 @@ class Judge:
         return median(self.errors[name][: self.watch.window])
 
     def _rise(self, name: str) -> float:
-        """A region's error now over what it may be, given its first window."""
+        """A region's error now over what it may be, given what it was just before, and at first."""
         seen, window = self.errors[name], self.watch.window
         if len(seen) < window + LEAST:
             return 0.0
-        allowed = max(
-            RISE * self._first(name), self._first(name) + SPREADS * _spread(seen[:window])
-        )
-        return median(seen[-RECENT:]) / allowed if allowed else 0.0
+        now = median(seen[-RECENT:])
+        before = _allowed(seen[-window - RECENT : -RECENT], JUMP)
+        return max(now / before, now / _allowed(seen[:window], RISE))
 
     def _culprit(self, errors: Mapping[str, float]) -> str | None:
         """The region whose error has risen most; while nothing has risen, the largest error."""
@@ -132,6 +134,12 @@ class Judge:
         """Go on from what `to_json` wrote."""
         self.gaps = list(state["gaps"])
         self.errors = {name: list(errors) for name, errors in state["errors"].items()}
+
+
+def _allowed(values: Sequence[float], times: float) -> float:
+    """How large an error may become after these."""
+    middle = median(values)
+    return max(times * middle, middle + SPREADS * _spread(values)) or math.inf
 
 
 def _spread(values: Sequence[float]) -> float:
