@@ -45,7 +45,7 @@ class Judge:
     """Remembers what was measured at the present sparsity, and judges it.
 
     ``errors`` are the errors by region and ``gaps`` the loss gaps, oldest first, since what they
-    depend on was changed last; of a region's, the first window and the last ones are kept, to compare with.
+    depend on was changed last; of a region's, the first window and the last ones are kept.
     """
 
     watch: Watch
