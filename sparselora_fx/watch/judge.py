@@ -16,7 +16,7 @@ LEAST = 3  # probes, before anything but a fault is judged: one batch proves not
 RECENT = 3  # probes that make up "now" for a region
 # A region has drifted when its error is so many times what it was just before (a fault), or what it
 # was at first: adapters that learn change what flows through a region, and its error with it.
-JUMP, RISE = 1.25, 1.75
+JUMP, RISE = 1.35, 1.75
 SPREADS = 3.0  # and so many spreads between batches above that; for a gap, so many standard errors
 _HISTORY = 4  # windows of gaps that tell how much they differ from batch to batch
 _CLIP = 5.0  # one wild batch counts as a difference of so many usual ones
