@@ -15,7 +15,7 @@ from tests.support import oracle
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_factors_of_consumers_are_not_passed(
+def test_what_nobody_reads_is_not_passed(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a block, also in the body that is checkpointed, and the step is the masked-dense one."""
@@ -46,9 +46,9 @@ def test_factors_of_consumers_are_not_passed(
         model.gradient_checkpointing_enable()
     got = oracle.run_compiled(model, data)
     assert len(given) == len(passed) == 1
-    # q, k, v, gate, up pass a and b and no norms; o and down their norms alone, of which attention
-    # reads none for its paper score: 2 factors and 7 vectors fewer than 21.
-    assert given[0] - passed[0] >= 8, (given, passed)
+    # q, k, v, gate, up pass a and b and no norms; o and down, whose factors are not even placed,
+    # their norms, of which attention reads none for its paper score: 7 vectors fewer.
+    assert given[0] - passed[0] >= 7, (given, passed)
     expected = oracle.reference_step(model, data, got.record)
     oracle.assert_close(got, expected, 1e-9)
     assert isinstance(got.record, slx.Recording) and got.record.sites
