@@ -42,11 +42,13 @@ def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
         return None
     held = {**module._parameters, **module._buffers}
     named = [(name, tensor) for name, tensor in held.items() if tensor is not None]
+    plain = any(_is_plain_matrix(name, t) for name, t in module._parameters.items())
     for name, tensor in named:
         sharder = _sharder(tensor)
         if sharder:
             return sharder, True
-        whole = name == "weight" or name in module._parameters
+        # Of a hand-written module's parameters some may be codes, and others matrices.
+        whole = name == "weight" or (name in module._parameters and not plain)
         if name in _PACKED or (whole and _is_odd_matrix(tensor)):
             return _quantiser(module, tensor), False
     if any(name in _PACKED and value is not None for name, value in module.__dict__.items()):
@@ -56,7 +58,6 @@ def opaque_by(module: nn.Module) -> tuple[str, bool] | None:
     # compressed-tensors rounds inputs on the way, also once it has unpacked the weight in place.
     if "quantization_scheme" in module.__dict__:
         return _quantiser(module, torch.empty(0)), False
-    plain = any(t.dim() == 2 and t.dtype in _PLAIN for _, t in named if isinstance(t, nn.Parameter))
     odd = [tensor for _, tensor in named if tensor.dtype not in _PLAIN and tensor.numel() > 1]
     return (_quantiser(module, odd[0]), False) if odd and not plain else None
 
@@ -65,6 +66,13 @@ def _is_odd_matrix(tensor: Tensor) -> bool:
     """Whether it is frozen, and its elements are not those of a plain matrix."""
     odd = tensor.dtype not in _PLAIN or tensor.is_sparse or is_foreign(tensor)
     return odd and tensor.dim() >= 2 and not tensor.requires_grad
+
+
+def _is_plain_matrix(name: str, tensor: Tensor | None) -> bool:
+    """Whether a parameter is a matrix as it stands; biases and scales of experts are none."""
+    if tensor is None or tensor.dim() != 2 or any(word in name for word in ("bias", "scale")):
+        return False
+    return tensor.dtype in _PLAIN and not tensor.is_sparse and not is_foreign(tensor)
 
 
 def _is_linear(module: nn.Module) -> bool:
