@@ -158,6 +158,7 @@ def test_a_browser_shows_it(written: tuple[Path, dict[str, float]], tmp_path: Pa
             page: Any = browser.new_page(
                 viewport={"width": width, "height": 800}, color_scheme=scheme
             )
+            page.set_default_timeout(180_000)  # a busy machine draws slowly
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("request", lambda request: asked.append(request.url))
