@@ -13,13 +13,16 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from sparselora_fx.errors import SparseLoraError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OK, FAILED, MISUSED = 0, 1, 2
 
@@ -142,13 +145,9 @@ def explain(
 ) -> None:
     """What a sparse step would do, why the rest is dense, and does it pay. Nothing is trained."""
     with _one_line():
-        from sparselora_fx.cli.config import read_config
-        from sparselora_fx.cli.models import estimator_of, load
         from sparselora_fx.user.explain import explain as look
 
-        loaded = load(read_config(config, override or ()))
-        model = loaded.compile(estimator_of(loaded, progress=_progress(as_json)), "eager")
-        said = look(model, next(loaded.batches(1)), verbose=verbose)
+        said = look(*_compiled(config, override, as_json), verbose=verbose)
     print(said.to_json() if as_json else said)
 
 
@@ -161,13 +160,9 @@ def report(
 ) -> None:
     """The same as one HTML file: map, graphs, what each pass changed. Nothing is trained."""
     with _one_line():
-        from sparselora_fx.cli.config import read_config
-        from sparselora_fx.cli.models import estimator_of, load
         from sparselora_fx.user.report import report as write
 
-        loaded = load(read_config(config, override or ()))
-        model = loaded.compile(estimator_of(loaded, progress=_progress(as_json)), "eager")
-        write(model, next(loaded.batches(1)), out)
+        write(*_compiled(config, override, as_json), out)
     found = {"file": str(out)}
     _show(found, list(found.items()), as_json)
 
@@ -209,6 +204,18 @@ def train(
     rows += [(f"seconds, {key}", f"{value:.1f}") for key, value in found["seconds"].items()]
     rows += worth_lines(found["worth"])
     _show(found, rows, as_json)
+
+
+def _compiled(
+    config: str, override: list[str] | None, as_json: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a configuration, compiled without native code, and its first batch."""
+    from sparselora_fx.cli.config import read_config
+    from sparselora_fx.cli.models import estimator_of, load
+
+    loaded = load(read_config(config, override or ()))
+    model = loaded.compile(estimator_of(loaded, progress=_progress(as_json)), "eager")
+    return model, next(loaded.batches(1))
 
 
 def _progress(as_json: bool) -> bool:
