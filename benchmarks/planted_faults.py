@@ -1,14 +1,16 @@
 """Faults planted into sparse fine-tuning of the shipped model: does the watch see them, and when?
 
-    python -m benchmarks.planted_faults --json F [--seeds 5] [--fault NAME ...]
+    python -m benchmarks.planted_faults --json F [--seeds 10 11 12 13 14] [--fault NAME ...]
 
 Each run fine-tunes the shipped model on word problems: LoRA on its attention linears, the demo's
 plan, an estimator calibrated on the first batches, a watch in mode "adapt" that probes every step,
 and a fault planted half-way (a plan that is too sparse: from the start). The first steps are dense,
 as by default: before adapters have learnt the form of an answer, this plan's loss is 0.1 lower than
 the dense one's. `probes` is how many probes passed until the watch acted (null: it did not); `loss`
-is the dense model's afterwards, on problems that no run trains on. "dense" trains without sparsity,
-"none" plants nothing: there the watch must stay quiet.
+is the dense model's afterwards, on problems that no run trains on, and `dense_loss` that of dense
+training with the same seed (and the same learning rate and batches). "none" plants nothing: there
+the watch must stay quiet. Seeds below 10 were used to choose the watch's bounds, the default ones
+were not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ STEPS, START, PLANTED, BATCH, RATE = 36, 6, 18, 8, 1e-3
 LENGTH = 64  # of the other domain's texts, in tokens
 CALIBRATION = 8  # batches that the estimator is calibrated on: those of the first steps
 TOLERANCE = 0.05
+FAULTY = 2  # seeds that every fault is tried with
 
 
 @dataclass
@@ -140,44 +144,62 @@ FAULTS = {
     "NaN": not_a_number,
     "0.99 in the first layer": nothing,
 }
+FROM_START = {"0.99 in the first layer": {"layers.0.mlp": 0.99}}  # faults of the plan
+DENSE_TOO = {"10x learning rate", "another domain"}  # dense training suffers from them as well
+
+
+@cache
+def dense_loss(fault: str, seed: int) -> float:
+    """What dense training ends with, beside the fault."""
+    model, _ = trained(fault, seed, dense=True)
+    return held_out(model)
 
 
 def train(fault: str, seed: int) -> dict[str, Any]:
     """One run; see the top of the file."""
+    model, took = trained(fault, seed)
+    seen = _seen(model, START if fault in FROM_START else PLANTED)
+    row = {"fault": fault, "seed": seed, "loss": held_out(model)}
+    row["dense_loss"] = dense_loss(fault if fault in DENSE_TOO else "none", seed)
+    return row | {"seconds": round(took, 1)} | seen
+
+
+def held_out(model: nn.Module) -> float:
+    """The dense model's loss on problems that no run trains on."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    pad = tokenizer.pad_token_id
-    examples = [encode(p, tokenizer) for p in generate("train", 400)]
     held = [encode(p, tokenizer) for p in generate("test", 96)]
+    parts = [collate(held[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(held), 32)]
+    return round(test_loss(model, parts), 4)
+
+
+def trained(fault: str, seed: int, *, dense: bool = False) -> tuple[nn.Module, float]:
+    """A model after a run, and the seconds that its steps took."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    examples = [encode(p, tokenizer) for p in generate("train", 400)]
     order = torch.randperm(400, generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [
-        collate([examples[i] for i in order[n * BATCH : (n + 1) * BATCH]], pad)
+        collate([examples[i] for i in order[n * BATCH : (n + 1) * BATCH]], tokenizer.pad_token_id)
         for n in range(STEPS)
     ]
     model = load_model(seed)
     estimator = estimator_of(model, batches[:CALIBRATION])
-    from_start = fault.startswith("0.99")
-    sparsity = {"layers.0.mlp": 0.99} if from_start else SPARSITY
-    plan = slx.SparsityPlan(sparsity, start_step=START)
-    if fault != "dense":
+    plan = slx.SparsityPlan(FROM_START.get(fault, SPARSITY), start_step=START)
+    if not dense:
         watch = slx.Watch(every=1, tolerance=TOLERANCE, mode="adapt", quiet=8)
         slx.compile(model, estimator, plan=plan, backend="eager", watch=watch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
     run = Run(model, optimizer, estimator, lambda step: batches[step])
-    begin, late = time.perf_counter(), None
+    begin = time.perf_counter()
     model.train()
     for step in range(STEPS):
-        if fault != "dense":
+        if not dense:
             slx.step(model, step, STEPS)
-            if step == PLANTED and not from_start:
-                FAULTS[fault](run)
+        if step == PLANTED:
+            FAULTS[fault](run)
         model(**run.batches(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    took = time.perf_counter() - begin
-    late = None if fault == "dense" else _seen(model, 0 if from_start else PLANTED)
-    loss = test_loss(model, [collate(held[i : i + 32], pad) for i in range(0, len(held), 32)])
-    result = {"fault": fault, "seed": seed, "loss": round(loss, 4), "seconds": round(took, 1)}
-    return result if late is None else result | late
+    return model, time.perf_counter() - begin
 
 
 def _seen(model: nn.Module, planted: int) -> dict[str, Any]:
@@ -187,15 +209,14 @@ def _seen(model: nn.Module, planted: int) -> dict[str, Any]:
     after = [p for p in acted if p.step >= planted]
     before = [p for p in acted if p.step < planted]
     later = [p for p in drift.probes if p.step >= planted]
+    calm = [p for p in drift.probes if p.step < planted] or later
     first = None if not after else 1 + next(i for i, p in enumerate(later) if p is after[0])
     return {
         "probes": first,
         "action": after[0].action if after else None,
         "false_alarms": len(before),
         "levels": {name: level for name, level in drift.levels.items()},
-        "gap": round(
-            statistics.median(p.loss_gap or 0.0 for p in drift.probes[:planted] or later), 4
-        ),
+        "gap": round(statistics.median(p.loss_gap or 0.0 for p in calm), 4),
     }
 
 
@@ -203,15 +224,14 @@ def main() -> None:
     """Run what is asked for, print a line each, write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5, help="of the runs without a fault")
-    parser.add_argument(
-        "--fault", nargs="*", choices=["dense", *FAULTS], default=["dense", *FAULTS]
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 15)),
+                        help=f"of each kind of run; faults take the first {FAULTY}")  # fmt: skip
+    parser.add_argument("--fault", nargs="*", choices=list(FAULTS), default=list(FAULTS))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="a sparse step broke")
     runs: list[dict[str, Any]] = []
     for fault in args.fault:
-        for seed in range(args.seeds if fault in ("dense", "none") else 1):
+        for seed in args.seeds if fault == "none" else args.seeds[:FAULTY]:
             torch.compiler.reset()
             runs.append(train(fault, seed))
             print(json.dumps(runs[-1]), flush=True)
