@@ -30,11 +30,11 @@ class Listener(Protocol):
 
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         """A graph was traced. Returns whether labels are shifted, and what is known of the model's
-        call; raises `OtherConvention` if that call must begin anew."""
+        call; raises `BeginsAnew` if that call must begin anew."""
 
     def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
         """A graph is about to be compiled: what the passes did to it; None for one that is left as
-        it was. Returns its number, from 1; raises `NothingSparse` if the model's call must begin
+        it was. Returns its number, from 1; raises `BeginsAnew` if the model's call must begin
         anew, dense."""
 
     def pass_log(self) -> PassLog:

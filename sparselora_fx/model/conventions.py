@@ -15,10 +15,6 @@ from sparselora_fx.notices import Notices
 _UNSHIFTED = ("MaskedLM", "TokenClassification", "PreTraining")
 
 
-class OtherConvention(Exception):
-    """A graph that is being traced shows that the present call has the wrong tokens dense."""
-
-
 @dataclass
 class Convention:
     """What is known of a model's loss.
@@ -30,7 +26,6 @@ class Convention:
     assumed: bool | None
     said: bool = False
     shown: set[bool] = field(default_factory=set)
-    retry: bool = False  # the call under way must begin anew
     notices: Notices = field(default_factory=Notices)
 
     @property

@@ -30,10 +30,6 @@ from sparselora_fx.runtime.packed_forward import (
 )
 
 
-class MissingFactors(Exception):
-    """A graph that is being traced reads factors that were not placed."""
-
-
 @dataclass
 class Attachment:
     """Hooks, factors and specs on the modules of one model: everything that `restore` must undo.

@@ -24,6 +24,10 @@ class CallKind(Enum):
     MEASUREMENT = "measurement"  # `sensitivity` evaluates with some regions sparse
 
 
+class BeginsAnew(Exception):
+    """A graph that is being traced shows that the call under way was prepared wrongly."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What the next calls of a model are for.

@@ -138,23 +138,23 @@ class CompiledForward(StandIn):
     def _run(
         self, counted: CountedBatch | None, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        """One compiled call. A graph that is traced may show that other tokens carry loss than was
-        assumed: the call then begins anew, before that graph has run."""
-        runtime, convention = self.runtime, self.runtime.convention
+        """One compiled call. A graph that is traced may show that the call was prepared wrongly
+        (other tokens carry loss than was assumed): it begins anew, before that graph has run."""
+        runtime = self.runtime
         tally, dense_calls = replace(runtime.tally), set(runtime.dense_calls)
         while True:
-            convention.retry = False
+            runtime.anew = False
             if runtime.given_up and not runtime.graphs:  # else dense graphs would be made anew
                 runtime.attached.unhook()
             runtime.tally, runtime.dense_calls = replace(tally, due=[]), set(dense_calls)
             try:
                 result = self._call(counted, args, dict(kwargs))
             except Exception:
-                if not convention.retry:
+                if not runtime.anew:
                     runtime.tally, runtime.dense_calls = tally, dense_calls
                     raise
                 continue
-            if not convention.retry:
+            if not runtime.anew:
                 return result
 
     def _call(
@@ -181,7 +181,7 @@ class CompiledForward(StandIn):
         try:
             result = self._made(arguments, args, kwargs, sliced)
             runtime.stepped |= runtime.sparse_now
-            if not runtime.convention.retry:
+            if not runtime.anew:
                 if self.untrimmed:
                     runtime.tally.warn_untrimmed()
                 runtime.tally.tell()

@@ -44,10 +44,6 @@ class Judged(Protocol):
     def observe(self, report: GraphReport, args: tuple[object, ...]) -> None: ...
 
 
-class NothingSparse(Exception):
-    """A graph that is being traced shows that the present call slices nothing."""
-
-
 def slices_nothing(runtime: Judged, report: GraphReport, inputs: Sequence[object]) -> bool:
     """Whether one graph shows that no call will slice anything: it holds all linears that the plan
     makes sparse, and none is in a region. If so, users are told, and the call must begin anew."""

@@ -1,11 +1,10 @@
-"""What one compiled model carries: what it has put on modules, what its calls are for, and what its
-graphs reported."""
+"""What one compiled model carries: what is on its modules, what calls are for, what graphs say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
@@ -18,17 +17,17 @@ from sparselora_fx.compiler.report import Compilation, GraphReport
 from sparselora_fx.errors import CompileError
 from sparselora_fx.estimator.online import Collector
 from sparselora_fx.model.attributes import RUNTIME
-from sparselora_fx.model.conventions import Convention, OtherConvention
+from sparselora_fx.model.conventions import Convention
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.plan.schedule import refreshes, sparsity_scale_at
 from sparselora_fx.rewrite.rewrite import Options, TracedCall
-from sparselora_fx.runtime.attachment import Attachment, MissingFactors
-from sparselora_fx.runtime.calls import AroundStep, Call
+from sparselora_fx.runtime.attachment import Attachment
+from sparselora_fx.runtime.calls import AroundStep, BeginsAnew, Call
 from sparselora_fx.runtime.copies import OWNER
 from sparselora_fx.runtime.failing_safe import Safety
-from sparselora_fx.runtime.giving_up import NothingSparse, slices_nothing
+from sparselora_fx.runtime.giving_up import slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
 from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
@@ -71,6 +70,7 @@ class Runtime:
     specs_set: tuple[float, bool] | None = None
     notices: Notices = field(default_factory=Notices)
     stepped: bool = False  # a sparse training call has run to its end
+    anew: bool = False  # the call under way must begin anew (`begin_anew`)
     given_up: bool = False  # nothing can be sliced: training is dense (`giving_up`)
     safety: Safety = field(default_factory=Safety)
     around_step: AroundStep | None = None  # who looks at a step's call; None: nobody
@@ -136,8 +136,7 @@ class Runtime:
         return None if found is None else found.name
 
     def _names(self) -> dict[int, FrozenWeight]:
-        held = [(w.traced, w) for w in self.frozen]
-        return {id(tensor): w for tensor, w in held if tensor is not None}
+        return {id(w.traced): w for w in self.frozen if w.traced is not None}
 
     def sparsity_scales(self) -> list[float]:
         """Every sparsity scale that the schedule takes as it is driven now, rising."""
@@ -216,12 +215,16 @@ class Runtime:
             taken = None if seen.taken is None else extra[seen.taken]
             self.collector.add(names, extra[seen.rows], taken)
 
+    def begin_anew(self, why: str) -> NoReturn:
+        """A graph that is being traced shows that the call under way was prepared wrongly."""
+        self.anew = True  # the compiler may wrap what is raised
+        raise BeginsAnew(f"the call begins anew: {why}")
+
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         """Learn from a graph how labels are predicted; see `backend.Listener`."""
         convention, traced = self.convention, self.trace_inputs
         if convention.learn(shown_conventions(gm.graph)) and traced.by_labels:
-            convention.retry = True
-            raise OtherConvention("the call begins anew, with the tokens dense that carry loss")
+            self.begin_anew("it has the wrong tokens dense")
         own = {id(weight.traced) for weight in self.frozen}
         frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
         return bool(convention.shift), TracedCall(traced.arguments, frozen)
@@ -237,11 +240,9 @@ class Runtime:
     def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
         """Count a graph, unless its call must begin anew; see `backend.Listener`."""
         if report is not None and self.attached.completes(report, inputs, self.name_of):
-            self.convention.retry = True
-            raise MissingFactors("the call begins anew, with factors that its graph reads")
+            self.begin_anew("its graph reads factors that were not placed")
         if report is not None and slices_nothing(self, report, inputs):
-            self.convention.retry = True
-            raise NothingSparse("the call begins anew, dense")
+            self.begin_anew("nothing of it is sliced")
         self.recompiles.compiling()
         return self.graphs
 
@@ -270,8 +271,7 @@ class Runtime:
             recorder.add(report, args, extra, self)
 
     def observe(self, report: GraphReport, args: tuple[object, ...]) -> None:
-        """Note what a graph did to the weights it was called with (one graph serves many
-        layers)."""
+        """Note what a graph did to the weights it was called with; it may serve many layers."""
         note_outcomes(self.seen, report, args, self.name_of, self.calls)
         for site in (site for region in report.regions for site in region.sites):
             self.trace_inputs.sliced.add(id(args[site.weight]))

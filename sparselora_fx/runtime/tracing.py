@@ -18,7 +18,6 @@ from sparselora_fx.errors import CompileError
 from sparselora_fx.model.attributes import spec_name
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
 from sparselora_fx.rewrite.rewrite import TracedCall
-from sparselora_fx.runtime.attachment import MissingFactors
 from sparselora_fx.runtime.calls import Call, CallKind
 from sparselora_fx.runtime.copies import stand_in_behind, stand_in_of
 from sparselora_fx.runtime.forward import CompiledForward
@@ -62,8 +61,7 @@ class Traced:
     def graph_rewritten(self, report: GraphReport | None, inputs: Sequence[object]) -> int:
         runtime = self.runtime
         if report is not None and runtime.attached.completes(report, inputs, runtime.name_of):
-            runtime.convention.retry = True
-            raise MissingFactors("the call begins anew, with factors that its graph reads")
+            runtime.begin_anew("its graph reads factors that were not placed")
         return len(self.compilations) + 1
 
     def graph_compiled(self, compilation: Compilation) -> None:

@@ -108,6 +108,7 @@ def test_pretraining_rows_have_the_stated_shape(tokenizer) -> None:
     assert ((labels == ids) | (labels == -100)).all() and (labels != -100).any()
 
 
+@pytest.mark.slow
 def test_pretraining_texts_are_found_here() -> None:
     texts = pretrain.standard_library_docstrings()
     assert len(texts) > 1000 and len(set(texts)) == len(texts)

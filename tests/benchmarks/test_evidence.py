@@ -217,6 +217,7 @@ def bench(base: Base, path: Path, settings: Settings = TINY) -> command.Bench:
     return command.Bench(base, settings, open_results(path, settings, {"device": "test"}))
 
 
+@pytest.mark.slow
 def test_stops_and_goes_on(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from benchmarks.flops import DENSE, FACE, Counter, row
 from benchmarks.support.graphs import Counted, llama
 from benchmarks.support.published import LORA_RANK, MODELS, PLANS, RANK, Published
 from tests.support.flop_models import BATCH, SHAPE
+from tests.support.slow import slow
 
 LEVEL = (0.9, 0.5)  # of 160 and 32 channels, 16 and 16 are kept
 
@@ -56,7 +57,7 @@ def test_dense_equals_the_count_by_hand() -> None:
     assert cost.attention == 2 * 2 * samples * 4 * length * length * 16 * (2 + 4)
 
 
-@pytest.mark.parametrize("level", [(0.9, 0.0), (0.0, 0.5), LEVEL])
+@pytest.mark.parametrize("level", [(0.9, 0.0), slow((0.0, 0.5)), slow(LEVEL)])
 def test_sparse_equals_the_count_by_hand(level: tuple[float, float]) -> None:
     cost = Counter(SHAPE, BATCH).stack((DENSE, level))
     assert cost.total == by_hand([DENSE, level], trained_below=False)

@@ -234,6 +234,7 @@ def told(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix(MARK)) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_preset_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

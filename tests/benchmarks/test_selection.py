@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ def _batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([row[:length] for row in ids])}
 
 
+@pytest.mark.slow
 def test_overlap_with_the_true_top_channels_beats_chance() -> None:
     model = load_model(seed=0)
     estimator = slx.SVDEstimator.build(model, rank=8, progress=False)

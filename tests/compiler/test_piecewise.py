@@ -220,6 +220,7 @@ def test_a_model_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         oracle.assert_close(got, oracle.reference_step(model_of(kind), data, got.record), 1e-9)
 
 
+@pytest.mark.slow
 def test_unlike_layers_share_nothing_and_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers 1 and 2 are alike, those around them are like no other."""
     sparsity = {f"layers.{i}.mlp": s for i, s in enumerate((0.25, 0.5, 0.5, 0.75))}

@@ -185,6 +185,7 @@ def test_pieces_have_as_many_graphs_as_plain() -> None:
     check_as_plain(3, FEW, more=1)
 
 
+@pytest.mark.slow
 def test_blocks_have_as_many_graphs_as_plain() -> None:
     """Token lists that no batch had before (with padding, without), a batch without sparse tokens,
     a single sample: each block compiled by itself is what plain torch.compile is asked for, too."""

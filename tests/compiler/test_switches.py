@@ -79,6 +79,7 @@ def test_a_marker_that_is_left_is_seen() -> None:
         spec.check(rewrite, "find_sites")
 
 
+@pytest.mark.slow
 def test_layers_are_left_out_and_the_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = oracle.llama(layers=3), ragged()
     called: list[str] = []

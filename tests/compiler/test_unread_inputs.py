@@ -12,9 +12,10 @@ import sparselora_fx as slx
 from sparselora_fx.compiler import backend
 from sparselora_fx.lowering import inductor_backend
 from tests.support import oracle
+from tests.support.slow import slow
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, slow(True)])
 def test_what_nobody_reads_is_not_passed(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import sparselora_fx as slx
 from tests.support import oracle
 from tests.support.masked_products import randomise_dora, reference_step
+from tests.support.slow import slow
 
 LLAMA = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
@@ -42,8 +43,8 @@ def on_bf16(dropout: float) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("tokens", ["all", "context"])
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.3])
+@pytest.mark.parametrize("tokens", [slow("all"), "context"])
 def test_conv1d(dropout: float, tokens: str) -> None:
     """Weights stored [K, N]; with dropout PEFT multiplies with each of them twice."""
     model, data = gpt2(dropout), oracle.batch()

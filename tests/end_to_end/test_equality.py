@@ -32,8 +32,8 @@ def check(model: Any, data: Any = None, *, lora_branch: str = "dense", **options
     [
         (torch.float64, "attention", "sparse"),
         (torch.float64, "all", "dense"),
-        (torch.float32, "attention", "dense"),
-        (torch.float32, "all", "sparse"),
+        slow(torch.float32, "attention", "dense"),
+        slow(torch.float32, "all", "sparse"),
     ],
 )
 def test_llama_equals_its_masked_self(dtype: torch.dtype, targets: str, lora_branch: str) -> None:

@@ -51,6 +51,7 @@ def test_layers_compiled_one_by_one(plan: dict[str, float]) -> None:
     check(model_of(cut=True), plan)
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one_under_checkpointing() -> None:
     check(model_of(cut=True, checkpointing=False), EVEN)
 

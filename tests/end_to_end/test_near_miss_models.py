@@ -26,6 +26,7 @@ def compare(model: nn.Module, data: dict[str, Any]) -> tuple[slx.Recording, str]
     return got.record, table
 
 
+@pytest.mark.slow
 def test_hidden_states_on_request_are_between_regions() -> None:
     model = oracle.llama(dtype=torch.float64)
     record, table = compare(model, {**oracle.batch(), "output_hidden_states": True})

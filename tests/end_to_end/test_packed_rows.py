@@ -103,7 +103,8 @@ def test_packed_rows_in_blocks_compiled_one_by_one() -> None:
     check(model_of("llama", True), packed(), regional=True)
 
 
-@pytest.mark.parametrize("position_ids", [slow(True), False], ids=["packed", "plain"])
+@pytest.mark.slow
+@pytest.mark.parametrize("position_ids", [True, False], ids=["packed", "plain"])
 def test_attention_in_a_wrapper_is_sliced_whatever_use_cache_says(position_ids: bool) -> None:
     data = packed()
     if not position_ids:

@@ -62,6 +62,7 @@ def test_output_tokens_stay_dense(tmp_path: Path) -> None:
     oracle.assert_close(got, expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_sparsity_zero_is_plain_compile(tmp_path: Path) -> None:
     model, data = quantised_llama(tmp_path, NF4), oracle.batch()
     expected = oracle.plain_compiled_step(model, data, "aot_eager")
@@ -129,6 +130,7 @@ def test_outliers_of_eight_bits(tmp_path: Path) -> None:
     oracle.assert_close(got, oracle.reference_step(plain, data, got.record), 2e-5)
 
 
+@pytest.mark.slow
 def test_a_step_takes_no_more_memory_than_a_dense_one(tmp_path: Path) -> None:
     """Weights, copies by column and factors included."""
     sizes = {"hidden": 128, "width": 512, "layers": 2}

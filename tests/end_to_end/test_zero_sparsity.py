@@ -12,12 +12,19 @@ from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 from tests.support.slow import slow
 
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-
 
 @pytest.mark.private_torch
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("zero", ["number", "mapping"])
+@pytest.mark.parametrize(
+    ("backend", "zero"),
+    [
+        slow("eager", "number"),
+        ("aot_eager", "number"),
+        slow("inductor", "number"),
+        ("eager", "mapping"),
+        slow("aot_eager", "mapping"),
+        slow("inductor", "mapping"),
+    ],
+)
 def test_plan_zero_is_plain_compile_bit_for_bit(backend: str, zero: str) -> None:
     model, data = oracle.llama(bias=True), oracle.batch()
     expected = oracle.plain_compiled_step(model, data, backend)
@@ -28,6 +35,7 @@ def test_plan_zero_is_plain_compile_bit_for_bit(backend: str, zero: str) -> None
     assert "0 of 7 frozen linears rewritten" in slx.explain(model, verbose=True)
 
 
+@pytest.mark.slow
 def test_plan_zero_with_dropout() -> None:
     model, data = oracle.llama(dropout=0.2), oracle.batch()
     expected = oracle.plain_compiled_step(model, data, "aot_eager")
@@ -45,7 +53,8 @@ def test_a_plan_that_keeps_every_channel_is_plain_compile() -> None:
     assert "k rounds up to all of its channels" in slx.explain(model, verbose=True)
 
 
-@pytest.mark.parametrize("level", [0.0, slow(0.05)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0.0, 0.05])
 def test_padding_changes_nothing_either(level: float) -> None:
     """Tokens are split, and some are padding: nothing is left out of a model without a choice."""
     model, data = oracle.llama(layers=2), oracle.batch(padding=3)
@@ -129,6 +138,7 @@ def test_recording_sees_nothing_in_evaluation() -> None:
     assert record.sites == {} and get_runtime(model).graphs == 0
 
 
+@pytest.mark.slow
 def test_compiled_evaluation_is_dense() -> None:
     model, data = oracle.llama(dtype=torch.float64), oracle.batch()
     model.eval()

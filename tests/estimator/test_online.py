@@ -51,7 +51,7 @@ def tokens_seen(model: nn.Module) -> set[int]:
     return {moment.count for moment in collector_of(model).moments.values()}
 
 
-@pytest.mark.parametrize("regional", [slow(False), True], ids=["whole", "regional"])
+@pytest.mark.parametrize("regional", [False, slow(True)], ids=["whole", "regional"])
 def test_statistics_and_factors_are_those_of_an_offline_calibration(regional: bool) -> None:
     model = oracle.llama(bias=True, dtype=torch.float64)
     expected = offline(model, batches())
@@ -195,7 +195,8 @@ def test_the_switch_compiles_the_sparse_graph_and_no_other() -> None:
     assert graphs == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("dynamic", [slow(None), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_observing_adds_no_graph_for_other_lengths(dynamic: bool | None) -> None:
     counts = []
     for calibrate in (False, True):
@@ -215,7 +216,8 @@ def test_observing_adds_no_graph_for_other_lengths(dynamic: bool | None) -> None
     assert counts[1] == counts[0] <= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_keep_moments_in_float32(dtype: torch.dtype) -> None:
     model, data = oracle.llama(dtype=dtype), batches(2)
     compiled(model, plan_of(start=2))
@@ -228,6 +230,7 @@ def test_half_precision_weights_keep_moments_in_float32(dtype: torch.dtype) -> N
     assert {pair.a.dtype for pair in estimator.factors.values()} == {dtype}
 
 
+@pytest.mark.slow
 def test_under_autocast_moments_and_factors_stay_in_float32() -> None:
     """The call, and with it the sums and the factorisation, run inside the user's autocast."""
     model, data = oracle.llama(), batches(1)[0]
@@ -258,6 +261,7 @@ def test_under_autocast_moments_and_factors_stay_in_float32() -> None:
     assert torch.equal(estimator.factors[w.canonical].a, expected.a)
 
 
+@pytest.mark.slow
 def test_state_dict_and_restore() -> None:
     model, data = oracle.llama(), batches(1)[0]
     before, weights = oracle.marks(model), oracle.copy_of_weights(model)

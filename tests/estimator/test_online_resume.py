@@ -139,6 +139,7 @@ def test_a_loaded_estimator_is_in_the_factors_at_once(tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for a, b, _ in buffers for k in a if "_sparselora" in k)
 
 
+@pytest.mark.slow
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     model = observed()
     slx.save_calibration(model, tmp_path / "m")

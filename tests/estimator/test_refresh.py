@@ -112,6 +112,7 @@ def test_refreshing_needs_calibration(tmp_path: Path) -> None:
     assert slx.SparsityPlan.from_yaml(tmp_path / "plan.yaml") == plan
 
 
+@pytest.mark.slow
 def test_compile_alone_calibrates() -> None:
     """Without an estimator and without a plan: the dense steps make one."""
     model, data = oracle.llama(layers=4), batches(2)

@@ -96,6 +96,7 @@ def test_an_input_of_another_grid_counts_all_its_rows() -> None:
     torch.testing.assert_close(moment.covariance(), torch.cov(x.t(), correction=0))
 
 
+@pytest.mark.slow
 def test_encoder_decoder_models_are_observed() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import T5Config, T5ForConditionalGeneration

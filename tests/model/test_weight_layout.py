@@ -158,6 +158,7 @@ def relayout_growth() -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 
 
+@pytest.mark.slow
 def test_peak_memory_is_one_layer() -> None:
     """In a process of its own, whose allocator gives each freed weight back at once: in one that
     other tests have fragmented, the peak says more about the heap than about us."""

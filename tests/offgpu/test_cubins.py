@@ -61,10 +61,8 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_table_is_what_the_compiler_says(arch: int) -> None:
     import triton
 

@@ -20,7 +20,6 @@ from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
 from tests.support.labelled_models import ROUNDING, SPARSE, Plain, compare, plan_of
 from tests.support.rewritten_graphs import rewritten
-from tests.support.slow import slow
 from tests.support.small_graphs import (
     Small,
     after,
@@ -136,13 +135,14 @@ ATTENTION, FEED_FORWARD = ["q", "k", "v", "o"], ["gate", "up", "down", "o"]
 WHOLE = SPARSE | {"layers.1.mlp": 0.6, "layers.1.self_attn": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sparsity", "targets", "dropout"),
     [
         ({"layers.0": 0.5}, ATTENTION, 0.0),
-        slow({"layers.0": 0.5}, FEED_FORWARD, 0.1),
-        slow(0.5, ATTENTION, 0.1),
-        slow(0.5, FEED_FORWARD, 0.0),
+        ({"layers.0": 0.5}, FEED_FORWARD, 0.1),
+        (0.5, ATTENTION, 0.1),
+        (0.5, FEED_FORWARD, 0.0),
     ],
 )
 def test_nothing_changes_in_fp64(sparsity: Any, targets: list[str], dropout: float) -> None:
@@ -154,16 +154,18 @@ def test_nothing_changes_in_fp64(sparsity: Any, targets: list[str], dropout: flo
     compare(model, ragged(), plan_of(sparsity), 1e-9)
 
 
-@pytest.mark.parametrize("targets", [slow(oracle.ATTENTION_TARGETS), "all-linear"])
-@pytest.mark.parametrize("sparsity", [slow(SPARSE), WHOLE], ids=["dense-last", "sparse-last"])
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [oracle.ATTENTION_TARGETS, "all-linear"])
+@pytest.mark.parametrize("sparsity", [SPARSE, WHOLE], ids=["dense-last", "sparse-last"])
 def test_loss_and_gradients_stay(sparsity: Any, targets: Any) -> None:
     model = oracle.llama(layers=2, targets=targets, dtype=torch.float64, bias=True)
     compare(model, ragged(), plan_of(sparsity), backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"tokens": "all"}, slow({"sink_tokens": 2}), slow({"sparse_outputs": 0.5})],
+    [{"tokens": "all"}, {"sink_tokens": 2}, {"sparse_outputs": 0.5}],
     ids=["all", "sinks", "sparse-outputs"],
 )
 def test_other_token_policies_have_a_list_of_their_own(options: Any) -> None:
@@ -196,6 +198,7 @@ def test_padding_on_the_left() -> None:
     compare(model, ragged(left=True), plan_of(WHOLE))
 
 
+@pytest.mark.slow
 def test_a_masked_language_model_is_not_shifted() -> None:
     config = BertConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -18,7 +18,6 @@ from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
 from tests.support.labelled_models import SPARSE, Block, Plain, compare, plan_of
 from tests.support.rewritten_graphs import rewritten
-from tests.support.slow import slow
 from tests.support.small_graphs import (
     Small,
     after,
@@ -181,8 +180,9 @@ def rows_of(graph: fx.Graph, name: str) -> list[int]:
     return [user.args[0].meta["example_value"].dim() for user in weights[0].users]
 
 
-@pytest.mark.parametrize("attention", [slow("sdpa"), "eager"])
-@pytest.mark.parametrize("family", ["llama", slow("qwen3")])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rotations_and_norms_are_passed(
     family: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

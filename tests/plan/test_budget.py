@@ -123,6 +123,7 @@ def test_a_functions_table_needs_the_function_again() -> None:
     assert slx.SparsityPlan.from_sensitivity(table, flops=0.8, tokens=mask).tokens is mask
 
 
+@pytest.mark.slow
 def test_the_plan_saves_what_was_asked_when_it_runs() -> None:
     """Count the rows and columns that a compiled training step really uses."""
     model = oracle.llama(layers=2)

@@ -40,6 +40,7 @@ def test_a_domain_without_a_number_rules_a_region_out() -> None:
         slx.SparsityPlan.from_sensitivity(tables, flops=0.95, worst_case=True)
 
 
+@pytest.mark.slow
 def test_measured_tables_are_those_of_each_domain_alone(tmp_path: Path) -> None:
     model = oracle.llama()
     domains = {"one": batches(), "two": batches((9, 9))}

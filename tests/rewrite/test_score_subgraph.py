@@ -296,6 +296,7 @@ def test_tracking_scores_with_the_adapters_of_now(score: str, plain: bool) -> No
         check_selection(score, track=True, plain=plain)
 
 
+@pytest.mark.slow
 def test_tracking_matters() -> None:
     """The comparison above can fail: with such adapters the selections differ."""
     model = oracle.llama(dtype=torch.float64, seed=3)
@@ -311,6 +312,7 @@ def test_tracking_matters() -> None:
         assert all(fixed[name].tolist() != tracked[name].tolist() for name in fixed)
 
 
+@pytest.mark.slow
 def test_context_tokens_alone_count() -> None:
     """With labels on some tokens, changing the content of the others' rows changes the choice as
     the formula says: only tokens without loss are looked at."""

@@ -1,5 +1,6 @@
 """Factors lie on the modules whose graphs read them."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -62,6 +63,7 @@ def test_a_producer_that_was_taken_for_a_consumer() -> None:
     oracle.assert_close(done, oracle.reference_step(model, data, record), 1e-12)
 
 
+@pytest.mark.slow
 def test_factors_that_come_from_training_are_given_too() -> None:
     """Online calibration makes them after a graph may have asked for them: `explain` does, as a
     step would."""

@@ -171,6 +171,7 @@ def test_a_pickle_needs_none_of_our_code(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- other wrappers
 
 
+@pytest.mark.slow
 def test_a_wrapped_forward_is_not_copied_silently() -> None:
     """Accelerate's mixed precision: a copy would call the model it was copied from."""
     from accelerate import Accelerator
@@ -245,6 +246,7 @@ def test_a_failed_merge_leaves_the_model_compiled() -> None:
 # ---------------------------------------------------------------- adapters that change
 
 
+@pytest.mark.slow
 def test_adapters_added_switched_and_deleted_stay_right() -> None:
     model, data = oracle.llama(dtype=torch.float64), oracle.batch()
     compiled(model)

@@ -175,6 +175,7 @@ def test_explain_names_what_is_outside_the_blocks() -> None:
     assert sum("rewritten (" in line for line in lines.values()) == 14
 
 
+@pytest.mark.slow
 def test_the_switch_from_dense_to_sparse() -> None:
     """Dense steps equal a plain model bit for bit; sparse steps equal a model compiled whole."""
     plan = slx.SparsityPlan(0.5, tokens="all", start_step=2, channel_multiple=1)

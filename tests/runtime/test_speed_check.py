@@ -191,6 +191,7 @@ def test_a_verdict_of_another_device_is_not_taken_over(tmp_path: Path) -> None:
     assert again.verdict is None and not again.over
 
 
+@pytest.mark.slow
 def test_a_verdict_is_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     model = compiled(start=1)
     first = _trainer(model, tmp_path, steps=18)

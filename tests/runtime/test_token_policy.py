@@ -77,7 +77,7 @@ def test_a_function_whose_derivative_is_infinite_at_zero() -> None:
 
 
 @pytest.mark.parametrize("lora_branch", ["dense", slow("sparse")])
-@pytest.mark.parametrize("targets", ["all-linear", oracle.ATTENTION_TARGETS])
+@pytest.mark.parametrize("targets", ["all-linear", slow(oracle.ATTENTION_TARGETS)])
 def test_context_tokens_are_sparse_and_output_tokens_dense(targets: Any, lora_branch: str) -> None:
     data = ragged()
     check(data, predicting(data), targets=targets, lora_branch=lora_branch, backend="aot_eager")
@@ -145,7 +145,8 @@ def test_padding_on_the_left(prompt: bool) -> None:
     check(data, dense)
 
 
-@pytest.mark.parametrize("left", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [False, True])
 def test_padding_content_changes_nothing(left: bool) -> None:
     model = oracle.llama(layers=2, dtype=torch.float64)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
@@ -161,6 +162,7 @@ def test_padding_content_changes_nothing(left: bool) -> None:
         assert torch.equal(chosen, second.record.sites[name][1])
 
 
+@pytest.mark.slow
 def test_many_lengths_compile_at_most_three_times() -> None:
     model = oracle.llama(layers=1)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)

@@ -88,6 +88,7 @@ def test_warm_up_leaves_no_trace() -> None:
     assert train(model) == [3] * 6
 
 
+@pytest.mark.slow
 def test_an_undriven_schedule_has_one_level() -> None:
     model = compiled()
     assert slx.warm_up(model, oracle.batch()) == 1
@@ -120,6 +121,7 @@ def test_buffers_are_put_back() -> None:
     assert get_runtime(model).graphs == 3
 
 
+@pytest.mark.slow
 def test_a_failing_batch_leaves_the_schedule_as_it_was() -> None:
     model = compiled()
     slx.step(model, 0, 6)

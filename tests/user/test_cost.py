@@ -31,6 +31,7 @@ def batch(context: int = 12, length: int = 16) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_flops_are_those_counted_by_hand() -> None:
     """Half of an FFN's 112 channels at 96 context tokens, forward and backward: in each of two
     samples 47 tokens before the first that predicts a label, and the last one."""

@@ -42,6 +42,7 @@ def test_a_trace_shows_each_pass_and_the_modules() -> None:
     assert "slice_sites" in text and "sliced_linear: 0 -> " in text
 
 
+@pytest.mark.slow
 def test_the_differences_add_up_to_the_graph() -> None:
     hooked: list[Counter[str]] = []
     slx.graphs(
@@ -57,6 +58,7 @@ def test_the_differences_add_up_to_the_graph() -> None:
     assert sum(records[-1].after.values()) == sum(hooked[-1].values())
 
 
+@pytest.mark.slow
 def test_a_trace_changes_nothing() -> None:
     """Neither the model's marks, nor random numbers, nor what the next steps compute and compile:
     fixed sizes stay fixed."""
@@ -159,6 +161,7 @@ def test_artifacts_land_in_torchs_trace(tmp_path: Path, monkeypatch: pytest.Monk
     assert "slice_sites" in text and "= sliced_linear(" in text
 
 
+@pytest.mark.slow
 def test_info_speaks_to_users(caplog: pytest.LogCaptureFixture) -> None:
     model = compiled(oracle.llama(), backend="eager")
     with caplog.at_level(logging.INFO, "sparselora_fx"):

@@ -14,6 +14,7 @@ import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 from tests.support.measured_models import LEVELS, batches, measure
+from tests.support.slow import slow
 
 
 def eval_loss(model: nn.Module, data: list[dict[str, Any]]) -> float:
@@ -48,6 +49,7 @@ def test_each_row_is_the_masked_dense_loss(tokens: str) -> None:
         assert row.loss_change == row.loss - table.dense_loss
 
 
+@pytest.mark.slow
 def test_saved_flops_are_those_of_the_kept_channels() -> None:
     table = measure(oracle.llama(layers=1))
     by_kind = {(row.kind, row.level): row.saved for row in table.rows}
@@ -93,7 +95,7 @@ def test_a_model_without_numbered_blocks_is_compiled_whole() -> None:
 # ---------------------------------------------------------------- nothing else changes
 
 
-@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("breaks", [False, slow(True)])
 def test_the_model_stays_as_it_was(breaks: bool) -> None:
     model = oracle.llama(layers=2, dropout=0.1)
     model.get_base_model().model.layers[1].eval()

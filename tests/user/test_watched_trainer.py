@@ -25,6 +25,7 @@ def compiled() -> nn.Module:
     return slx.compile(model, estimator, plan=plan, backend="eager", watch=watch)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_and_levels_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def train(model: torch.nn.Module, steps: int) -> None:
         model.zero_grad()
 
 
+@pytest.mark.slow
 def test_a_quiet_run_climbs_to_the_plan_and_keeps_it_in_a_file(tmp_path: Path) -> None:
     model = oracle.llama(layers=3)
     plan = slx.SparsityPlan.auto(tokens="all", start_step=0, channel_multiple=1)
