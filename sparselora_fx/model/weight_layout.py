@@ -76,13 +76,17 @@ def likely_consumers(frozen: Iterable[FrozenWeight]) -> list[FrozenWeight]:
     """The last linear of each module that holds several, if it maps back to what the others read.
 
     ``mlp: gate[I, D], up[I, D], down[D, I] -> down``; ``attn: q[H, D], k[G, D], v[G, D], o[D, H] ->
-    o``.
+    o``. Of three that are square and alike none is: they are queries, keys and values whose
+    projection back lies in another module, as BERT's does.
     """
     siblings: dict[str, list[FrozenWeight]] = defaultdict(list)
     for weight in frozen:
         siblings[weight.canonical.rpartition(".")[0]].append(weight)
     found = []
     for *others, last in siblings.values():
+        shapes = {(weight.out_features, weight.in_features) for weight in (*others, last)}
+        if len(others) == 2 and len(shapes) == 1:
+            continue
         reads = {weight.in_features for weight in others}
         widest = max((weight.out_features for weight in others), default=0)
         if reads == {last.out_features} and last.in_features <= widest:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
 import sparselora_fx as slx
 from sparselora_fx.estimator.statistics import DAMPING, Moment, aware_factors
@@ -105,6 +107,32 @@ def test_sliced_equals_masked_dense_after_the_switch() -> None:
     assert channels(model, expected, data[0]) == as_lists(record)
     plain = slx.SVDEstimator.build(model, rank=4, progress=False)
     assert channels(model, plain, data[0]) != as_lists(record)
+
+
+def test_an_attention_whose_way_back_lies_elsewhere_is_sliced() -> None:
+    """BERT's query, key and value are square and alike, and none of them maps back."""
+    config = BertConfig(
+        hidden_size=48, intermediate_size=112, num_hidden_layers=1, num_attention_heads=6,
+        vocab_size=oracle.VOCABULARY, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lora = oracle.lora_config(("query", "key", "value"))
+    lora.task_type = None
+    model = oracle.randomise(get_peft_model(BertForMaskedLM(config), lora)).double().train()
+    options: dict[str, Any] = {"tokens": "all", "channel_multiple": 1, "rank": 4}
+    plan = slx.SparsityPlan(0.5, start_step=1, calibrate="dense_phase", **options)
+    slx.compile(model, plan=plan, backend="eager")
+    data = batches(1)[0]
+    for n in range(2):
+        slx.step(model, n)
+        with slx.record(model) as record:
+            got = oracle.step(model, data)
+    slx.restore(model)
+    sliced = {name.split(".layer.0.")[1] for name in record.sites if "attention" in name}
+    heads = {f"attention.self.{name}.base_layer" for name in ("query", "key", "value")}
+    assert sliced == heads | {"attention.output.dense"}
+    with oracle.masked_reference(model, record):
+        oracle.assert_close(got, oracle.step(model, data), 1e-9)
 
 
 def test_only_context_tokens_count() -> None:

@@ -128,6 +128,7 @@ def test_trainable_weights_are_left_alone() -> None:
         ({"c_attn": (24, 8), "c_proj": (8, 8)}, ["c_proj"]),
         ({"query": (8, 8), "key": (8, 8), "value": (8, 8), "up": (32, 8)}, []),
         ({"alone": (8, 24)}, []),
+        ({"query": (8, 8), "key": (8, 8), "value": (8, 8)}, []),  # the way back is elsewhere
     ],
 )
 def test_likely_consumers(shapes: dict[str, tuple[int, int]], expected: list[str]) -> None:
