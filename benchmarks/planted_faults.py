@@ -4,13 +4,13 @@
 
 Each run fine-tunes the shipped model on word problems: LoRA on its attention linears, the demo's
 plan, an estimator calibrated on the first batches, a watch in mode "adapt" that probes every step,
-and a fault planted half-way (a plan that is too sparse: from the start). The first steps are dense,
-as by default: before adapters have learnt the form of an answer, this plan's loss is 0.1 lower than
-the dense one's. `probes` is how many probes passed until the watch acted (null: it did not); `loss`
-is the dense model's afterwards, on problems that no run trains on, and `dense_loss` that of dense
-training with the same seed (and the same learning rate and batches). "none" plants nothing: there
-the watch must stay quiet. Seeds below 10 were used to choose the watch's bounds, the default ones
-were not.
+and a fault planted half-way (a plan that is too sparse: from step 0). The first steps are dense
+otherwise, as by default: before adapters have learnt the form of an answer, this plan's loss is 0.1
+lower than the dense one's. `probes` is how many probes passed until the watch acted (null: it did
+not); `loss` is the dense model's afterwards, on problems that no run trains on, and `dense_loss`
+that of dense training with the same seed (and the same learning rate and batches). "none" plants
+nothing: there the watch must stay quiet. Seeds below 10 were used to choose the watch's bounds, the
+default ones were not.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def dense_loss(fault: str, seed: int) -> float:
 def train(fault: str, seed: int) -> dict[str, Any]:
     """One run; see the top of the file."""
     model, took = trained(fault, seed)
-    seen = _seen(model, START if fault in FROM_START else PLANTED)
+    seen = _seen(model, 0 if fault in FROM_START else PLANTED)
     row = {"fault": fault, "seed": seed, "loss": held_out(model)}
     row["dense_loss"] = dense_loss(fault if fault in DENSE_TOO else "none", seed)
     return row | {"seconds": round(took, 1)} | seen
@@ -183,7 +183,8 @@ def trained(fault: str, seed: int, *, dense: bool = False) -> tuple[nn.Module, f
     ]
     model = load_model(seed)
     estimator = estimator_of(model, batches[:CALIBRATION])
-    plan = slx.SparsityPlan(FROM_START.get(fault, SPARSITY), start_step=START)
+    sparsity, start = FROM_START.get(fault, SPARSITY), 0 if fault in FROM_START else START
+    plan = slx.SparsityPlan(sparsity, start_step=start)
     if not dense:
         watch = slx.Watch(every=1, tolerance=TOLERANCE, mode="adapt", quiet=8)
         slx.compile(model, estimator, plan=plan, backend="eager", watch=watch)

@@ -246,7 +246,10 @@ def _adapt(runtime: Runtime, state: WatchState, verdict: Verdict) -> str | None:
         return _moved(runtime, state, "down", {}, stages.describe(), verdict.text)
     if verdict.text and not verdict.regions:
         return f"none: {verdict.text}"
-    moved = ladder.down(verdict.regions, to_dense=verdict.broken) if verdict.text else ladder.rest()
+    if verdict.text:
+        moved = ladder.down(verdict.regions, paused=verdict.sudden, broken=verdict.broken)
+    else:
+        moved = ladder.rest()
     if verdict.text and not moved:
         return f"none, all are as low as they go: {verdict.text}"
     if not moved and ladder.calm < state.watch.quiet:
@@ -271,6 +274,12 @@ def _moved(
     state.ladder.calm = 0
     state.judge.forget(list(regions))
     apply_levels(runtime, state)
+    if regions and not any(state.ladder.levels().values()):
+        runtime.notices.warn(
+            f"no region is sparse any more, and training goes on dense: {why}. To be sparse again, "
+            "mend that and compile anew, with an estimator built from the data and adapters of now",
+            about="watch",
+        )
     return f"{way}: {what} ({why})"
 
 

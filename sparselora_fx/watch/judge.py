@@ -32,12 +32,14 @@ class Verdict:
     Attributes:
         text: what was found, for people.
         regions: those at fault, worst first; empty where no region can be blamed.
+        sudden: those of them whose error has jumped: something broke there.
         broken: a fault, not a drift: no window is waited for.
         calm: every measure is at half its bound or less: a climb may be tried.
     """
 
     text: str = ""
     regions: tuple[str, ...] = ()
+    sudden: frozenset[str] = frozenset()
     broken: bool = False
     calm: bool = False
 
@@ -103,20 +105,28 @@ class Judge:
             f"{self._first(name):.3f} at first"
             for _, name in drifted
         ]
-        return Verdict("; ".join(texts), tuple(name for _, name in drifted))
+        names = tuple(name for _, name in drifted)
+        return Verdict("; ".join(texts), names, frozenset(n for n in names if self._jump(n) > 1))
 
     def _first(self, name: str) -> float:
         return median(self.errors[name][: self.watch.window])
 
     def _rise(self, name: str) -> float:
         """A region's error now over what it may be, given what it was just before, and at first."""
+        return max(self._jump(name), self._over(name, self._first(name), RISE))
+
+    def _jump(self, name: str) -> float:
+        """A region's error now over what it may be, given what it was just before."""
+        before = self.errors[name][:-RECENT][-BEFORE * self.watch.window :]
+        return self._over(name, median(before), JUMP) if before else 0.0
+
+    def _over(self, name: str, error: float, times: float) -> float:
+        """A region's error now over what it may be, given an earlier one and the noise."""
         seen, window = self.errors[name], self.watch.window
         if len(seen) < window + LEAST:
             return 0.0
-        past = seen[:-RECENT][-_HISTORY * window :]
-        above, now = SPREADS * _spread(past), median(seen[-RECENT:])
-        before = _allowed(median(past[-BEFORE * window :]), JUMP, above)
-        return max(now / before, now / _allowed(self._first(name), RISE, above))
+        allowed = error + SPREADS * _spread(seen[:-RECENT][-_HISTORY * window :])
+        return median(seen[-RECENT:]) / (max(times * error, allowed) or math.inf)
 
     def _culprit(self, errors: Mapping[str, float]) -> str | None:
         """The region whose error has risen most; while nothing has risen, the largest error."""
@@ -139,11 +149,6 @@ class Judge:
         """Go on from what `to_json` wrote."""
         self.gaps = list(state["gaps"])
         self.errors = {name: list(errors) for name, errors in state["errors"].items()}
-
-
-def _allowed(error: float, times: float, above: float) -> float:
-    """How large an error may become after this one."""
-    return max(times * error, error + above) or math.inf
 
 
 def _spread(values: Sequence[float]) -> float:

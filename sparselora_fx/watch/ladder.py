@@ -1,13 +1,14 @@
 """How far each region may go now: rungs from the plan's sparsity down to dense.
 
-A region that drifts steps down one rung, all others stay. After a quiet while the region that was
-lowered last climbs one rung. If it drifts there again, it comes back and waits twice as long; a
-region that has come down to dense stays there, and so does one that failed twice where it is.
+A region that drifts steps down one rung, all others stay; one whose error jumps is taken dense.
+After a quiet while the region that was lowered last climbs one rung. If it drifts there again, it
+comes back and waits twice as long; a region that has walked down to dense stays there, and so does
+one that failed twice where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class Rung:
     at: int = 0
     failures: int = 0
     climbed: bool = False  # it stands higher than before, and nothing has shown yet that it can
+    paused: bool = False  # dense after a jump, not for good
 
     @property
     def level(self) -> float:
@@ -32,7 +34,7 @@ class Rung:
     @property
     def settled(self) -> bool:
         """Whether it stays where it is, or below, for good."""
-        return self.failures >= FAILURES or self.level == 0.0
+        return self.failures >= FAILURES or (self.level == 0.0 and not self.paused)
 
 
 @dataclass
@@ -69,8 +71,11 @@ class Ladder:
         if self.levels() not in self.compiled:
             self.compiled.append(self.levels())
 
-    def down(self, names: Iterable[str], *, to_dense: bool = False) -> dict[str, float]:
-        """Lower regions by one rung (or to dense); returns those that moved, with their level.
+    def down(
+        self, names: Iterable[str], *, paused: Collection[str] = (), broken: bool = False
+    ) -> dict[str, float]:
+        """Lower regions by one rung, those of ``paused`` to dense, and all of them to dense for
+        good if ``broken``; returns those that moved, with their level.
 
         A rung that is compiled for is taken before the next one that is not: no step waits for the
         compiler.
@@ -83,8 +88,9 @@ class Ladder:
                 continue
             rung.failures += rung.climbed
             rung.climbed = False
-            rung.at = len(rung.rungs) - 1 if to_dense else self._next(name)
-            rung.failures = FAILURES if to_dense else rung.failures
+            rung.paused = name in paused and not broken
+            rung.at = len(rung.rungs) - 1 if rung.paused or broken else self._next(name)
+            rung.failures = FAILURES if broken else rung.failures
             if name in self.lowered:
                 self.lowered.remove(name)
             self.lowered.append(name)
@@ -122,7 +128,7 @@ class Ladder:
             return {}
         self.calm = 0
         rung.at -= 1
-        rung.climbed = True
+        rung.climbed, rung.paused = True, False
         if rung.at == 0:
             self.lowered.remove(name)
         return {name: rung.level}
@@ -131,7 +137,7 @@ class Ladder:
         """All that later moves depend on."""
         return {
             "regions": {
-                name: [list(r.rungs), r.at, r.failures, r.climbed]
+                name: [list(r.rungs), r.at, r.failures, r.climbed, r.paused]
                 for name, r in self.regions.items()
             },
             "lowered": list(self.lowered),
@@ -142,8 +148,7 @@ class Ladder:
     def take(self, state: Mapping[str, Any]) -> None:
         """Go on from what `to_json` wrote."""
         self.regions = {
-            name: Rung(tuple(rungs), at, failures, climbed)
-            for name, (rungs, at, failures, climbed) in state["regions"].items()
+            name: Rung(tuple(rungs), *rest) for name, (rungs, *rest) in state["regions"].items()
         }
         self.lowered, self.calm = list(state["lowered"]), state["calm"]
         self.compiled = [dict(levels) for levels in state["compiled"]]

@@ -78,6 +78,17 @@ def test_noisy_regions_are_left_alone_and_a_steady_one_is_not() -> None:
     assert tripped <= 5 and seen >= 80, (tripped, seen)
 
 
+def test_a_jump_is_sudden_and_a_slow_rise_is_not() -> None:
+    jumped = verdicts(
+        [0.001] * 16, [{"a": 0.2 + 0.01 * (n % 2) + 0.2 * (n > 12)} for n in range(16)]
+    )
+    (first, *_) = [v for v in jumped if v.text]
+    assert first.regions == ("a",) and first.sudden == {"a"}
+    slow = verdicts([0.001] * 200, [{"a": 0.2 + 0.001 * n + 0.01 * (n % 2)} for n in range(200)])
+    (first, *_) = [v for v in slow if v.text]
+    assert first.regions == ("a",) and not first.sudden
+
+
 def test_without_a_rise_the_largest_error_is_blamed_for_a_gap() -> None:
     assert verdicts([0.1] * 3, [{"a": 0.2, "b": 0.4}] * 3)[-1].regions == ("b",)
 

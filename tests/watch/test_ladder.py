@@ -47,6 +47,16 @@ def test_drift_after_a_climb_doubles_the_wait_and_then_ends_it() -> None:
     assert waits == [2, 4, 0]
 
 
+def test_a_pause_is_dense_and_not_for_good() -> None:
+    made = ladder()
+    assert made.down(["a", "b"], paused=["a"]) == {"a": 0.0, "b": 0.25}
+    moved = [made.rest() for _ in range(20)]
+    assert [m for m in moved if m][:2] == [{"b": 0.5}, {"a": 0.25}]
+    assert made.levels() == {"a": 0.9, "b": 0.5}
+    made.down(["a"], paused=["a"], broken=True)
+    assert made.levels()["a"] == 0.0 and not any(made.rest() for _ in range(50))
+
+
 def test_a_rung_that_is_compiled_for_is_taken_first() -> None:
     made = ladder(a=0.9)
     for _ in range(2):  # 0.9 and 0.5 have run, 0.75 has not
