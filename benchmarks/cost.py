@@ -3,8 +3,8 @@
     python -m benchmarks.cost --json F [--preset NAME ...] [--backend inductor]
 
 For each preset: `predicted` (dense over sparse FLOPs) beside `measured` (dense over sparse seconds
-of steps in turn), `error` of the former; and `watch_share`, the time of a probe over that of the 50
-sparse steps between two of them.
+of steps in turn), `error` of the former; and `watch_share`, the time of a probe over that of the
+sparse steps between two of them, as many as there are by default.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sparselora_fx as slx
 from benchmarks.support.peers import dense, random_estimator
 from benchmarks.support.presets import PRESETS
 
-EVERY = 50
+EVERY = slx.Watch().every
 PROBES = 4
 
 
@@ -57,7 +57,9 @@ def main() -> None:
     """Measure what is asked for, print a line each, write the JSON after each."""
     parser = argparse.ArgumentParser(description="Predicted and measured cost of sparse steps.")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--preset", nargs="*", choices=list(PRESETS), default=["tiny", "cpu-small"])
+    parser.add_argument(
+        "--preset", nargs="*", choices=list(PRESETS), default=["cpu-small", "cpu-small-nf4"]
+    )
     parser.add_argument("--backend", default="inductor")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -4,9 +4,9 @@
 
 Every run of a base and a seed starts from the same adapters, sees the same batches in the same
 order and is judged dense: the loss on the answers of wordings that training has never shown, and
-the share of such problems that greedy generation answers right. The sparse plan is the demo's.
-``fp32`` is the same on the base as it was before it was quantised. A run that the file already
-holds is not repeated; ``--minutes`` stops in time to go on later.
+the share of such problems that greedy generation answers right. The sparse plan has the demo's
+sparsities. ``fp32`` is the same on the base as it was before it was quantised. A run that the file
+already holds is not repeated; ``--minutes`` stops in time to go on later.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class WatchSection:
     """As in `sparselora_fx.Watch`; ``mode`` "off": nobody watches."""
 
     mode: str = _choice("off", "off", "observe", "adapt", "stop")
-    every: int = _at_least(50, 1)
+    every: int = _at_least(125, 1)
     tolerance: float = _at_least(0.02, 0)
 
 

@@ -247,7 +247,8 @@ def _adapt(runtime: Runtime, state: WatchState, verdict: Verdict) -> str | None:
     if verdict.text and not verdict.regions:
         return f"none: {verdict.text}"
     if verdict.text:
-        moved = ladder.down(verdict.regions, paused=verdict.sudden, broken=verdict.broken)
+        moved = ladder.pause() if verdict.sudden else {}
+        moved = moved or ladder.down(verdict.regions, broken=verdict.broken)
     else:
         moved = ladder.rest()
     if verdict.text and not moved:

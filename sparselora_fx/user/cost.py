@@ -224,7 +224,7 @@ def bill(
         times,
         runtime.estimator_seconds + (built.seconds if built is not None else 0.0),
         _compile_seconds(runtime),
-        probe / state.watch.every if state is not None else 0.0,
+        probe / state.every if state is not None else 0.0,
         _dense_steps(runtime, steps),
         steps,
         sum(b.numel() * b.element_size() for b in buffers),

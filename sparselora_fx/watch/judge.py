@@ -32,14 +32,14 @@ class Verdict:
     Attributes:
         text: what was found, for people.
         regions: those at fault, worst first; empty where no region can be blamed.
-        sudden: those of them whose error has jumped: something broke there.
+        sudden: an error has jumped: the estimator, the data or the pace of training is another.
         broken: a fault, not a drift: no window is waited for.
         calm: every measure is at half its bound or less: a climb may be tried.
     """
 
     text: str = ""
     regions: tuple[str, ...] = ()
-    sudden: frozenset[str] = frozenset()
+    sudden: bool = False
     broken: bool = False
     calm: bool = False
 
@@ -106,7 +106,7 @@ class Judge:
             for _, name in drifted
         ]
         names = tuple(name for _, name in drifted)
-        return Verdict("; ".join(texts), names, frozenset(n for n in names if self._jump(n) > 1))
+        return Verdict("; ".join(texts), names, any(self._jump(name) > 1 for name in names))
 
     def _first(self, name: str) -> float:
         return median(self.errors[name][: self.watch.window])

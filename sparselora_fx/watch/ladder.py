@@ -1,14 +1,15 @@
 """How far each region may go now: rungs from the plan's sparsity down to dense.
 
-A region that drifts steps down one rung, all others stay; one whose error jumps is taken dense.
-After a quiet while the region that was lowered last climbs one rung. If it drifts there again, it
+A region that drifts steps down one rung, all others stay. Where an error jumps, all of them go to
+their lowest rung above dense, and climb back together, a rung after each quiet while. Otherwise,
+after a quiet while, the region that was lowered last climbs one rung. If it drifts there again, it
 comes back and waits twice as long; a region that has walked down to dense stays there, and so does
 one that failed twice where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Rung:
     at: int = 0
     failures: int = 0
     climbed: bool = False  # it stands higher than before, and nothing has shown yet that it can
-    paused: bool = False  # dense after a jump, not for good
+    paused: int | None = None  # where it stood before a jump elsewhere brought it down
 
     @property
     def level(self) -> float:
@@ -34,7 +35,7 @@ class Rung:
     @property
     def settled(self) -> bool:
         """Whether it stays where it is, or below, for good."""
-        return self.failures >= FAILURES or (self.level == 0.0 and not self.paused)
+        return self.failures >= FAILURES or self.level == 0.0
 
 
 @dataclass
@@ -71,11 +72,21 @@ class Ladder:
         if self.levels() not in self.compiled:
             self.compiled.append(self.levels())
 
-    def down(
-        self, names: Iterable[str], *, paused: Collection[str] = (), broken: bool = False
-    ) -> dict[str, float]:
-        """Lower regions by one rung, those of ``paused`` to dense, and all of them to dense for
-        good if ``broken``; returns those that moved, with their level.
+    def pause(self) -> dict[str, float]:
+        """Take every region to its lowest rung above dense; returns those that moved."""
+        self.calm = 0
+        moved: dict[str, float] = {}
+        for name, rung in self.regions.items():
+            low = len(rung.rungs) - 2  # the last one is dense
+            if rung.at < low:
+                rung.paused = rung.at if rung.paused is None else rung.paused
+                rung.at, rung.climbed = low, False
+                moved[name] = rung.level
+        return moved
+
+    def down(self, names: Iterable[str], *, broken: bool = False) -> dict[str, float]:
+        """Lower regions by one rung, or to dense for good; returns those that moved, with their
+        level.
 
         A rung that is compiled for is taken before the next one that is not: no step waits for the
         compiler.
@@ -88,8 +99,8 @@ class Ladder:
                 continue
             rung.failures += rung.climbed
             rung.climbed = False
-            rung.paused = name in paused and not broken
-            rung.at = len(rung.rungs) - 1 if rung.paused or broken else self._next(name)
+            rung.paused = None
+            rung.at = len(rung.rungs) - 1 if broken else self._next(name)
             rung.failures = FAILURES if broken else rung.failures
             if name in self.lowered:
                 self.lowered.remove(name)
@@ -115,9 +126,11 @@ class Ladder:
         return {**self.levels(), name: self.regions[name].rungs[at]} in self.compiled
 
     def rest(self) -> dict[str, float]:
-        """A probe was calm: after enough of them the region lowered last climbs one rung. Returns
-        what moved."""
+        """A probe was calm: after enough of them the region lowered last climbs one rung, or all
+        that a jump brought down. Returns what moved."""
         self.calm += 1
+        if any(rung.paused is not None for rung in self.regions.values()):
+            return self._resume() if self.calm >= self.quiet else {}
         name = next((n for n in reversed(self.lowered) if not self.regions[n].settled), None)
         if name is None:
             return {}
@@ -128,10 +141,20 @@ class Ladder:
             return {}
         self.calm = 0
         rung.at -= 1
-        rung.climbed, rung.paused = True, False
+        rung.climbed = True
         if rung.at == 0:
             self.lowered.remove(name)
         return {name: rung.level}
+
+    def _resume(self) -> dict[str, float]:
+        self.calm = 0
+        moved: dict[str, float] = {}
+        for name, rung in self.regions.items():
+            if rung.paused is not None:
+                rung.at = rung.paused if self.full else rung.at - 1
+                rung.paused = None if rung.at == rung.paused else rung.paused
+                moved[name] = rung.level
+        return moved
 
     def to_json(self) -> dict[str, object]:
         """All that later moves depend on."""

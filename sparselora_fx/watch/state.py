@@ -15,7 +15,7 @@ from sparselora_fx.plan.plan import Sparsity, SparsityPlan
 from sparselora_fx.watch.judge import Judge
 from sparselora_fx.watch.ladder import Ladder
 from sparselora_fx.watch.probe import Probe, from_json
-from sparselora_fx.watch.settings import Watch
+from sparselora_fx.watch.settings import CLIMBING, Watch
 from sparselora_fx.watch.stages import Stages, stages_of
 
 _VERSION = 1
@@ -54,13 +54,19 @@ class WatchState:
         self.judge = Judge(self.watch)
         self.ladder = Ladder(self.watch.quiet)
 
+    @property
+    def every(self) -> int:
+        """Steps from one probe to the next, at present."""
+        every = self.watch.every
+        return min(every, CLIMBING) if self.stages.climbing else every
+
     def is_due(self, step: int) -> bool:
         """Whether a step (or, undriven, a call) is probed."""
-        return self.last is None or step >= self.last + self.watch.every
+        return self.last is None or step >= self.last + self.every
 
     def is_due_together(self, step: int) -> bool:
         """Whether all processes are to agree after a step: the same in each of them."""
-        return self.together is None or step >= self.together + self.watch.every
+        return self.together is None or step >= self.together + self.every
 
     def caps(self) -> dict[str, Sparsity]:
         """By frozen linear, the most that it may skip now; nothing of those that nothing holds

@@ -47,14 +47,18 @@ def test_drift_after_a_climb_doubles_the_wait_and_then_ends_it() -> None:
     assert waits == [2, 4, 0]
 
 
-def test_a_pause_is_dense_and_not_for_good() -> None:
+def test_a_pause_ends_for_all_regions_together() -> None:
     made = ladder()
-    assert made.down(["a", "b"], paused=["a"]) == {"a": 0.0, "b": 0.25}
+    assert made.pause() == {"a": 0.25, "b": 0.25} and not made.pause()
+    other = Ladder(quiet=2)
+    other.take(json.loads(json.dumps(made.to_json())))
     moved = [made.rest() for _ in range(20)]
-    assert [m for m in moved if m][:2] == [{"b": 0.5}, {"a": 0.25}]
-    assert made.levels() == {"a": 0.9, "b": 0.5}
-    made.down(["a"], paused=["a"], broken=True)
-    assert made.levels()["a"] == 0.0 and not any(made.rest() for _ in range(50))
+    assert moved == [other.rest() for _ in range(20)]
+    assert [m for m in moved if m] == [{"a": 0.5, "b": 0.5}, {"a": 0.75}, {"a": 0.9}]
+    made.pause()
+    made.down(["a"])  # drift in a pause ends it for that region
+    moved = [made.rest() for _ in range(5)]
+    assert [m for m in moved if m] == [{"b": 0.5}] and made.levels()["a"] == 0.0
 
 
 def test_a_rung_that_is_compiled_for_is_taken_first() -> None:
