@@ -43,7 +43,6 @@ from sparselora_fx.runtime.runtime import get_runtime
 STEPS, START, PLANTED, BATCH, RATE = 36, 6, 18, 8, 1e-3
 LENGTH = 64  # of the other domain's texts, in tokens
 CALIBRATION = 8  # batches that the estimator is calibrated on: those of the first steps
-TOLERANCE = 0.05
 FAULTY = 2  # seeds that every fault is tried with
 
 
@@ -186,7 +185,7 @@ def trained(fault: str, seed: int, *, dense: bool = False) -> tuple[nn.Module, f
     sparsity, start = FROM_START.get(fault, SPARSITY), 0 if fault in FROM_START else START
     plan = slx.SparsityPlan(sparsity, start_step=start)
     if not dense:
-        watch = slx.Watch(every=1, tolerance=TOLERANCE, mode="adapt", quiet=8)
+        watch = slx.Watch(every=1, mode="adapt", quiet=8)
         slx.compile(model, estimator, plan=plan, backend="eager", watch=watch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
     run = Run(model, optimizer, estimator, lambda step: batches[step])
@@ -238,8 +237,8 @@ def main() -> None:
             print(json.dumps(runs[-1]), flush=True)
             facts = {
                 "torch": torch.__version__, "threads": torch.get_num_threads(), "steps": STEPS,
-                "start": START, "planted": PLANTED, "tolerance": TOLERANCE, "backend": "eager",
-                "runs": runs,
+                "start": START, "planted": PLANTED, "tolerance": slx.Watch().tolerance,
+                "backend": "eager", "runs": runs,
             }  # fmt: skip
             args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -247,7 +247,7 @@ def _adapt(runtime: Runtime, state: WatchState, verdict: Verdict) -> str | None:
     if verdict.text and not verdict.regions:
         return f"none: {verdict.text}"
     if verdict.text:
-        moved = ladder.pause() if verdict.sudden else {}
+        moved = ladder.pause() if verdict.grave else {}
         moved = moved or ladder.down(verdict.regions, broken=verdict.broken)
     else:
         moved = ladder.rest()

@@ -20,6 +20,7 @@ JUMP, RISE = 1.2, 1.75
 BEFORE = 2  # windows that make up "just before"
 SPREADS = 4.0  # and so many spreads between batches above that: some regions are noisy, others not
 ERRORS = 3.0  # a gap is beyond the tolerance by so many standard errors of its median
+TWICE, GRAVE = 2.0, 5.0  # tolerances: each gap of a window beyond so many; their median
 _HISTORY = 4  # windows that tell how much a gap or an error differs from batch to batch
 _CLIP = 5.0  # one wild batch counts as a difference of so many usual ones
 _MEDIAN = 1.2533  # standard error of a median, in standard deviations over sqrt(n)
@@ -32,14 +33,15 @@ class Verdict:
     Attributes:
         text: what was found, for people.
         regions: those at fault, worst first; empty where no region can be blamed.
-        sudden: an error has jumped: the estimator, the data or the pace of training is another.
+        grave: an error has jumped (the estimator, the data or the pace of training is another), or
+            the gap is many times the tolerance: one rung down would not do.
         broken: a fault, not a drift: no window is waited for.
         calm: every measure is at half its bound or less: a climb may be tried.
     """
 
     text: str = ""
     regions: tuple[str, ...] = ()
-    sudden: bool = False
+    grave: bool = False
     broken: bool = False
     calm: bool = False
 
@@ -84,7 +86,11 @@ class Judge:
         latest = self.gaps[-self.watch.window :]
         middle = median(latest)
         noise = ERRORS * _MEDIAN * _spread(self.gaps) / math.sqrt(len(latest))
-        if abs(middle) - noise <= self.watch.tolerance:
+        bound = self.watch.tolerance
+        clear = len(latest) == self.watch.window and (
+            min(latest) > TWICE * bound or max(latest) < -TWICE * bound
+        )
+        if not clear and abs(middle) - noise <= bound:
             return None
         culprit = self._culprit(errors)
         side = "above" if middle > 0 else "below"
@@ -93,6 +99,7 @@ class Judge:
             f"the sparse loss is {abs(middle):.4f} nats a token {side} the dense loss (median of "
             f"{len(latest)} probes, +- {noise:.4f}; tolerance {self.watch.tolerance:g}){named}",
             (culprit,) if culprit else (),
+            grave=abs(middle) > GRAVE * bound,
         )
 
     def _of_regions(self) -> Verdict | None:

@@ -1,6 +1,6 @@
 """How far each region may go now: rungs from the plan's sparsity down to dense.
 
-A region that drifts steps down one rung, all others stay. Where an error jumps, all of them go to
+A region that drifts steps down one rung, all others stay. After a grave finding all of them go to
 their lowest rung above dense, and climb back together, a rung after each quiet while. Otherwise,
 after a quiet while, the region that was lowered last climbs one rung. If it drifts there again, it
 comes back and waits twice as long; a region that has walked down to dense stays there, and so does
@@ -26,7 +26,7 @@ class Rung:
     at: int = 0
     failures: int = 0
     climbed: bool = False  # it stands higher than before, and nothing has shown yet that it can
-    paused: int | None = None  # where it stood before a jump elsewhere brought it down
+    paused: int | None = None  # where it stood before a grave finding
 
     @property
     def level(self) -> float:
@@ -127,7 +127,7 @@ class Ladder:
 
     def rest(self) -> dict[str, float]:
         """A probe was calm: after enough of them the region lowered last climbs one rung, or all
-        that a jump brought down. Returns what moved."""
+        that a grave finding brought down. Returns what moved."""
         self.calm += 1
         if any(rung.paused is not None for rung in self.regions.values()):
             return self._resume() if self.calm >= self.quiet else {}

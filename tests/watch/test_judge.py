@@ -42,6 +42,12 @@ def test_a_jump_within_noise_is_seen_in_five_probes() -> None:
         assert not any(v.text for v in found[:10]) and any(v.text for v in found)
 
 
+def test_a_gap_far_beyond_the_tolerance_is_seen_in_five_probes_however_noisy() -> None:
+    found = verdicts([-0.346, -0.151, -0.249, -0.130, -0.153])
+    assert [bool(v.text) for v in found] == [False] * 4 + [True] and found[-1].grave
+    assert not verdicts([0.05] * 3)[-1].grave
+
+
 def test_one_wild_batch_does_not_trip() -> None:
     assert not any(v.text for v in verdicts([0.001, 0.0, 9.0, 0.001, 0.002, 0.001]))
 
@@ -78,15 +84,15 @@ def test_noisy_regions_are_left_alone_and_a_steady_one_is_not() -> None:
     assert tripped <= 5 and seen >= 80, (tripped, seen)
 
 
-def test_a_jump_is_sudden_and_a_slow_rise_is_not() -> None:
+def test_a_jump_is_grave_and_a_slow_rise_is_not() -> None:
     jumped = verdicts(
         [0.001] * 16, [{"a": 0.2 + 0.01 * (n % 2) + 0.2 * (n > 12)} for n in range(16)]
     )
     (first, *_) = [v for v in jumped if v.text]
-    assert first.regions == ("a",) and first.sudden
+    assert first.regions == ("a",) and first.grave
     slow = verdicts([0.001] * 200, [{"a": 0.2 + 0.001 * n + 0.01 * (n % 2)} for n in range(200)])
     (first, *_) = [v for v in slow if v.text]
-    assert first.regions == ("a",) and not first.sudden
+    assert first.regions == ("a",) and not first.grave
 
 
 def test_without_a_rise_the_largest_error_is_blamed_for_a_gap() -> None:
