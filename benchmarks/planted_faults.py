@@ -220,6 +220,22 @@ def _seen(model: nn.Module, planted: int) -> dict[str, Any]:
     }
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row for each fault as Markdown: probes until the watch acted, false alarms before, losses
+    seed by seed."""
+    lines = [
+        "| fault | seeds | seen after probes | false alarms | loss | dense training |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for fault in dict.fromkeys(run["fault"] for run in runs):
+        own = [run for run in runs if run["fault"] == fault]
+        seen = ", ".join("-" if r["probes"] is None else str(r["probes"]) for r in own)
+        cells = [fault, str(len(own)), seen, str(sum(r["false_alarms"] for r in own))]
+        cells += [", ".join(f"{r[name]:.3f}" for r in own) for name in ("loss", "dense_loss")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run what is asked for, print a line each, write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -241,6 +257,7 @@ def main() -> None:
                 "backend": "eager", "runs": runs,
             }  # fmt: skip
             args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(table(runs))
 
 
 if __name__ == "__main__":

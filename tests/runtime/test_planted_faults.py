@@ -5,14 +5,17 @@ The same on the shipped model, with figures: `python -m benchmarks.planted_fault
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import sparselora_fx as slx
+from benchmarks import planted_faults
 from sparselora_fx.estimator.low_rank import Factors
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
@@ -70,3 +73,10 @@ def test_a_fault_is_seen(fault: Callable[[nn.Module, slx.SVDEstimator], None]) -
         if seen is None and any("drifts" in str(w.message) for w in caught):
             seen = n
     assert seen is None if fault is nothing else seen in range(PLANTED, PLANTED + 5)
+
+
+def test_the_page_shows_the_committed_table() -> None:
+    root = Path(planted_faults.__file__).parent
+    found = json.loads((root / "results/planted_faults.json").read_text(encoding="utf-8"))
+    page = (root.parent / "docs/operations.md").read_text(encoding="utf-8")
+    assert planted_faults.table(found["runs"]) in page
