@@ -172,6 +172,7 @@ def test_presets_have_the_device_one_at_a_time(tmp_path: Path) -> None:
     assert "| ours | 1.5 |" in (tmp_path / "gpu_suite.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_when_the_time_is_up(tmp_path: Path) -> None:
     endless = job("b", "tell(kind='peer', peer='ours', compile_s=1.0)", "time.sleep(600)")
     start = time.monotonic()

@@ -64,6 +64,7 @@ def run(*arguments: Any, code: int = 0) -> Any:
     return done
 
 
+@pytest.mark.slow
 def test_train_then_resume(folder: Path) -> None:
     """Two steps, an adapter that PEFT loads; two more from the checkpoint, which moves it on."""
     first = json.loads(run("train", folder / "run.yaml", "--json").stdout)

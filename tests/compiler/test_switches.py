@@ -25,6 +25,7 @@ from tests.support.token_batches import ragged
 PLAN = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
 
 
+@pytest.mark.slow
 def test_a_pass_is_left_out_and_the_numbers_stay(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,6 +83,7 @@ def test_the_choice_sees_the_scale() -> None:
     assert not set(chosen["ffn"].tolist()) & set(small.tolist())
 
 
+@pytest.mark.slow
 def test_sparsity_0_is_plain_and_restore_takes_all_off() -> None:
     model, data = model_of(), oracle.batch()
     before, weights = oracle.marks(model), oracle.copy_of_weights(model)

@@ -33,6 +33,7 @@ def test_hidden_states_on_request_are_between_regions() -> None:
     assert len(record.sites) == 7, table
 
 
+@pytest.mark.slow
 def test_attentions_on_request_leave_the_attention_dense() -> None:
     """The probabilities that are returned were made from queries and keys."""
     model = oracle.llama(dtype=torch.float64, attention="eager")

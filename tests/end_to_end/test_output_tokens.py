@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
-from tests.support.slow import slow
 from tests.support.token_batches import by_token, predicting, ragged
 
 PLAN: dict[str, Any] = {"start_step": 0, "channel_multiple": 1}
@@ -42,7 +41,8 @@ def gradients(model: nn.Module, loss: Tensor) -> oracle.Step:
     return oracle.Step(loss.detach(), grads)
 
 
-@pytest.mark.parametrize("way", [slow("context"), "key"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["context", "key"])
 def test_named_tokens_stay_dense(way: str) -> None:
     data = ragged()
     dense = predicting(data)

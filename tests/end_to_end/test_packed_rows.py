@@ -99,6 +99,7 @@ def test_packed_rows_mean_one_function(kind: str, cache: bool) -> None:
     check(model, data)
 
 
+@pytest.mark.slow
 def test_packed_rows_in_blocks_compiled_one_by_one() -> None:
     check(model_of("llama", True), packed(), regional=True)
 

@@ -155,6 +155,7 @@ def test_the_lora_branch_sparse_too(tmp_path: Path) -> None:
     oracle.assert_close(got, expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_the_dense_phase_makes_an_estimator(tmp_path: Path) -> None:
     model, data = quantised_llama(tmp_path, NF4), oracle.batch()
     plain = dequantised(model)
@@ -172,6 +173,7 @@ def test_the_dense_phase_makes_an_estimator(tmp_path: Path) -> None:
     oracle.assert_close(got, oracle.reference_step(plain, data, record), 2e-5)
 
 
+@pytest.mark.slow
 def test_only_kept_elements_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S x K of each producer and N x S of each consumer, once in the forward and once in the
     backward; no whole matrix."""

@@ -327,6 +327,7 @@ def test_an_undriven_schedule_falls_back_to_plain_factors() -> None:
     oracle.assert_close(done, oracle.reference_step(model, data, record), 1e-9)
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_dense_step_is_the_papers_estimator() -> None:
     model, data = oracle.llama(), batches(1)[0]
     with pytest.warns(UserWarning, match="leaves no dense step"):

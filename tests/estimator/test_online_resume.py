@@ -61,6 +61,7 @@ def test_resume_is_bit_equal(whole: Any, at: int) -> None:
     assert collector.estimator is not None and collector.estimator.calibrated
 
 
+@pytest.mark.slow
 def test_a_resume_without_the_file_warns_and_uses_plain_factors(whole: Any, tmp_path: Path) -> None:
     folder, expected = whole
     model = compiled(3)

@@ -45,6 +45,7 @@ def test_output_tokens_read_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.slow
 def test_passes_do_to_a_quantised_model_what_they_do_to_a_plain_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

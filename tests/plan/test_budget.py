@@ -113,6 +113,7 @@ def test_bad_budgets_are_refused(options: dict[str, Any], words: str) -> None:
         slx.SparsityPlan.from_sensitivity(table_of([("a", 0.5, 0.1, 500)]), **options)
 
 
+@pytest.mark.slow
 def test_a_functions_table_needs_the_function_again() -> None:
     def mask(arguments: dict[str, Any]) -> torch.Tensor:
         return torch.ones_like(arguments["input_ids"], dtype=torch.bool)

@@ -70,6 +70,7 @@ def kept(model: Any) -> int | None:
     return choices[0] if choices else None
 
 
+@pytest.mark.slow
 def test_a_driven_ramp_changes_k_and_each_level_compiles_once() -> None:
     model = compiled(ramp=[(2, 0.5), (4, 1.0)], start_step=0, tokens="all")
     seen = []
@@ -107,6 +108,7 @@ def test_a_fraction_needs_the_total() -> None:
     slx.step(model, 3, 10)
 
 
+@pytest.mark.slow
 def test_trainer_resume_is_bit_equal_across_the_switch(tmp_path: Path) -> None:
     whole = compiled(start_step=2, tokens="all")
     _trainer(whole, tmp_path / "whole").train()

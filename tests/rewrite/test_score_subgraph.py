@@ -329,6 +329,7 @@ def test_context_tokens_alone_count() -> None:
         assert got.tolist() == best(reference.ffn(x, context)), score
 
 
+@pytest.mark.slow
 def test_the_default_follows_the_estimator() -> None:
     model, data = oracle.llama(dtype=torch.float64), oracle.batch()
     for estimator, words in (

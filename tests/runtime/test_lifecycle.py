@@ -195,6 +195,7 @@ def test_another_model_on_the_same_base_replaces() -> None:
     oracle.assert_close(got, oracle.reference_step(model, data, record), 1e-9)
 
 
+@pytest.mark.slow
 def test_two_compiled_models_do_not_meet() -> None:
     data = oracle.batch()
     first, second = (oracle.llama(seed=s, dtype=torch.float64) for s in (0, 1))
@@ -219,6 +220,7 @@ def test_compiled_once_more_by_the_user() -> None:
     oracle.assert_close(got, expected, 1e-9)
 
 
+@pytest.mark.slow
 def test_batch_lengths_recompile_little() -> None:
     model = compiled(oracle.llama(dtype=torch.float64), backend="eager")
     counts = []

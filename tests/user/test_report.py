@@ -118,6 +118,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         bars("steps", [("dense", 20.0, "20 ms")])
 
 
+@pytest.mark.slow
 def test_times_are_shown_once_they_are_measured(tmp_path: Path) -> None:
     model = compiled()
     get_runtime(model).speed.verdict = Verdict(0.5, 3, 10.0, 20.0, "a card")

@@ -27,6 +27,7 @@ def eval_loss(model: nn.Module, data: list[dict[str, Any]]) -> float:
     return sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [pytest.param("all", marks=pytest.mark.slow), "context"])
 def test_each_row_is_the_masked_dense_loss(tokens: str) -> None:
     """Independent route: compile with one region sparse, take its choice, mask the eager model."""
