@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted and measured cost of sparse steps.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument(
-        "--preset", nargs="*", choices=list(PRESETS), default=["cpu-small", "cpu-small-nf4"]
+        "--preset", nargs="*", choices=list(PRESETS), default=["cpu-small", "tiny", "cpu-small-nf4"]
     )
     parser.add_argument("--backend", default="inductor")
     args = parser.parse_args()

@@ -34,7 +34,8 @@ class StepFlops:
         saved: what the passes took away.
         predictor: what choosing channels costs.
         copied: what copying kept weights takes, in FLOPs that the device does in that time; 0 where
-            templates read them in place, and on devices that were not measured.
+            templates read them in place, and on devices that were not measured. Unpacking
+            quantised weights is not counted.
         tokens: of the batch's grid, padding included. sparse_tokens: those that are sparse.
         real_tokens: those that are no padding.
         sites: frozen linears that are sliced.
