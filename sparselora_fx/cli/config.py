@@ -12,6 +12,7 @@ import yaml
 from sparselora_fx.errors import PlanError, SparseLoraError
 from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.plan.suggestions import nearest
+from sparselora_fx.watch.settings import Watch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -104,8 +105,8 @@ class WatchSection:
     """As in `sparselora_fx.Watch`; ``mode`` "off": nobody watches."""
 
     mode: str = _choice("off", "off", "observe", "adapt", "stop")
-    every: int = _at_least(125, 1)
-    tolerance: float = _at_least(0.02, 0)
+    every: int = _at_least(Watch.every, 1)
+    tolerance: float = _at_least(Watch.tolerance, 0)
 
 
 @dataclass(frozen=True)

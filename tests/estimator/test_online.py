@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
 
 import sparselora_fx as slx
 from sparselora_fx.estimator.statistics import DAMPING, Moment, aware_factors
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.bert import bert
 from tests.support.online_calibration import (
     KEYS,
     as_lists,
@@ -111,14 +110,7 @@ def test_sliced_equals_masked_dense_after_the_switch() -> None:
 
 def test_an_attention_whose_way_back_lies_elsewhere_is_sliced() -> None:
     """BERT's query, key and value are square and alike, and none of them maps back."""
-    config = BertConfig(
-        hidden_size=48, intermediate_size=112, num_hidden_layers=1, num_attention_heads=6,
-        vocab_size=oracle.VOCABULARY, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    lora = oracle.lora_config(("query", "key", "value"))
-    lora.task_type = None
-    model = oracle.randomise(get_peft_model(BertForMaskedLM(config), lora)).double().train()
+    model = bert(layers=1, hidden=48, wide=112, heads=6)
     options: dict[str, Any] = {"tokens": "all", "channel_multiple": 1, "rank": 4}
     plan = slx.SparsityPlan(0.5, start_step=1, calibrate="dense_phase", **options)
     slx.compile(model, plan=plan, backend="eager")

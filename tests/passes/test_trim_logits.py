@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, fx, nn
-from transformers import BertConfig, BertForMaskedLM
 
 import sparselora_fx as slx
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.passes.trim_logits import trim_logits
 from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
+from tests.support.bert import bert
 from tests.support.labelled_models import ROUNDING, SPARSE, Plain, compare, plan_of
 from tests.support.rewritten_graphs import rewritten
 from tests.support.small_graphs import (
@@ -200,14 +200,7 @@ def test_padding_on_the_left() -> None:
 
 @pytest.mark.slow
 def test_a_masked_language_model_is_not_shifted() -> None:
-    config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=oracle.VOCABULARY, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    lora = oracle.lora_config(("query", "key", "value"))
-    lora.task_type = None
-    model = oracle.randomise(get_peft_model(BertForMaskedLM(config), lora)).double().train()
+    model = bert(layers=2, hidden=32, wide=64, heads=4)
     compare(model, ragged(), plan_of(0.5))
 
 

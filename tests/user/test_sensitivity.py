@@ -28,7 +28,7 @@ def eval_loss(model: nn.Module, data: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [pytest.param("all", marks=pytest.mark.slow), "context"])
+@pytest.mark.parametrize("tokens", ["all", "context"])
 def test_each_row_is_the_masked_dense_loss(tokens: str) -> None:
     """Independent route: compile with one region sparse, take its choice, mask the eager model."""
     model = oracle.llama(layers=2, dtype=torch.float64, dropout=0.1)
