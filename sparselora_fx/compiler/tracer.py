@@ -12,32 +12,32 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparselora_fx import _torch
-from sparselora_fx.analysis.step_flops import GraphFlops, step_flops
+from sparselora_fx.analysis.step_work import GraphWork, step_work
 from sparselora_fx.compiler.backend import Listener, rewrite_graph
 from sparselora_fx.graph.nodes import value
 from sparselora_fx.rewrite.rewrite import Options
 
 
 @dataclass(frozen=True)
-class TracedFlops:
-    """FLOPs of a step, as it was traced and as the passes left it; None: an op of it cannot run
+class TracedWork:
+    """The work of a step, as it was traced and as the passes left it; None: an op of it cannot run
     without values."""
 
-    dense: GraphFlops | None = field(default_factory=GraphFlops)
-    sparse: GraphFlops | None = field(default_factory=GraphFlops)
+    dense: GraphWork | None = field(default_factory=GraphWork)
+    sparse: GraphWork | None = field(default_factory=GraphWork)
 
-    def __add__(self, other: TracedFlops) -> TracedFlops:
-        return TracedFlops(_sum(self.dense, other.dense), _sum(self.sparse, other.sparse))
+    def __add__(self, other: TracedWork) -> TracedWork:
+        return TracedWork(_sum(self.dense, other.dense), _sum(self.sparse, other.sparse))
 
 
-def _sum(one: GraphFlops | None, other: GraphFlops | None) -> GraphFlops | None:
+def _sum(one: GraphWork | None, other: GraphWork | None) -> GraphWork | None:
     return None if one is None or other is None else one + other
 
 
 class TraceListener(Listener, Protocol):
     """Who hears of graphs that are traced, and not compiled."""
 
-    def stand_in_ran(self, flops: TracedFlops) -> None:
+    def stand_in_ran(self, work: TracedWork) -> None:
         """A traced graph was called; it would have cost so much."""
 
 
@@ -50,14 +50,14 @@ def make_tracer(listener: TraceListener, options: Options) -> Callable[..., obje
 
     def backend(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         results = pytree.tree_map(value, gm.graph.output_node().args[0])
-        dense = step_flops(gm, inputs)
+        dense = step_work(gm, inputs)
         report, compilation, left = rewrite_graph(listener, gm, inputs, options)
-        sparse = dense if report is None else step_flops(gm, left)
-        flops = TracedFlops(dense, sparse)
+        sparse = dense if report is None else step_work(gm, left)
+        work = TracedWork(dense, sparse)
         listener.graph_compiled(compilation)
 
         def stub(*args: object) -> object:
-            listener.stand_in_ran(flops)
+            listener.stand_in_ran(work)
             if report is not None:
                 listener.graph_ran(report, report.passed(args), (), first=True)
             return pytree.tree_map(_made_up, results)

@@ -1,4 +1,4 @@
-"""What one step of a compiled model costs, dense and sparse: counted in FLOPs, and timed."""
+"""What one step of a compiled model costs, dense and sparse: counted, and timed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx.analysis.costs import rates_of
+from sparselora_fx.analysis.step_work import GraphWork
 from sparselora_fx.model.attributes import buffer_name
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
@@ -34,11 +35,12 @@ class StepFlops:
         saved: what the passes took away.
         predictor: what choosing channels costs.
         copied: what copying kept weights takes, in FLOPs that the device does in that time; 0 where
-            templates read them in place, and on devices that were not measured. Unpacking
-            quantised weights is not counted.
+            templates read them in place, and on devices that were not measured.
         tokens: of the batch's grid, padding included. sparse_tokens: those that are sparse.
         real_tokens: those that are no padding.
         sites: frozen linears that are sliced.
+        dense_beside, sparse_beside: what else takes time (calls of ops, pointwise work, quantised
+            weights that are unpacked), as ``copied``; 0 where it was not measured.
     """
 
     dense: int
@@ -49,6 +51,8 @@ class StepFlops:
     sparse_tokens: int
     real_tokens: int
     sites: int
+    dense_beside: int = 0
+    sparse_beside: int = 0
 
     @property
     def sparse(self) -> int:
@@ -57,8 +61,8 @@ class StepFlops:
 
     @property
     def ratio(self) -> float:
-        """How many times faster a sparse step is, if time goes by FLOPs."""
-        return self.dense / max(self.sparse, 1)
+        """How many times faster a sparse step is predicted to be."""
+        return (self.dense + self.dense_beside) / max(self.sparse + self.sparse_beside, 1)
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,32 @@ def _aside(runtime: Runtime) -> Iterator[list[nn.Parameter]]:
 
 
 def traced_flops(traced: Traced) -> StepFlops:
-    """Count a step that was traced: the FLOPs of its graphs before and after the passes. Where an
+    """Count a step that was traced: the work of its graphs before and after the passes. Where an
     op of them cannot be counted: by linears and adapters, as `tallied_flops`."""
     runtime, tally = traced.runtime, traced.tally
     grid, real = _tokens(traced.batch)
     tokens = grid, grid if tally.all_sparse else tally.sparse, real
-    dense, sliced = traced.flops.dense, traced.flops.sparse
+    dense, sliced = traced.work.dense, traced.work.sparse
     if dense is None or sliced is None:
         return _step_flops(runtime, traced.seen, _token_flops(runtime) * real, tokens)
-    saved = dense.total - sliced.total + sliced.choosing
-    found = _step_flops(runtime, traced.seen, dense.total, tokens)
-    return replace(found, saved=saved, predictor=sliced.choosing)
+    saved = dense.flops - sliced.flops + sliced.choosing
+    found = _step_flops(runtime, traced.seen, dense.flops, tokens)
+    return replace(
+        found,
+        saved=saved,
+        predictor=sliced.choosing,
+        dense_beside=_beside(runtime, dense),
+        sparse_beside=_beside(runtime, sliced),
+    )
+
+
+def _beside(runtime: Runtime, work: GraphWork) -> int:
+    """See `Rates.beside`; 0 on a device that was not measured."""
+    parameter = next(runtime.model.parameters())
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    rates = rates_of(parameter.device, dtype)
+    threads = torch.get_num_threads() if parameter.device.type == "cpu" else 1
+    return 0 if rates is None else rates.beside(work, threads)
 
 
 def tallied_flops(runtime: Runtime) -> StepFlops:

@@ -13,7 +13,7 @@ from sparselora_fx import _torch
 from sparselora_fx.compiler.pass_log import PassHook, PassLog
 from sparselora_fx.compiler.recompiles import Recompiles
 from sparselora_fx.compiler.report import Compilation, GraphReport
-from sparselora_fx.compiler.tracer import TracedFlops, make_tracer
+from sparselora_fx.compiler.tracer import TracedWork, make_tracer
 from sparselora_fx.errors import CompileError
 from sparselora_fx.model.attributes import spec_name
 from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
@@ -36,7 +36,7 @@ class Traced:
         seen: by frozen weight, what would become of it.
         compilations: the graphs, in the order in which they were traced.
         tally: the batch's tokens.
-        flops: of the step, as far as it is in graphs.
+        work: of the step, as far as it is in graphs.
     """
 
     runtime: Runtime
@@ -46,11 +46,11 @@ class Traced:
     seen: dict[str, SiteOutcome] = field(default_factory=dict)
     compilations: list[Compilation] = field(default_factory=list)
     tally: TokenTally = field(default_factory=TokenTally)
-    flops: TracedFlops = field(default_factory=TracedFlops)
+    work: TracedWork = field(default_factory=TracedWork)
     calls: int = 0
 
-    def stand_in_ran(self, flops: TracedFlops) -> None:
-        self.flops += flops
+    def stand_in_ran(self, work: TracedWork) -> None:
+        self.work += work
 
     def graph_traced(self, gm: fx.GraphModule, inputs: Sequence[object]) -> tuple[bool, TracedCall]:
         return self.runtime.graph_traced(gm, inputs)

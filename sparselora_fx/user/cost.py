@@ -51,7 +51,8 @@ class Cost:
 
     @property
     def predicted_ratio(self) -> float:
-        """How many times faster a sparse step is, by its FLOPs and copies."""
+        """How many times faster a sparse step is, by what it has to do: FLOPs, and on a CPU calls
+        of ops, bytes and elements that are unpacked as well."""
         return self.flops.ratio
 
     @property
@@ -81,8 +82,8 @@ class Cost:
             return f"does not pay: {self._why_not()}"
         if self.times is None:
             return (
-                f"not timed; by FLOPs a sparse step is {self.predicted_ratio:.2f}x as fast as a "
-                "dense one"
+                f"not timed; a sparse step is predicted to be {self.predicted_ratio:.2f}x as fast "
+                "as a dense one"
             )
         after, ratio = self.break_even_steps, self.times.ratio
         if after is None:
@@ -174,9 +175,9 @@ def cost(
 ) -> Cost:
     """What sparse training of a compiled model costs and saves, told from one batch.
 
-    FLOPs are counted on a trace, which runs nothing. To measure, 6 compiled steps of each kind are
-    taken that train nothing: weights, gradients, buffers, random numbers and modes are afterwards
-    what they were.
+    What is predicted is counted on a trace, which runs nothing. To measure, 6 compiled steps of
+    each kind are taken that train nothing: weights, gradients, buffers, random numbers and modes
+    are afterwards what they were.
 
     Args:
         model: compiled with `compile`.

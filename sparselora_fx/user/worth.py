@@ -29,7 +29,7 @@ def worth_of(
     ``sliced``: the share of the frozen linears' weights that belongs to rewritten ones; ``graphs``;
     ``traced``: they were traced, and not run; ``dense_flops``, ``sparse_flops``: of a step, forward
     and backward, and ``choosing_flops``: those of the sparse one that choose channels;
-    ``predicted_ratio``: how many times faster a sparse step is by FLOPs and copies, and
+    ``predicted_ratio``: how many times faster a sparse step is by what it has to do, and
     ``measured_ratio`` by the clock; ``dense_ms``, ``sparse_ms``: of steps, as `SpeedCheck` timed
     them; ``compile_seconds``, of sparse graphs; ``estimator_seconds``; ``break_even_step``: from it
     on training is ahead of a dense one; ``verdict``: one sentence.
@@ -90,12 +90,12 @@ def _verdict(
         return "No: nothing is sliced, so a step costs what torch.compile's does."
     ratio, sparse = found["predicted_ratio"], found["sparse_tokens"]
     if ratio is not None and ratio <= 1:
-        return f"No: a sparse step needs {1 / ratio:.2f}x the FLOPs of a dense one."
+        return f"No: a sparse step would take {1 / ratio:.2f}x the time of a dense one."
     share = "an unknown share" if sparse is None else f"{sparse:.0%}"
     skips = f"{share} of the tokens skip channels of {done} of {len(linears)} frozen linears"
     if ratio is None:
         return f"Pass a batch to predict it; {skips}, and no step was timed."
-    return f"By FLOPs {ratio:.2f}x, not measured yet: {skips}."
+    return f"Predicted {ratio:.2f}x, not measured yet: {skips}."
 
 
 def worth_lines(worth: dict[str, Any]) -> list[tuple[str, str]]:

@@ -99,13 +99,17 @@ def test_estimate_and_explain(folder: Path) -> None:
     given = ("--set", f"estimator.file={out}")
     said = run("explain", folder / "run.yaml", *given).stdout
     assert "3 of 14 frozen linears rewritten; 1 graphs traced" in said and "layers.1.mlp" in said
-    data = json.loads(run("explain", folder / "run.yaml", *given, "--json").stdout)
-    assert sum(row["sliced"] for row in data["linears"]) == 3
     page = folder / "report.html"
     assert json.loads(
         run("report", folder / "run.yaml", "--out", page, *given, "--json").stdout
     ) == {"file": str(page)}
     assert "layers.1.mlp" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_explain_for_programs(folder: Path) -> None:
+    data = json.loads(run("explain", folder / "run.yaml", "--json").stdout)
+    assert sum(row["sliced"] for row in data["linears"]) == 3
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_no_graph_holds_a_real_tensor(trim: bool, monkeypatch: pytest.MonkeyPatc
         )(gm, inputs)  # fmt: skip
 
     monkeypatch.setattr(inductor_backend, "backend_compile", compiled)
-    model = oracle.llama(layers=2)
+    model = oracle.llama()
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
     oracle.run_compiled(model, ragged(), plan, "aot_eager", trim_logits=trim)
     assert any("backward" in name for name in found)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import sparselora_fx as slx
 from tests.support import oracle
+from tests.support.slow import slow
 
 SITES = 7  # frozen linears of a Llama block
 SMALL: dict[str, Any] = {
@@ -68,13 +69,16 @@ SLICED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(SLICED))
+FEW = ("lora_bias", "two active", "embedding")
+
+
+@pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in SLICED])
 def test_all_linears_are_sliced_and_right(name: str) -> None:
     record, table = compare(SLICED[name]())
     assert len(record.sites) == SITES, table
 
 
-@pytest.mark.parametrize("name", ["two active", "patterns"])
+@pytest.mark.parametrize("name", [slow("two active"), "patterns"])
 def test_sparse_branches_of_several_adapters(name: str) -> None:
     record, table = compare(SLICED[name](), "sparse")
     assert len(record.sites) == SITES, table

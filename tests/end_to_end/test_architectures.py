@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 0,
 }  # fmt: skip
 GPT2: dict[str, Any] = {
-    "n_embd": 48, "n_layer": 2, "n_head": 6, "vocab_size": V, "resid_pdrop": 0.0,
+    "n_embd": 48, "n_layer": 1, "n_head": 6, "vocab_size": V, "resid_pdrop": 0.0,
     "attn_pdrop": 0.0, "embd_pdrop": 0.0,
 }  # fmt: skip
 NO_GROUPS = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
@@ -89,9 +89,13 @@ def bart() -> nn.Module:
 
 # builder, regions that must be found (FFN and attention together)
 MODELS: list[tuple[Callable[[], nn.Module], int]] = [
-    (gpt2, 4), (qwen3, 4), (phi3, 4), (gpt_neox, 4), (falcon, 4), (gemma2, 4), (llama4, 4),
+    (gpt2, 2), (qwen3, 4), (phi3, 4), (gpt_neox, 4), (falcon, 4), (gemma2, 4), (llama4, 4),
     (bert, 4), (t5, 10), (bart, 5),
 ]  # fmt: skip
+
+
+# Weights stored the other way round, fused projections, two kinds of attention, an encoder.
+QUICK = (gpt2, falcon, gemma2, bert)
 
 
 def adapted(build: Callable[[], nn.Module]) -> nn.Module:
@@ -106,7 +110,7 @@ def adapted(build: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("lora_branch", ["dense", slow("sparse")])
 @pytest.mark.parametrize(
     ("build", "regions"),
-    [slow(*pair) if pair[0] in (t5, bart) else pair for pair in MODELS],
+    [pair if pair[0] in QUICK else slow(*pair) for pair in MODELS],
     ids=lambda v: getattr(v, "__name__", None),
 )
 def test_regions_are_found_and_equal_masked_dense(
@@ -232,7 +236,7 @@ STYLES = [
 ]  # fmt: skip
 
 
-FEW = ("linear", "baddbmm", "in place")  # one of each kind
+FEW = ("in place",)
 
 
 @pytest.mark.parametrize("style", [style if style in FEW else slow(style) for style in STYLES])

@@ -20,6 +20,7 @@ from sparselora_fx.model.conventions import Convention, convention_of
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
+from tests.support.slow import slow
 from tests.support.token_batches import by_token, predicting, ragged
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -74,8 +75,17 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("trim", [False, True], ids=["all-logits", "trim"])
-@pytest.mark.parametrize("loss", [same_token, next_token, unseen])
+@pytest.mark.parametrize(
+    ("loss", "trim"),
+    [
+        (same_token, False),
+        (next_token, True),
+        (unseen, False),
+        slow(same_token, True),
+        slow(next_token, False),
+        slow(unseen, True),
+    ],
+)
 def test_the_first_sparse_step_has_the_right_tokens_dense(loss: Loss, trim: bool) -> None:
     """In the very first call, which has traced nothing before."""
     model, data = feed_forward(loss), ragged()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sparselora_fx as slx
 from tests.support import oracle
 from tests.support.masked_products import MaskedProducts, randomise_dora, reference_step
+from tests.support.slow import slow
 
 BOUND = 1e-10
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -40,7 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "words", [slow(v) if "only" in k else v for k, v in CASES.items()], ids=CASES
+)
 def test_sliced_is_masked_dense(words: dict[str, Any]) -> None:
     """Loss and the gradients of A, B and the magnitudes; every linear of both regions sliced."""
     model, data = model_of(**words), oracle.batch()

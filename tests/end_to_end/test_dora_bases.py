@@ -58,7 +58,7 @@ def test_conv1d(dropout: float, tokens: str) -> None:
     oracle.assert_close(got, reference_step(model, data, got.record, *context), 1e-9)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.3])
 def test_fp32_adapters_on_a_bf16_base(dropout: float) -> None:
     """Products of both dtypes are sliced; the bound is that of gradients which pass two in bf16."""
     model, data = on_bf16(dropout), oracle.batch()

@@ -13,9 +13,13 @@ from tests.support.layered_models import EVEN, LAYERS, UNEVEN, check, model_of, 
 from tests.support.slow import slow
 
 
-@pytest.mark.parametrize("plan", [slow(EVEN), UNEVEN], ids=["even", "uneven"])
-def test_whole_model(plan: dict[str, float]) -> None:
-    check(model_of(), plan)
+@pytest.mark.parametrize(
+    ("plan", "backend"),
+    [slow(EVEN, "aot_eager"), slow(UNEVEN, "aot_eager"), (UNEVEN, "eager")],
+    ids=["even", "uneven-aot", "uneven"],
+)
+def test_whole_model(plan: dict[str, float], backend: str) -> None:
+    check(model_of(), plan, backend)
 
 
 @pytest.mark.slow

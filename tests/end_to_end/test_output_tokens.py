@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 from tests.support.token_batches import by_token, predicting, ragged
 
 PLAN: dict[str, Any] = {"start_step": 0, "channel_multiple": 1}
@@ -63,7 +64,7 @@ def test_named_tokens_stay_dense(way: str) -> None:
 
 def test_named_tokens_take_the_place_of_labels_and_give_the_grid() -> None:
     data = ragged()
-    model = compiled(oracle.llama(), backend="eager")
+    model = compiled(tiny(), backend="eager")
     named = torch.zeros_like(predicting(data))
     named[:, 2:7] = True
     with slx.output_tokens(named):
@@ -105,7 +106,7 @@ def told(fragment: str, times: int) -> Any:
 
 
 def test_one_warning_where_nobody_knows_the_output_tokens() -> None:
-    model = compiled(oracle.llama(), backend="eager")
+    model = compiled(tiny(), backend="eager")
     with told("every token is sparse", 1):
         for seed in (1, 2):
             model(**unlabelled(ragged(seed=seed)))
@@ -113,7 +114,7 @@ def test_one_warning_where_nobody_knows_the_output_tokens() -> None:
 
 
 def test_no_warning_where_every_token_is_meant_to_be_sparse() -> None:
-    model = compiled(oracle.llama(), backend="eager", tokens="all")
+    model = compiled(tiny(), backend="eager", tokens="all")
     with told("every token is sparse", 0):
         model(**unlabelled(ragged()))
 
@@ -137,7 +138,7 @@ def test_a_preference_step_and_its_dense_reference() -> None:
     data = oracle.batch(2, 17, padding=2)
     completion = data["attention_mask"].bool() & (torch.arange(17) >= 9)
     dense = F.pad(completion[:, 1:], (0, 1))
-    model = compiled(oracle.llama(layers=1, dtype=torch.float64))
+    model = compiled(oracle.llama(layers=1, dtype=torch.float64), backend="eager")
     with slx.record(model) as record, slx.output_tokens(dense):
         got = gradients(model, preference_loss(model, data, completion))
     slx.restore(model)

@@ -71,7 +71,10 @@ def test_the_table_has_every_method_tested() -> None:
     assert set(METHODS) == set(rows()) - {"method", "---"}
 
 
-@pytest.mark.parametrize("method", [slow(m) if m == "OFT" else m for m in METHODS])
+SLOW = ("OFT", "AdaLoRA", "rsLoRA", "IA3", "VeRA")
+
+
+@pytest.mark.parametrize("method", [slow(m) if m in SLOW else m for m in METHODS])
 def test_the_table_is_true(method: str) -> None:
     """Sliced or not, as the table says; and where nothing is, one warning names the adapter, and so
     does every line of `explain`."""

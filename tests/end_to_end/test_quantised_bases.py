@@ -21,12 +21,13 @@ from tests.support.quantised_models import (
     dequantised,
     quantised_llama,
 )
+from tests.support.slow import slow
 
 PLAN = {"mlp": 0.75, "self_attn": 0.5}
 KINDS = [
     pytest.param(NF4, id="nf4"),
-    pytest.param(FP4, id="fp4"),
-    pytest.param(DOUBLE, id="double"),
+    pytest.param(FP4, id="fp4", marks=pytest.mark.slow),
+    pytest.param(DOUBLE, id="double", marks=pytest.mark.slow),
 ]
 
 
@@ -96,7 +97,7 @@ def test_as_peft_prepares_it_for_training(tmp_path: Path) -> None:
     oracle.assert_close(got, oracle.reference_step(plain, data, got.record), 0.08)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_eight_bits_equal_masked_dense(tmp_path: Path, dtype: torch.dtype) -> None:
     model, data = quantised_llama(tmp_path, BYTES, dtype=dtype, bias=True), oracle.batch()
     plain = dequantised(model)

@@ -30,7 +30,12 @@ PLAN = {"mlp": 0.75, "self_attn": 0.5}
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
 CONFIGS = [
     pytest.param(Int8WeightOnlyConfig(set_inductor_config=False), "Int8Tensor", id="int8"),
-    pytest.param(Float8WeightOnlyConfig(set_inductor_config=False), "Float8Tensor", id="float8"),
+    pytest.param(
+        Float8WeightOnlyConfig(set_inductor_config=False),
+        "Float8Tensor",
+        id="float8",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(INT4, "IntxUnpackedToInt8Tensor", id="int4"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.support.online_calibration import (
     plan_of,
 )
 from tests.support.slow import slow
+from tests.support.tiny_models import tiny
 
 SITE = "model.layers.0."
 
@@ -35,6 +37,11 @@ SITE = "model.layers.0."
 def compiled(model: nn.Module, plan: slx.SparsityPlan | None = None, **options: Any) -> nn.Module:
     options = {"backend": "eager", **options}
     return slx.compile(model, plan=plan or plan_of(), **options)
+
+
+def of_ffn(plan: slx.SparsityPlan) -> slx.SparsityPlan:
+    """A plan for a model that has no attention."""
+    return replace(plan, sparsity={"layers.0.mlp": 0.5})
 
 
 def run_dense_phase(model: nn.Module, data: list[dict[str, Any]]) -> None:
@@ -52,11 +59,17 @@ def tokens_seen(model: nn.Module) -> set[int]:
     return {moment.count for moment in collector_of(model).moments.values()}
 
 
-@pytest.mark.parametrize("regional", [False, slow(True)], ids=["whole", "regional"])
-def test_statistics_and_factors_are_those_of_an_offline_calibration(regional: bool) -> None:
+@pytest.mark.parametrize(
+    ("regional", "backend"),
+    [(False, "eager"), slow(False, "aot_eager"), slow(True, "aot_eager")],
+    ids=["whole", "whole-aot", "regional"],
+)
+def test_statistics_and_factors_are_those_of_an_offline_calibration(
+    regional: bool, backend: str
+) -> None:
     model = oracle.llama(bias=True, dtype=torch.float64)
     expected = offline(model, batches())
-    compiled(model, regional=regional, backend="aot_eager")
+    compiled(model, regional=regional, backend=backend)
     run_dense_phase(model, batches())
     collector = collector_of(model)
     assert collector.calls == 3 and list(collector.readers.values()) == [
@@ -70,7 +83,7 @@ def test_statistics_and_factors_are_those_of_an_offline_calibration(regional: bo
 
 @pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 def test_the_dense_phase_is_plain_compile_bit_for_bit(backend: str) -> None:
-    model, data = oracle.llama(layers=2, dropout=0.1), batches(1)[0]
+    model, data = oracle.llama(dropout=0.1), batches(1)[0]
     plain = oracle.plain_compiled_step(model, data, backend)
     compiled(model, backend=backend)
     slx.step(model, 0)
@@ -170,7 +183,7 @@ def test_what_counts_and_what_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("regional", "reentrant"), [slow(False, False), (True, False), (True, True)],
+    ("regional", "reentrant"), [slow(False, False), (True, False), slow(True, True)],
     ids=["whole", "regional", "regional-reentrant"],
 )  # fmt: skip
 def test_a_recomputed_forward_counts_once(regional: bool, reentrant: bool) -> None:
@@ -187,8 +200,8 @@ def test_a_recomputed_forward_counts_once(regional: bool, reentrant: bool) -> No
 
 @pytest.mark.parametrize("ahead", ["precompile", "warm_up"])
 def test_nothing_is_compiled_at_the_switch_after_compiling_ahead(ahead: str) -> None:
-    model, data = oracle.llama(), batches(1)[0]
-    compiled(model, plan_of(start=2, end_step=4), precompile=ahead == "precompile")
+    model, data = tiny(), batches(1)[0]
+    compiled(model, of_ffn(plan_of(start=2, end_step=4)), precompile=ahead == "precompile")
     slx.step(model, 0)
     if ahead == "warm_up":
         slx.warm_up(model, data)
@@ -205,8 +218,8 @@ def test_nothing_is_compiled_at_the_switch_after_compiling_ahead(ahead: str) -> 
 
 
 def test_the_switch_compiles_the_sparse_graph_and_no_other() -> None:
-    model, data = oracle.llama(), batches(1)[0]
-    compiled(model)
+    model, data = tiny(), batches(1)[0]
+    compiled(model, of_ffn(plan_of()))
     graphs = []
     for n in range(5):
         slx.step(model, n)

@@ -29,6 +29,7 @@ from sparselora_fx.lowering import (
 from sparselora_fx.lowering.constraints import Problem
 from sparselora_fx.lowering.triton import FAMILIES, TEMPLATES, read_template
 from tests.support import oracle
+from tests.support.slow import slow
 
 pytestmark = pytest.mark.private_torch
 
@@ -63,8 +64,16 @@ def inputs(lead: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...
     return x, w, torch.randn(20, 64, dtype=dtype), torch.randperm(64)[:16].sort().values
 
 
-@pytest.mark.parametrize("lead", [(7,), (2, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "lead"),
+    [
+        (torch.float32, (2, 5)),
+        (torch.bfloat16, (7,)),
+        slow(torch.float32, (7,)),
+        slow(torch.bfloat16, (2, 5)),
+    ],
+    ids=str,
+)
 def test_cpu_lowering_equals_eager(lead: tuple[int, ...], dtype: torch.dtype) -> None:
     given = inputs(lead, dtype)
     results = []

@@ -50,7 +50,7 @@ FFN = [
 # Its Inductor does not fuse through the reshape of a batched input: right numbers, more kernels.
 TORCH_211 = torch.__version__.startswith("2.11.")
 ATTENTION = [
-    Case((2, 19), 48, 64, 32, F32),
+    pytest.param(Case((2, 19), 48, 64, 32, F32), marks=slow),
     Case((2, 19), 48, 64, 16, BF16),
     Case((2, 19), 48, 64, 32, BF16, "fallback"),
     *(

@@ -21,7 +21,7 @@ from sparselora_fx.passes.skip_padding import skip_padding
 from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
 from tests.support.padded_batches import ragged
-from tests.support.rewritten_graphs import rewritten
+from tests.support.rewritten_graphs import rewritten, watched
 from tests.support.slow import slow
 from tests.support.small_graphs import (
     HALF,
@@ -121,10 +121,10 @@ def gpt2() -> nn.Module:
 @pytest.mark.parametrize("targets", ["all-linear", slow(oracle.ATTENTION_TARGETS)])
 def test_a_dense_layer(targets: Any, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ragged(left=left)
-    _, report = rewritten(monkeypatch, llama(targets=targets), data, plan_of())
-    assert report.counts["skip_padding"] == 7
-    model = llama(targets=targets)
+    model, found = llama(targets=targets), watched(monkeypatch)
     got = oracle.run_compiled(model, data, plan_of())
+    ((_, report),) = found
+    assert report.counts["skip_padding"] == 7
     assert len(got.record.sites) == 7
     by_token(model, got.record, predicting(data), "dense")
     oracle.assert_close(got, oracle.step(model, {**data, "use_cache": False}), 1e-9)
@@ -143,7 +143,7 @@ def test_real_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert real <= int(held.shape[0]) < data["labels"].numel()
 
 
-@pytest.mark.parametrize("spare", ["no padding", "all tokens"])
+@pytest.mark.parametrize("spare", ["no padding", slow("all tokens")])
 def test_without_padding_dense_layers_are_left_alone(
     spare: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

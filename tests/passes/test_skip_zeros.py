@@ -24,7 +24,7 @@ from sparselora_fx.passes.skip_zeros import skip_zeros
 from sparselora_fx.passes.slice_sites import slice_sites
 from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support import oracle
-from tests.support.rewritten_graphs import count, rewritten
+from tests.support.rewritten_graphs import count, rewritten, watched
 from tests.support.slow import slow
 from tests.support.small_graphs import (
     F64,
@@ -159,20 +159,18 @@ def compare(model: nn.Module, tokens: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dropout", [slow(0.0), 0.1])
-@pytest.mark.parametrize("tokens", ["all", "context"])
+@pytest.mark.parametrize("tokens", [slow("all"), "context"])
 def test_the_papers_targets(tokens: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def model() -> nn.Module:
-        return oracle.llama(targets=PAPER, dtype=torch.float64, dropout=dropout)
-
-    graph, report = rewritten(monkeypatch, model(), ragged(), plan_of(tokens))
+    found = watched(monkeypatch)
+    compare(oracle.llama(targets=PAPER, dtype=torch.float64, dropout=dropout), tokens)
+    ((graph, report),) = found
     assert report.counts["skip_zeros"] == 1
     assert count(graph, OPS.sliced_linear_in.default) == 2  # the frozen down and its adapter
     assert count(graph, OPS.scatter_channels.default) == 0  # nothing has the full width
     assert count(graph, OPS.gather_channels.default) == (dropout > 0)  # of its random mask
-    compare(model(), tokens)
 
 
-@pytest.mark.parametrize("tokens", ["all", "context"])
+@pytest.mark.parametrize("tokens", [slow("all"), "context"])
 def test_nothing_of_the_full_width_is_saved(tokens: str) -> None:
     """From the joint graph's saved tensors: context tokens leave no row of N values behind."""
     data = oracle.batch(4, 40, padding=0)
@@ -201,25 +199,23 @@ def test_a_model_whose_function_is_zero_at_zero(name: str, monkeypatch: pytest.M
         "squared": lambda x: F.relu(x).pow(2),
         "gated": lambda x: x * torch.sigmoid(1.7 * x),
     }[name]
-    _, report = rewritten(monkeypatch, activated(function), ragged(), plan_of("context"))
+    found = watched(monkeypatch)
+    compare(activated(function), "context")
+    ((_, report),) = found
     assert report.counts["skip_zeros"] == 1
-    model, data = activated(function), ragged()
-    got = oracle.run_compiled(model, data, plan_of("all"))
-    oracle.assert_close(got, oracle.reference_step(model, data, got.record), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["cosine", "biased", "gate"])
+@pytest.mark.parametrize("name", [slow("cosine"), slow("biased"), "gate"])
 def test_a_model_whose_function_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is not zero outside the selection is read whole."""
-
-    def model() -> nn.Module:
-        if name == "gate":
-            return oracle.llama(targets=(*PAPER, "gate_proj"), dtype=torch.float64)
-        return activated(torch.cos if name == "cosine" else F.silu, bias=name == "biased")
-
-    _, report = rewritten(monkeypatch, model(), ragged(), plan_of("context"))
+    if name == "gate":
+        model = oracle.llama(targets=(*PAPER, "gate_proj"), dtype=torch.float64)
+    else:
+        model = activated(torch.cos if name == "cosine" else F.silu, bias=name == "biased")
+    found = watched(monkeypatch)
+    compare(model, "context")
+    ((_, report),) = found
     assert report.counts["skip_zeros"] == 0
-    compare(model(), "context")
 
 
 def phi3() -> nn.Module:
@@ -234,12 +230,13 @@ def phi3() -> nn.Module:
     return oracle.randomise(model).double().train()
 
 
-@pytest.mark.parametrize("tokens", ["all", "context"])
+@pytest.mark.parametrize("tokens", ["all", slow("context")])
 def test_a_fused_gate(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, report = rewritten(monkeypatch, phi3(), ragged(), plan_of(tokens))
+    found = watched(monkeypatch)
+    compare(phi3(), tokens)
+    ((graph, report),) = found
     assert report.counts["skip_zeros"] == 1
     assert count(graph, OPS.scatter_channels.default) == 0
-    compare(phi3(), tokens)
 
 
 @pytest.mark.slow
@@ -297,7 +294,7 @@ class Spelled(nn.Module):
         return torch.add(input=self.base(x), other=scaled)
 
 
-@pytest.mark.parametrize("tokens", ["all", "context"])
+@pytest.mark.parametrize("tokens", ["all", slow("context")])
 def test_arguments_passed_by_name(tokens: str) -> None:
     model = oracle.llama(targets=PAPER, dtype=torch.float64)
     for name, module in list(model.named_modules()):

@@ -11,6 +11,7 @@ from sparselora_fx.analysis import costs
 from sparselora_fx.analysis.costs import Rates
 from tests.support import oracle
 from tests.support.rewritten_graphs import rewritten
+from tests.support.slow import slow
 
 PLAN = {"layers.0.mlp": 0.5, "layers.0.self_attn": 0.5}
 SLOW = Rates(flops=1e9, bytes=1e12, region=0.0)  # any multiplication saved is worth a copy
@@ -49,7 +50,7 @@ def test_copies_of_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report is None or not report.regions
 
 
-@pytest.mark.parametrize("verify_speed", [False, None])
+@pytest.mark.parametrize("verify_speed", [False, slow(None)])
 def test_nothing_is_weighed_where_speed_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, verify_speed: bool | None
 ) -> None:

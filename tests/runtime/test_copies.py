@@ -16,6 +16,7 @@ from torch import nn
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.slow import slow
 
 
 def compiled(model: nn.Module, backend: str = "eager", **options: Any) -> nn.Module:
@@ -65,8 +66,8 @@ def seen_by_user(module: nn.Module, args: Any) -> None:
     ("make", "options"),
     [
         (copy.deepcopy, {}),
-        (saved, {}),
-        (pickled, {}),
+        slow(saved, {}),
+        slow(pickled, {}),
         (copy.deepcopy, {"regional": True}),
         (pickled, {"trim_logits": True}),
     ],

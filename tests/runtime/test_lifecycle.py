@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
@@ -262,7 +263,7 @@ def test_selection_depends_on_the_batch() -> None:
 
 
 def test_recording_is_over_after_the_block() -> None:
-    model = compiled(oracle.llama())
+    model = compiled(tiny())
     with slx.record(model) as record:
         oracle.step(model, oracle.batch(seed=1))
     kept = {name: rows.clone() for name, (_, rows) in record.sites.items()}
@@ -271,11 +272,11 @@ def test_recording_is_over_after_the_block() -> None:
 
 
 def test_nested_records_see_all_of_their_calls() -> None:
-    model, data = compiled(oracle.llama()), oracle.batch()
+    model, data = compiled(tiny()), oracle.batch()
     with slx.record(model) as outer:
         with slx.record(model) as inner:
             oracle.step(model, data)
-        assert len(outer.sites) == len(inner.sites) == 7
+        assert len(outer.sites) == len(inner.sites) == 3
         oracle.step(model, oracle.batch(seed=2))
     assert any(
         not torch.equal(rows, inner.sites[name][1]) for name, (_, rows) in outer.sites.items()
@@ -398,7 +399,7 @@ def test_calls_before_compile(call: Any) -> None:
 
 
 def test_a_refused_second_compile_leaves_the_first() -> None:
-    model, data = compiled(oracle.llama()), oracle.batch()
+    model, data = compiled(tiny()), oracle.batch()
     estimator = oracle.estimator_of(model)
     expected = oracle.step(model, data)
     refused(model, slx.PlanError, "layers", estimator, plan={"layers.7.mlp": 0.5})

@@ -14,6 +14,7 @@ from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.model.packed import REPACKS
 from tests.support import oracle
 from tests.support.quantised_models import BYTES, DOUBLE, NF4, dequantised, quantised_llama
+from tests.support.slow import slow
 
 PLAN = {"mlp": 0.5, "self_attn": 0.5}
 
@@ -35,7 +36,7 @@ def assert_correct(model: nn.Module) -> oracle.Step:
     return got
 
 
-@pytest.mark.parametrize("words", [NF4, DOUBLE, BYTES], ids=["nf4", "double", "int8"])
+@pytest.mark.parametrize("words", [slow(NF4), DOUBLE, BYTES], ids=["nf4", "double", "int8"])
 def test_restore_leaves_the_storage_as_it_was(tmp_path: Path, words: Any) -> None:
     model = quantised_llama(tmp_path, words)
     oracle.step(model, oracle.batch())  # int8 moves its scales in the first one
@@ -98,7 +99,7 @@ def test_a_weight_that_is_quantised_otherwise_is_refused(tmp_path: Path) -> None
         model(**oracle.batch())
 
 
-@pytest.mark.parametrize("words", [NF4, DOUBLE, BYTES], ids=["nf4", "double", "int8"])
+@pytest.mark.parametrize("words", [slow(NF4), DOUBLE, BYTES], ids=["nf4", "double", "int8"])
 def test_merge_and_unload_is_the_plain_models(tmp_path: Path, words: Any) -> None:
     model = compiled(tmp_path, words)
     twin = quantised_llama(tmp_path, words)
@@ -109,7 +110,7 @@ def test_merge_and_unload_is_the_plain_models(tmp_path: Path, words: Any) -> Non
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("words", [NF4, BYTES], ids=["nf4", "int8"])
+@pytest.mark.parametrize("words", [NF4, slow(BYTES)], ids=["nf4", "int8"])
 def test_adapters_and_copies_are_the_plain_models(tmp_path: Path, words: Any) -> None:
     model = compiled(tmp_path / "base", words)
     got = assert_correct(model)

@@ -54,7 +54,7 @@ def test_dense_and_sparse_blocks_have_their_own_graphs() -> None:
 def test_blocks_below_the_first_adapter_get_no_backward() -> None:
     """Only a block with adapters is given an input that asks for a gradient."""
     model = oracle.llama(layers=3, targets=r".*layers\.[12]\.(mlp|self_attn)\..*_proj")
-    compiled(model)
+    compiled(model, backend="eager")
     asked = []
 
     def note(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,7 +168,7 @@ def test_without_blocks_it_is_refused_and_nothing_changes() -> None:
 def test_explain_names_what_is_outside_the_blocks() -> None:
     model = oracle.llama(layers=2)
     model.add_module("extra", nn.Linear(8, 8).requires_grad_(False))
-    compiled(model, oracle.plan_of(0.5))
+    compiled(model, oracle.plan_of(0.5), backend="eager")
     oracle.step(model, oracle.batch())
     lines = {line.split()[0]: line for line in slx.explain(model, verbose=True).splitlines()}
     assert "outside the blocks" in lines["extra"]

@@ -16,6 +16,7 @@ from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.speed_check import DENSE_STEPS, FEW, MOST, Verdict
 from sparselora_fx.runtime.timer import Timer
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 from tests.support.trainers import _trainer
 
 START = 2
@@ -31,11 +32,13 @@ class Scripted(Timer):
         return self.at
 
 
-def compiled(verify_speed: bool | None = True, start: int = START) -> nn.Module:
+def compiled(
+    verify_speed: bool | None = True, start: int = START, model: nn.Module | None = None
+) -> nn.Module:
     plan = slx.SparsityPlan(
         {"layers.0.mlp": 0.5}, tokens="all", start_step=start, channel_multiple=1
     )
-    model = oracle.llama()
+    model = tiny() if model is None else model
     return slx.compile(
         model, oracle.estimator_of(model), plan=plan, backend="eager", verify_speed=verify_speed
     )
@@ -148,7 +151,7 @@ def test_a_word_that_is_not_known_is_refused() -> None:
 
 def test_steps_that_are_compared_compute_what_dense_ones_do() -> None:
     data = oracle.batch(2, 12)
-    expected = oracle.step(oracle.llama(), data)
+    expected = oracle.step(tiny(), data)
     model = compiled()
     steps = []
     with warnings.catch_warnings():
@@ -193,14 +196,14 @@ def test_a_verdict_of_another_device_is_not_taken_over(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_verdict_is_resumed_from_a_checkpoint(tmp_path: Path) -> None:
-    model = compiled(start=1)
+    model = compiled(start=1, model=oracle.llama())
     first = _trainer(model, tmp_path, steps=18)
     speed: Any = get_runtime(model).speed
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not faster.*")
         first.train()
         assert speed.verdict is not None
-        again = compiled(start=1)
+        again = compiled(start=1, model=oracle.llama())
         _trainer(again, tmp_path, steps=20).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-18")
         )

@@ -19,6 +19,7 @@ from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.step_tokens import step_counts
 from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
+from tests.support.slow import slow
 from tests.support.token_batches import ragged
 
 READ_OPS = ("_local_scalar_dense", "nonzero", "equal", "item", "is_nonzero", "masked_select")
@@ -206,7 +207,7 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
-@pytest.mark.parametrize(("workers", "stream"), [(0, False), (1, False), (0, True)])
+@pytest.mark.parametrize(("workers", "stream"), [slow(0, False), (1, False), (0, True)])
 def test_the_trainers_data_loader_counts(
     workers: int, stream: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,8 @@ from sparselora_fx.compiler.report import GraphReport
 from tests.support import oracle
 
 
-def rewritten(
-    monkeypatch: pytest.MonkeyPatch, model: Any, data: Any, plan: Any, **options: Any
-) -> tuple[fx.Graph, GraphReport]:
-    """The graph of one sparse step after every pass."""
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.Graph, GraphReport]]:
+    """The graphs that are rewritten from now on, after every pass."""
     found: list[tuple[fx.Graph, GraphReport]] = []
     run = backend.run
 
@@ -27,6 +25,14 @@ def rewritten(
         return report
 
     monkeypatch.setattr(backend, "run", spy)
+    return found
+
+
+def rewritten(
+    monkeypatch: pytest.MonkeyPatch, model: Any, data: Any, plan: Any, **options: Any
+) -> tuple[fx.Graph, GraphReport]:
+    """The graph of one sparse step after every pass."""
+    found = watched(monkeypatch)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", **options)
     oracle.step(model, data)
     slx.restore(model)

@@ -14,6 +14,7 @@ import sparselora_fx as slx
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.step_cost import StepFlops, StepTimes
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 
 
 def compiled(sparsity: Any, model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -54,7 +55,7 @@ def test_flops_are_those_counted_by_hand() -> None:
 
 
 def test_nothing_changes_and_the_format_holds() -> None:
-    model = compiled(0.5, oracle.llama(dropout=0.1))
+    model = compiled(0.5, tiny(dropout=0.1, channels=112))
     torch.manual_seed(4)
     state, marks, weights = (
         torch.get_rng_state(),
@@ -102,7 +103,10 @@ def test_break_even_and_verdicts() -> None:
     full = billed(times=StepTimes(1.0, 1.05, 0.95), labelled_share=0.71)
     assert full.verdict == "does not pay: 71% of the batch's tokens carry loss"
     assert "nothing is sliced" in billed(flops=replace(FLOPS, sites=0)).verdict
-    assert "by FLOPs" in billed(times=None).verdict and billed(times=None).measured_ratio is None
+    assert "is predicted to be 1.96x" in billed(times=None).verdict
+    assert billed(times=None).measured_ratio is None
+    beside = replace(FLOPS, dense_beside=10, sparse_beside=500)
+    assert billed(flops=beside).predicted_ratio == pytest.approx(1010 / 1010)
     run = billed(steps=1000, price_per_hour=2.0, watts=500.0).run()
     assert run["dense_hours"] == pytest.approx(2000 / 3600)
     assert run["sparse_hours"] == pytest.approx((90 + 20 + 990 * 1.1) / 3600)
@@ -110,7 +114,7 @@ def test_break_even_and_verdicts() -> None:
 
 
 def test_a_batch_full_of_loss_does_not_pay() -> None:
-    model = compiled(0.5)
+    model = compiled(0.5, tiny())
     with pytest.warns(UserWarning, match="would be sparse"):
         found = slx.cost(model, batch(context=0, length=64), measure=False)
     assert found.predicted_ratio == 1.0 and found.labelled_share == 1.0

@@ -17,6 +17,7 @@ from sparselora_fx.compiler.pass_log import PassRecord
 from sparselora_fx.passes import PIPELINE, WHOLE_GRAPH
 from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 from tests.support.token_batches import ragged
 
 PLAN = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
@@ -83,7 +84,7 @@ def test_a_trace_changes_nothing() -> None:
 
 
 def test_compiled_graphs_have_their_counts() -> None:
-    model, data = compiled(oracle.llama()), ragged()
+    model, data = compiled(tiny()), ragged()
     assert "no graph was compiled yet" in str(slx.graphs(model))
     oracle.step(model, data)
     shown = slx.graphs(model)
@@ -94,7 +95,7 @@ def test_compiled_graphs_have_their_counts() -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    shown = slx.graphs(compiled(oracle.llama()), ragged())
+    shown = slx.graphs(compiled(tiny()), ragged())
     with pytest.raises(slx.CompileError, match=r"those that did: .*find_unread_padding"):
         shown.before("slice")
     with pytest.raises(slx.CompileError, match=r"graphs that passes saw: \[1\]"):
@@ -117,7 +118,7 @@ def test_a_hook_sees_each_pass_and_may_change_the_graph() -> None:
             larger.meta.update(loss.meta)
             output.args = ((larger, *output.args[0][1:]),)
 
-    model, data = oracle.llama(), ragged()
+    model, data = tiny(), ragged()
     plain = oracle.run_compiled(model, data, PLAN)
     compiled(model)
     slx.graphs(model, after_pass=hook)
@@ -152,7 +153,7 @@ def test_artifacts_land_in_torchs_trace(tmp_path: Path, monkeypatch: pytest.Monk
     handler.setFormatter(_internal.TorchLogsFormatter(trace=True))
     _internal.trace_log.addHandler(handler)
     try:
-        oracle.step(compiled(oracle.llama(), backend="eager"), ragged())
+        oracle.step(compiled(tiny(), backend="eager"), ragged())
     finally:
         _internal.trace_log.removeHandler(handler)
         handler.close()

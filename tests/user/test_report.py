@@ -21,6 +21,7 @@ from sparselora_fx.user.report import skipped_percent
 from sparselora_fx.user.report_charts import bars
 from sparselora_fx.user.report_history import Stability, probe_rows, stability
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 from tests.support.token_batches import ragged
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -39,7 +40,7 @@ CONTRAST = """() => {
 
 
 def compiled(layers: int = 3, **options: Any) -> nn.Module:
-    model = oracle.llama(layers=layers)
+    model = tiny(layers, channels=112)
     plan = slx.SparsityPlan({"layers.1": 0.5, "layers.2.mlp": 0.75}, start_step=0)
     return slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", **options)
 
@@ -170,11 +171,11 @@ def test_a_browser_shows_it(written: tuple[Path, dict[str, float]], tmp_path: Pa
             assert page.evaluate(overflow) <= 0
             assert page.evaluate(CONTRAST) >= 4.5
             visible = "#rows tbody tr:visible"
-            assert page.locator(visible).count() == 21
+            assert page.locator(visible).count() == 9
             page.locator("button[data-find='layers.2.mlp']").click()
             assert page.locator(visible).count() == 3
-            assert page.locator("#count").inner_text() == "3 of 21 linears"
-            page.locator("#search").fill("down_proj")
+            assert page.locator("#count").inner_text() == "3 of 9 linears"
+            page.locator("#search").fill("down.base")
             assert page.locator(visible).count() == 3
             page.locator("#search").fill("")
             page.locator("button[data-find]").first.focus()

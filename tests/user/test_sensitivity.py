@@ -15,6 +15,7 @@ from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 from tests.support.measured_models import LEVELS, batches, measure
 from tests.support.slow import slow
+from tests.support.tiny_models import tiny
 
 
 def eval_loss(model: nn.Module, data: list[dict[str, Any]]) -> float:
@@ -98,8 +99,8 @@ def test_a_model_without_numbered_blocks_is_compiled_whole() -> None:
 
 @pytest.mark.parametrize("breaks", [False, slow(True)])
 def test_the_model_stays_as_it_was(breaks: bool) -> None:
-    model = oracle.llama(layers=2, dropout=0.1)
-    model.get_base_model().model.layers[1].eval()
+    model = tiny(2, dropout=0.1)
+    model.layers[1].eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
@@ -158,7 +159,7 @@ def test_regions_too_narrow_to_cut_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def table() -> slx.SensitivityTable:
-    return measure(oracle.llama(layers=2))
+    return measure(oracle.llama())
 
 
 @pytest.mark.slow

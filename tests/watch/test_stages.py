@@ -13,6 +13,7 @@ from sparselora_fx.plan.plan import Sparsity
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.watch.stages import Stages, stages_of
 from tests.support import oracle
+from tests.support.tiny_models import tiny
 
 
 def stages(layers: int) -> tuple[Stages, dict[str, Sparsity]]:
@@ -77,14 +78,14 @@ def test_a_quiet_run_climbs_to_the_plan_and_keeps_it_in_a_file(tmp_path: Path) -
 
 def test_compile_watches_such_a_plan_by_itself() -> None:
     """The first sparse step is probed, and the next one is not due."""
-    model = oracle.llama(layers=3)
+    model = tiny(3, channels=112)
     slx.compile(model, oracle.estimator_of(model), backend="eager")
     assert get_runtime(model).plan == slx.SparsityPlan.auto(), "what compile takes without a plan"
     plan = slx.SparsityPlan.auto(1e-7, tokens="all", start_step=0, channel_multiple=1)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
     train(model, 2)
     (probe,) = slx.drift(model).probes
-    assert list(probe.regions) == ["model.layers.1.mlp"]
+    assert list(probe.regions) == ["layers.1.mlp"]
     with pytest.raises(slx.WatchError, match="mode is 'observe'"):
         slx.compile(
             model, oracle.estimator_of(model), plan=plan, backend="eager", watch=slx.Watch()
