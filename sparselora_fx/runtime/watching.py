@@ -248,7 +248,8 @@ def _adapt(runtime: Runtime, state: WatchState, verdict: Verdict) -> str | None:
         return f"none: {verdict.text}"
     if verdict.text:
         moved = ladder.pause() if verdict.grave else {}
-        moved = moved or ladder.down(verdict.regions, broken=verdict.broken)
+        moved |= ladder.down(verdict.unfit, for_good=True)
+        moved = moved or ladder.down(verdict.regions, for_good=verdict.broken)
     else:
         moved = ladder.rest()
     if verdict.text and not moved:

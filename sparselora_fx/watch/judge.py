@@ -35,6 +35,8 @@ class Verdict:
         regions: those at fault, worst first; empty where no region can be blamed.
         grave: an error has jumped (the estimator, the data or the pace of training is another), or
             the gap is many times the tolerance: one rung down would not do.
+        unfit: regions that the plan asks too much of: the gap is many times the tolerance, and no
+            error has risen.
         broken: a fault, not a drift: no window is waited for.
         calm: every measure is at half its bound or less: a climb may be tried.
     """
@@ -42,6 +44,7 @@ class Verdict:
     text: str = ""
     regions: tuple[str, ...] = ()
     grave: bool = False
+    unfit: tuple[str, ...] = ()
     broken: bool = False
     calm: bool = False
 
@@ -95,11 +98,13 @@ class Judge:
         culprit = self._culprit(errors)
         side = "above" if middle > 0 else "below"
         named = f"; {culprit} differs most" if culprit else ""
+        grave, regions = abs(middle) > GRAVE * bound, (culprit,) if culprit else ()
         return Verdict(
             f"the sparse loss is {abs(middle):.4f} nats a token {side} the dense loss (median of "
             f"{len(latest)} probes, +- {noise:.4f}; tolerance {self.watch.tolerance:g}){named}",
-            (culprit,) if culprit else (),
-            grave=abs(middle) > GRAVE * bound,
+            regions,
+            grave=grave,
+            unfit=tuple(name for name in regions if grave and self._rise(name) <= 1),
         )
 
     def _of_regions(self) -> Verdict | None:

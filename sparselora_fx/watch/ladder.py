@@ -1,7 +1,8 @@
 """How far each region may go now: rungs from the plan's sparsity down to dense.
 
 A region that drifts steps down one rung, all others stay. After a grave finding all of them go to
-their lowest rung above dense, and climb back together, a rung after each quiet while. Otherwise,
+their lowest rung above dense, and climb back together, a rung after each quiet while; one that the
+plan asks too much of goes to dense for good. Otherwise,
 after a quiet while, the region that was lowered last climbs one rung. If it drifts there again, it
 comes back and waits twice as long; a region that has walked down to dense stays there, and so does
 one that failed twice where it is.
@@ -84,8 +85,8 @@ class Ladder:
                 moved[name] = rung.level
         return moved
 
-    def down(self, names: Iterable[str], *, broken: bool = False) -> dict[str, float]:
-        """Lower regions by one rung, or to dense for good; returns those that moved, with their
+    def down(self, names: Iterable[str], *, for_good: bool = False) -> dict[str, float]:
+        """Lower regions by one rung, or to dense ``for_good``; returns those that moved, with their
         level.
 
         A rung that is compiled for is taken before the next one that is not: no step waits for the
@@ -100,8 +101,8 @@ class Ladder:
             rung.failures += rung.climbed
             rung.climbed = False
             rung.paused = None
-            rung.at = len(rung.rungs) - 1 if broken else self._next(name)
-            rung.failures = FAILURES if broken else rung.failures
+            rung.at = len(rung.rungs) - 1 if for_good else self._next(name)
+            rung.failures = FAILURES if for_good else rung.failures
             if name in self.lowered:
                 self.lowered.remove(name)
             self.lowered.append(name)

@@ -99,6 +99,18 @@ def test_without_a_rise_the_largest_error_is_blamed_for_a_gap() -> None:
     assert verdicts([0.1] * 3, [{"a": 0.2, "b": 0.4}] * 3)[-1].regions == ("b",)
 
 
+def test_a_grave_gap_without_a_rise_is_the_plans_fault() -> None:
+    """Beyond five tolerances, and the region's error is what it was at first. Where it has risen,
+    or for a smaller gap, the plan may be right."""
+    steady = [{"a": 0.2, "b": 0.4}] * 5
+    grave = verdicts([-0.15] * 5, steady)[-1]
+    assert grave.grave and grave.unfit == grave.regions == ("b",)
+    assert verdicts([0.05] * 5, steady)[-1].unfit == ()
+    risen = [{"a": 0.2 + 0.01 * (n % 2)} for n in range(10)] + [{"a": 0.5}] * 3
+    found = verdicts([0.001] * 10 + [0.15] * 3, risen)[-1]
+    assert found.grave and found.regions == ("a",) and found.unfit == ()
+
+
 def test_a_fault_waits_for_no_window() -> None:
     probe = Probe(0, None, {}, ["broken"], ["a"])
     assert Judge(slx.Watch()).judge(probe) == Verdict("broken", ("a",), broken=True)

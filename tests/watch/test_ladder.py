@@ -61,6 +61,13 @@ def test_a_pause_ends_for_all_regions_together() -> None:
     assert [m for m in moved if m] == [{"b": 0.5}] and made.levels()["a"] == 0.0
 
 
+def test_for_good_is_for_good_and_the_others_climb_back() -> None:
+    made = ladder()
+    assert made.pause() | made.down(["a"], for_good=True) == {"a": 0.0, "b": 0.25}
+    moved = [made.rest() for _ in range(20)]
+    assert [m for m in moved if m] == [{"b": 0.5}] and made.levels()["a"] == 0.0
+
+
 def test_a_rung_that_is_compiled_for_is_taken_first() -> None:
     made = ladder(a=0.9)
     for _ in range(2):  # 0.9 and 0.5 have run, 0.75 has not
