@@ -7,11 +7,11 @@ plan, an estimator calibrated on the first batches, a watch in mode "adapt" that
 and a fault planted half-way (a plan that is too sparse: from step 0, and in a longer run, for what
 the steps before it is seen have cost is otherwise the lead of dense training by as many steps). The
 first steps are dense otherwise, as by default: before adapters have learnt the form of an answer,
-this plan's loss is 0.1 lower than the dense one's. `probes` is how many probes passed until the watch acted (null: it did
-not); `loss` is the dense model's afterwards, on problems that no run trains on, and `dense_loss`
-that of dense training with the same seed (and the same learning rate and batches). "none" plants
-nothing: there the watch must stay quiet. Seeds below 10 were used to choose the watch's bounds, the
-default ones were not.
+this plan's loss is 0.1 lower than the dense one's. `probes` is how many probes passed until the
+watch acted (null: it did not); `loss` is the dense model's afterwards, on problems that no run
+trains on, and `dense_loss` that of dense training with the same seed (and the same learning rate
+and batches). "none" plants nothing: there the watch must stay quiet. Seeds below 10 were used to
+choose the watch's bounds, the default ones were not.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from sparselora_fx.ir.token_lists import (
     TokenLists,
     Tokens,
     count,
-    labelled_tokens,
     list_lengths,
     token_lists,
 )
@@ -290,7 +289,7 @@ def _label_list(state: Runtime, batch: dict[str, Tensor], labels: Tensor) -> lis
 
 
 def _lists(tokens: Tokens, batch: dict[str, Tensor]) -> TokenLists:
-    labelled = labelled_tokens(tokens, batch, shift=True)
+    labelled = tokens.labelled
     counts = count(tokens, labelled)
     grid = tokens.sparse.shape
     lengths = list_lengths(counts, grid, split=tokens.split, padded=False, labelled=True)

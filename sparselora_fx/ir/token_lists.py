@@ -8,7 +8,7 @@ the data loader has counted the tokens already, in none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,6 @@ class TokenLists:
 
     tokens: MarkedTokens[Tensor]
     labelled: TokenList[Tensor] | None = None
-
-
-def labelled_tokens(
-    tokens: Tokens, arguments: Mapping[str, object], *, shift: bool | None
-) -> Tensor | None:
-    """The tokens ``bool[B, L]`` whose prediction carries loss; None for a call without labels."""
-    labels = arguments.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != tokens.sparse.shape:
-        return None
-    return carry_loss(labels.to(tokens.sparse.device), shift=shift)
 
 
 def sums_of(tokens: Tokens, labelled: Tensor | None) -> Tensor:
@@ -127,7 +117,7 @@ def _token_list(mask: Tensor, length: int, taken: set[int]) -> TokenList[Tensor]
     flat = mask.flatten()
     # Views of nothing: the compiler would ask for the sizes of what is behind them, too.
     idx = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze_(1)
-    inverse = torch.where(mask, flat.cumsum(0).view(rows, columns) - 1, -1)
+    inverse = flat.cumsum(0).mul_(flat).sub_(1).resize_(rows, columns)
     mark_dynamic(idx)
     mark_dynamic(inverse)
     return TokenList(idx, inverse)
@@ -139,14 +129,16 @@ IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cros
 @dataclass(frozen=True)
 class Tokens:
     """``sparse`` and ``dense``: disjoint ``bool[B, L]``; tokens of neither are padding. With
-    ``split`` they are treated apart; ``padded``: there is, or was, padding to tell from them;
-    ``unmasked``: nothing tells padding from tokens, so that all of them are tokens."""
+    ``split`` they are treated apart; ``unmasked``: nothing tells padding from tokens, so that all
+    of them are tokens; ``labelled``: those whose prediction carries loss, None without labels;
+    ``padded``: there is, or was, padding to tell from them."""
 
     sparse: Tensor
     dense: Tensor
     split: bool
-    padded: bool = False
     unmasked: bool = False
+    labelled: Tensor | None = None
+    padded: bool = False
 
 
 def carry_loss(labels: Tensor, *, shift: bool | None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselora_fx.ir.token_lists import TokenCounts, Tokens, count, labelled_tokens, sums_of
+from sparselora_fx.ir.token_lists import TokenCounts, Tokens, count, sums_of
 from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS
 from sparselora_fx.runtime.token_policy import split_tokens
@@ -71,8 +71,7 @@ def add_counts(batch: MutableMapping[str, object], plan: SparsityPlan, shift: bo
     tokens = split_tokens(plan, batch, shift=shift)
     if tokens is None:
         return
-    labelled = labelled_tokens(tokens, batch, shift=shift)
-    counts = count(tokens, labelled)
+    counts = count(tokens, tokens.labelled)
     sums = torch.tensor(counts.sums())
     batch[KEY] = CountedBatch(counts, sums, _shapes(batch), plan, shift)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx import _torch
-from sparselora_fx.ir.token_lists import labelled_tokens
 from sparselora_fx.model.preserve import RandomState
 from sparselora_fx.model.signature import argument_names, call_arguments
 from sparselora_fx.runtime.caching import (
@@ -164,10 +163,11 @@ class CompiledForward(StandIn):
         self.decided, arguments = False, call_arguments(self.names, args, kwargs)
         if self.model.training and decodes(arguments):
             return self.original(*args, **kwargs)
-        check_devices(self.model, arguments)
+        on = runtime.frozen[0].weight  # a walk to the model's first parameter takes longer
+        check_devices(self.model, on.device, arguments)
         runtime.attached.refresh_packed()
         self._allow_replay(True)
-        begun = runtime.speed.begin(next(self.model.parameters())) if self._is_step() else None
+        begun = runtime.speed.begin(on.device) if self._is_step() else None
         sliced = self._set_trace_inputs(known_tokens(runtime, arguments), counted)
         self.decided = True
         trace_inputs.caching = self._caching(sliced)
@@ -267,7 +267,7 @@ class CompiledForward(StandIn):
         if (sparsity_scale or calibrating) and not runtime.every_token:
             tokens = split_tokens(runtime.plan, arguments, shift=shift)
         if tokens is not None and self.trim_logits and shift is not None:
-            labelled = labelled_tokens(tokens, arguments, shift=shift)
+            labelled = tokens.labelled
         if tokens is not None and (tokens.split or calibrating or labelled is not None):
             counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
         tally = replace(runtime.tally)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from sparselora_fx.runtime.backward_hooks import on_backward
 from sparselora_fx.runtime.timer import Moment, Timer
@@ -115,12 +115,12 @@ class SpeedCheck:
         """Whether training is dense because sparse steps are not faster."""
         return self.verdict is not None and not self.verdict.pays
 
-    def begin(self, tensor: Tensor) -> _Call | None:
-        """A training call begins, on the device of ``tensor``."""
+    def begin(self, device: torch.device) -> _Call | None:
+        """A training call begins."""
         self.asked = False
         if self.over:
             return None
-        self.timer = self.timer or Timer.of(tensor.device)
+        self.timer = self.timer or Timer.of(device)
         if self.timer is None:
             self.over = True
             return None
@@ -224,9 +224,9 @@ class SpeedCheck:
         if self.verdict is not None:
             path.write_text(json.dumps(asdict(self.verdict)) + "\n", encoding="utf-8")
 
-    def load(self, path: Path, tensor: Tensor) -> None:
-        """Take over a verdict of an earlier run on such a device as ``tensor`` is on. Without one,
-        and with a warning if the file is damaged, speed is measured anew."""
+    def load(self, path: Path, device: torch.device) -> None:
+        """Take over a verdict of an earlier run on such a device. Without one, and with a warning
+        if the file is damaged, speed is measured anew."""
         if self.wanted is False or not path.is_file():
             return
         try:
@@ -238,7 +238,7 @@ class SpeedCheck:
                 stacklevel=2,
             )
             return
-        timer = Timer.of(tensor.device)
+        timer = Timer.of(device)
         if timer is not None and timer.name == verdict.device:
             self.verdict, self.over = verdict, True
 

@@ -37,35 +37,38 @@ def split_tokens(
     if grid is None:
         return None
     shown, masked = _shown(grid, arguments.get("attention_mask"))
-    labels, named = arguments.get("labels"), arguments.get(OUTPUT_TOKENS)
-    labelled = named is not None or (isinstance(labels, Tensor) and labels.shape == grid.shape)
-    predicting = torch.zeros_like(shown)
-    if named is not None:
-        predicting = checked(named, grid)
-    elif isinstance(labels, Tensor) and labelled:
-        # Also where the mask hides the token: behind padding on the left the first label is
-        # predicted by a padding token, and the loss reads that prediction.
-        predicting = carry_loss(labels.to(grid.device), shift=shift)
-    real = shown | predicting
-    dense = torch.zeros_like(real)
-    split = callable(plan.tokens)
+    labelled, named = _labelled(arguments, grid, shift), arguments.get(OUTPUT_TOKENS)
+    predicting = labelled if named is None else checked(named, grid)
+    # Also where the mask hides the token: behind padding on the left the first label is predicted
+    # by a padding token, and the loss reads that prediction.
+    real = shown if predicting is None or not masked else shown | predicting
+    dense, split = None, False
     if callable(plan.tokens):
-        dense = real & ~_user_mask(plan.tokens, arguments, real)
-    if plan.tokens == "context" and labelled:
-        dense = predicting
-        split = True
-    if plan.sparse_outputs:
+        dense, split = real & ~_user_mask(plan.tokens, arguments, real), True
+    elif plan.tokens == "context" and predicting is not None:
+        dense, split = predicting, True
+    if plan.sparse_outputs and dense is not None:
         count = dense.cumsum(dim=1) * plan.sparse_outputs
         dense = dense & ~(count.floor() > (count - plan.sparse_outputs).floor())
     if plan.sink_tokens:
-        dense = dense | (shown & (_places(shown, arguments) < plan.sink_tokens))
-        split = True
+        sinks = shown & (_places(shown, arguments) < plan.sink_tokens)
+        dense, split = sinks if dense is None else dense | sinks, True
+    if dense is None:
+        return Tokens(real, torch.zeros_like(real), split, not masked, labelled)
     sparse = real & ~dense
-    if split:
+    if real is not shown:
         # What a padding token attends to is the model's affair: padding, perhaps. Where one
         # predicts a label, none can be left out.
         dense = dense | (~real & (real & ~shown).any())
-    return Tokens(sparse, dense, split, unmasked=not masked)
+    return Tokens(sparse, dense, split, not masked, labelled)
+
+
+def _labelled(arguments: Mapping[str, object], grid: Tensor, shift: bool | None) -> Tensor | None:
+    """The tokens ``bool[B, L]`` whose prediction carries loss; None for a call without labels."""
+    labels = arguments.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != grid.shape:
+        return None
+    return carry_loss(labels.to(grid.device), shift=shift)
 
 
 def _grid(arguments: Mapping[str, object]) -> Tensor | None:

@@ -125,7 +125,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         given = self.resume_from or args.resume_from_checkpoint
         folder = Path(given) if isinstance(given, str | os.PathLike) else _checkpoint(args, state)
         runtime = get_runtime(model)
-        runtime.speed.load(folder / _SPEED, next(model.parameters()))
+        runtime.speed.load(folder / _SPEED, next(model.parameters()).device)
         runtime.warn_of_speed()
         if runtime.watching is not None:
             self._resume_watch(state, model, watch_file(folder))

@@ -181,7 +181,7 @@ def test_a_damaged_verdict_is_measured_again(tmp_path: Path) -> None:
     speed = get_runtime(compiled()).speed
     (tmp_path / "file").write_text('{"ratio": 0.5', encoding="utf-8")
     with pytest.warns(UserWarning, match="is damaged"):
-        speed.load(tmp_path / "file", torch.zeros(1))
+        speed.load(tmp_path / "file", torch.device("cpu"))
     assert speed.verdict is None and not speed.over
 
 

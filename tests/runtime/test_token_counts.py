@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
 
 import sparselora_fx as slx
-from sparselora_fx.ir.token_lists import count, labelled_tokens, list_lengths, token_lists
+from sparselora_fx.ir.token_lists import count, list_lengths, token_lists
 from sparselora_fx.runtime.counting import KEY
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.step_tokens import step_counts
@@ -117,8 +118,8 @@ def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
         plan = slx.SparsityPlan(0.5, sink_tokens=1)
         tokens = split_tokens(plan, data, shift=True)
         assert tokens is not None
-        tokens = type(tokens)(tokens.sparse, tokens.dense, tokens.split, padded)
-        labelled = labelled_tokens(tokens, data, shift=True)
+        tokens = replace(tokens, padded=padded)
+        labelled = tokens.labelled
         counts = count(tokens, labelled)
         asked = {"split": True, "padded": padded, "labelled": True}
         lengths = [n + spare for n in list_lengths(counts, (rows, columns), **asked)]
