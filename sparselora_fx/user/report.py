@@ -117,7 +117,7 @@ def _charts(said: Explanation) -> list[tuple[str, Markup]]:
         kinds = {"dense": "dense", "sparse": "sparse", "choosing": "the choice"}
         values = [(text, worth[f"{kind}_flops"]) for kind, text in kinds.items()]
         rows = [(text, value, big(value)) for text, value in values]
-        title = f"FLOPs of a step: predicted {worth['predicted_ratio']:.2f}x"
+        title = f"FLOPs of a step: {worth['dense_flops'] / worth['sparse_flops']:.2f}x fewer"
         found.append((title, bars("FLOPs of a step", rows)))
     if worth["measured_ratio"] is not None:
         rows = [(k, worth[f"{k}_ms"], f"{worth[f'{k}_ms']:.3g} ms") for k in ("dense", "sparse")]
