@@ -2,9 +2,10 @@
 
     python -m benchmarks.cost --json F [--preset NAME ...] [--backend inductor]
 
-For each preset: `predicted` (dense over sparse FLOPs) beside `measured` (dense over sparse seconds
-of steps in turn), `error` of the former; and `watch_share`, the time of a probe over that of the
-sparse steps between two of them, as many as there are by default.
+For each preset: `predicted` (how many times faster a sparse step is by what it has to do) beside
+`measured` (dense over sparse seconds of steps in turn), `error` of the former; and `watch_share`,
+the time of a probe over that of the sparse steps between two of them, as many as there are by
+default.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def row(name: str, backend: str) -> dict[str, Any]:
         "probe_ms": round(probe * 1e3, 2),
         "watch_share": round(probe / (EVERY * bill.times.sparse), 4),
     }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A row for each preset as Markdown."""
+    lines = ["| preset | dense step | predicted | measured | watch |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        ratios = f"{row['predicted']:.2f}x | {row['measured']:.2f}x"
+        share = f"{row['watch_share']:.1%}"
+        lines.append(f"| {row['preset']} | {row['dense_ms']:.3g} ms | {ratios} | {share} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -71,6 +71,8 @@ ARMS = {
     DENSE: Arm("dense LoRA, same compiler", lambda layers: None, "none"),
     # What `compile` takes without a plan, and what else it might take.
     "auto": Arm("slx.SparsityPlan.auto()", lambda layers: SparsityPlan.auto()),
+    "auto-end": Arm("the same, the last fifth of training dense",
+                    lambda layers: SparsityPlan.auto(end_step=0.8)),
     "default": Arm("slx.SparsityPlan.default()", lambda layers: SparsityPlan.default()),
     "default-end": Arm("the same, the last fifth of training dense",
                        lambda layers: SparsityPlan("default", end_step=0.8)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import sparselora_fx as slx
+from benchmarks import cost
 from sparselora_fx.runtime.runtime import get_runtime
 from sparselora_fx.runtime.step_cost import StepFlops, StepTimes
 from tests.support import oracle
@@ -119,6 +121,14 @@ def test_a_batch_full_of_loss_does_not_pay() -> None:
         found = slx.cost(model, batch(context=0, length=64), measure=False)
     assert found.predicted_ratio == 1.0 and found.labelled_share == 1.0
     assert found.verdict.startswith("does not pay: 100%")
+
+
+def test_the_page_shows_how_good_predictions_were_and_they_were_good() -> None:
+    root = Path(cost.__file__).parent
+    found = json.loads((root / "results/cost.json").read_text(encoding="utf-8"))["cases"]
+    page = (root.parent / "docs/operations.md").read_text(encoding="utf-8")
+    assert cost.table(found) in page
+    assert all(abs(row["error"]) <= 0.15 for row in found) and len(found) == 3
 
 
 def test_a_negative_price_is_refused() -> None:

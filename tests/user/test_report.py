@@ -76,7 +76,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 def test_it_says_what_explain_says(written: tuple[Path, dict[str, float]]) -> None:
     text = written[0].read_text(encoding="utf-8")
-    assert "a sparse step would take" in text and re.search(r"FLOPs of a step: 1\.\d\dx fewer", text)
+    assert "a sparse step would take" in text and re.search(
+        r"FLOPs of a step: 1\.\d\dx fewer", text
+    )
     assert "6 linears sliced" in text
     assert "Time: not measured yet." in text and 'id="drift"' in text
     assert text.count('data-find="') == 2  # two feed-forwards
