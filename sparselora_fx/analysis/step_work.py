@@ -173,10 +173,11 @@ class _Counting(fx.Interpreter):
         if op_name(n) == _CHECKPOINT:
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self._run_twice(*args)
+        if n not in self.serving:
+            return super().run_node(n)
         before = self.meter.work
         result = super().run_node(n)
-        if n in self.serving:
-            self.choosing += (self.meter.work - before).flops
+        self.choosing += (self.meter.work - before).flops
         return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

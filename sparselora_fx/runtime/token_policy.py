@@ -53,10 +53,9 @@ def split_tokens(
     if plan.sink_tokens:
         sinks = shown & (_places(shown, arguments) < plan.sink_tokens)
         dense, split = sinks if dense is None else dense | sinks, True
-    if dense is None:
-        return Tokens(real, torch.zeros_like(real), split, not masked, labelled)
-    sparse = real & ~dense
-    if real is not shown:
+    dense = torch.zeros_like(real) if dense is None else dense
+    sparse = real & ~dense  # never the caller's own mask: a graph would be given one tensor twice
+    if split and real is not shown:
         # What a padding token attends to is the model's affair: padding, perhaps. Where one
         # predicts a label, none can be left out.
         dense = dense | (~real & (real & ~shown).any())

@@ -2,10 +2,9 @@
 
 A region that drifts steps down one rung, all others stay. After a grave finding all of them go to
 their lowest rung above dense, and climb back together, a rung after each quiet while; one that the
-plan asks too much of goes to dense for good. Otherwise,
-after a quiet while, the region that was lowered last climbs one rung. If it drifts there again, it
-comes back and waits twice as long; a region that has walked down to dense stays there, and so does
-one that failed twice where it is.
+plan asks too much of goes to dense for good. Otherwise, after a quiet while, the region that was
+lowered last climbs one rung. If it drifts there again, it comes back and waits twice as long; a
+region that has walked down to dense stays there, and so does one that failed twice where it is.
 """
 
 from __future__ import annotations

@@ -225,3 +225,12 @@ def test_packed_samples_are_sliced_right(name: str) -> None:
     del data["attention_mask"]
     dense[0, [0, 4]] = True
     check(data, dense, sink_tokens=1)
+
+
+def test_what_a_graph_is_given_is_not_the_batchs_own_mask() -> None:
+    """The same tensor twice among a graph's inputs is another graph."""
+    data = ragged()
+    data["attention_mask"] = data["attention_mask"].bool()
+    tokens = split_tokens(slx.SparsityPlan(0.5, tokens="all"), {**data, "labels": None}, shift=True)
+    assert tokens is not None and torch.equal(tokens.sparse, data["attention_mask"])
+    assert tokens.sparse is not data["attention_mask"] and not tokens.split
