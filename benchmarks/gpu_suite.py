@@ -230,7 +230,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", choices=list(SUITE), default=list(SUITE))
     parser.add_argument(
         "--options", nargs="+", metavar="OURS",
-        help="ours with any of +trim +whole +cudagraphs +verify, for every preset",
+        help="ours with any of +trim +whole +apart +cudagraphs +verify, for every preset",
     )  # fmt: skip
     parser.add_argument(
         "--baselines", nargs="*", choices=BASELINES,

@@ -120,11 +120,11 @@ def count(
     """Launches of a model's forward and of its backward."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    gpu = FakeGPU(choice="unmeasured", execute=False)
+    gpu = FakeGPU(choice="unmeasured", plain=not sparse, execute=False)
     model = model_of(shape, layers, TARGETS[case.targets])
     if sparse:
         plan = plan_of([LEVEL] * layers, "context")
-        slx.compile(model, random_estimator(model), plan=plan)
+        slx.compile(model, random_estimator(model), plan=plan, strict=True)
     else:
         model.__dict__["forward"] = torch.compile(model.forward, backend=gpu)
     samples, length, outputs = batch

@@ -19,6 +19,7 @@ from sparselora_fx.passes.hoist_token_gathers import hoist_token_gathers
 from sparselora_fx.passes.insert_observers import insert_observers
 from sparselora_fx.passes.insert_predictor import insert_predictor
 from sparselora_fx.passes.join_adapters import join_adapters
+from sparselora_fx.passes.join_factors import join_factors
 from sparselora_fx.passes.orient_adapters import orient_adapters
 from sparselora_fx.passes.sink_producers import sink_producers
 from sparselora_fx.passes.skip_padding import skip_padding
@@ -53,6 +54,7 @@ PIPELINE = (
     hoist_token_gathers,  # and in what lies between them
     hoist_channel_gathers,  # compute only what the choice keeps
     clean_up,  # erase what is unread
+    join_factors,  # predictors' narrow projections of one input: one matmul
     join_adapters,  # LoRA down-projections of one input: one matmul
     orient_adapters,  # LoRA up-projections: the layout whose gradients are fast
     slice_packed,  # of quantised weights only what is multiplied is unpacked

@@ -9,6 +9,7 @@ from sparselora_fx.analysis.row_kinds import TokenRows
 from sparselora_fx.analysis.scorable import side_inputs
 from sparselora_fx.ir.markers import MarkedTokens
 from sparselora_fx.ir.ops import OPS
+from sparselora_fx.rewrite.approximation import View
 from sparselora_fx.rewrite.rewrite import Rewrite
 from sparselora_fx.rewrite.score_subgraph import (
     every_channel,
@@ -50,6 +51,7 @@ def insert_predictor(rewrite: Rewrite) -> int:
             continue
         with rewrite.graph.inserting_before(first):
             _count_rows(region, rewrite)
+            views: dict[fx.Node | None, View] = {}
             for choice in region.choices:
                 if choice.whole:
                     choice.selection = every_channel(rewrite.graph, choice)
@@ -57,7 +59,7 @@ def insert_predictor(rewrite: Rewrite) -> int:
                 scores = (
                     ffn_scores(region, rewrite)
                     if region.kind == "ffn"
-                    else head_scores(region, choice, rewrite)
+                    else head_scores(region, choice, views, rewrite)
                 )
                 choice.selection = rewrite.graph.call_function(
                     OPS.topk_channels.default, (scores, choice.kept)

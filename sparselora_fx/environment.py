@@ -11,7 +11,8 @@ DEBUG_BOUNDS = "SPARSELORA_DEBUG_BOUNDS"
 KERNEL_TABLE = "SPARSELORA_KERNEL_TABLE"
 DISABLED_PASSES = "SPARSELORA_DISABLED_PASSES"
 DISABLED_LAYERS = "SPARSELORA_DISABLED_LAYERS"
-LAYERS = ("pieces", "cuda_graphs", "templates")  # below the passes, and above the backend
+# Below the passes, and above the backend.
+LAYERS = ("pieces", "cuda_graphs", "templates", "shared_launches")
 
 
 def given(name: str) -> str:

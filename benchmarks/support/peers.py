@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -19,10 +20,10 @@ import sparselora_fx as slx
 from benchmarks.support import reference
 from benchmarks.support.presets import Preset
 from benchmarks.support.published import LORA_TARGETS, RANK
-from sparselora_fx.compiler import piecewise
+from sparselora_fx.environment import DISABLED_LAYERS
 from sparselora_fx.model.frozen_weights import fingerprint_of, frozen_weights
 
-OPTIONS = ("trim", "whole", "cudagraphs", "verify")  # of ours: "ours+trim+cudagraphs"
+OPTIONS = ("trim", "whole", "apart", "cudagraphs", "verify")  # of ours: "ours+trim+cudagraphs"
 
 
 def missing(preset: Preset) -> dict[str, str]:
@@ -161,20 +162,22 @@ class Family:
         estimator = self.estimator(model)
         plan = self.preset.plan()
         model = slx.compile(model, estimator, plan=plan, backend=self.backend, **arguments)
-        if "whole" in options:
-            model.__dict__["forward"] = _in_one_graph(model.forward)
+        off = {"whole": "pieces", "apart": "shared_launches"}
+        layers = [layer for option, layer in off.items() if option in options]
+        if layers:
+            model.__dict__["forward"] = _without(layers, model.forward)
         return model
 
 
-def _in_one_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled forward whose graphs are not cut into pieces when its first calls compile them."""
+def _without(layers: list[str], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward whose first calls compile it without some layers of the stack."""
 
     @functools.wraps(forward)
-    def whole(*args: Any, **kwargs: Any) -> Any:
-        with patch.object(piecewise, "partition", lambda *_: None):
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with patch.dict(os.environ, {DISABLED_LAYERS: ",".join(layers)}):
             return forward(*args, **kwargs)
 
-    return whole
+    return called
 
 
 def build(preset: Preset) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -233,7 +233,7 @@ def _low_rank_energy(z: Shape, a: Shape, *_: object, **__: object) -> int:
 _OURS = {
     _product: (
         "sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad",
-        "packed_linear", "packed_linear_dgrad",
+        "packed_linear", "packed_linear_dgrad", "low_rank_linear",
     ),
     _weight_gradient: ("sliced_linear_wgrad", "sliced_linear_in_wgrad"),
     _low_rank_norms: ("low_rank_norms",),

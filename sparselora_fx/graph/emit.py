@@ -46,6 +46,13 @@ def set_value(node: fx.Node, example: object) -> None:
     node.meta["example_value"] = example
 
 
+def lowered_call(graph: fx.Graph, target: Callable[..., object], *args: object) -> fx.Node:
+    """A call in a graph that autograd has left, with the value that such graphs' nodes carry."""
+    node = graph.call_function(target, args)  # type: ignore[arg-type]
+    node.meta["val"] = called(node, lambda source: source.meta["val"])
+    return node
+
+
 def has_value(node: fx.Node) -> bool:
     """Whether a node has the value of a call: only calls of what Dynamo left without one have
     none."""

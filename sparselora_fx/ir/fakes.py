@@ -104,6 +104,11 @@ def _(x: Tensor, counted: Tensor | None, n: int) -> Tensor:
     return x.new_empty(n, x.shape[-1])
 
 
+@torch.library.register_fake("sparselora::low_rank_linear", lib=LIBRARY)
+def _(z: Tensor, a: Tensor) -> Tensor:
+    return z.new_empty(*z.shape[:-1], a.shape[0])
+
+
 @torch.library.register_fake("sparselora::channel_energy", lib=LIBRARY)
 def _(h: Tensor, counted: Tensor | None, norms: Tensor | None, normalise: bool) -> Tensor:
     return h.new_empty(h.shape[-1], dtype=_wide(h))

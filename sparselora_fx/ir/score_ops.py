@@ -54,6 +54,12 @@ def sample_tokens(x: Tensor, counted: Tensor | None, n: int) -> Tensor:
     return rows.index_select(0, torch.searchsorted(order, wanted).clamp(max=tokens - 1))
 
 
+@_op("low_rank_linear(Tensor z, Tensor a) -> Tensor")
+def low_rank_linear(z: Tensor, a: Tensor) -> Tensor:
+    """``y[T, N] = z[T, R] @ a[N, R].T`` in z's dtype: the wide half of an approximated linear."""
+    return z @ a.to(z.dtype).t()
+
+
 @_op("channel_energy(Tensor h, Tensor? counted, Tensor? norms, bool normalise) -> Tensor")
 def channel_energy(
     h: Tensor, counted: Tensor | None, norms: Tensor | None, normalise: bool

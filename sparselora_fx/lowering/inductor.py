@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Protocol
 
 import torch
+from torch import fx
 
 from sparselora_fx.graph.layout import Size
 
@@ -80,6 +81,13 @@ def fallback(op: torch._ops.OpOverload) -> Callable[..., Value]:
 
     add_layout_constraint(op, constrain_to_fx_strides)
     return fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-any-return]
+
+
+def sort_nodes(graph: fx.Graph) -> None:
+    """Put each node after those that it reads, else as they were. Run on 2.13."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 def size_hint(expression: object) -> int:

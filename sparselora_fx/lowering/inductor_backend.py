@@ -12,9 +12,11 @@ import torch
 from torch import fx
 
 from sparselora_fx._torch import donating_nothing
+from sparselora_fx.environment import disabled_layers
 from sparselora_fx.ir import ops, score_ops
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.lowering import cache_key
+from sparselora_fx.lowering import cache_key, score_forms
+from sparselora_fx.lowering.batch_topk import batch_topk
 from sparselora_fx.lowering.install import install
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -24,12 +26,17 @@ KNOWN_VERSIONS = ("2.11", "2.12", "2.13", "2.14")
 # rotation reads it three times) it costs more than a pass over memory. Torch's default is 30; with
 # 8 a step of the preset cpu-small took 1.105 s instead of 1.119 (medians of 11, in turns).
 _ON_CPU: dict[str, object] = {"realize_opcount_threshold": 8}
+# On a GPU independent kernels (of predictors, of the two token lists, casts of adapters) share a
+# launch: with 8B shapes the forward of a block went from 82 to 59 (`benchmarks.launches`). Torch
+# bounds what that costs in memory from 2.13 on, by this setting.
+_ON_GPU: dict[str, object] = {"combo_kernels": True}
+_BOUND = "combo_kernel_peak_memory_pct_threshold"
 # Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens",
     "gather_tokens", "gather_or_zero_tokens", "scatter_tokens", "scatter_two_lists",
     "sample_tokens",
-    "channel_energy", "low_rank_energy", "low_rank_norms",
+    "channel_energy", "low_rank_energy", "low_rank_linear", "low_rank_norms",
 )  # fmt: skip
 # Ops with lowerings of their own; decomposed too where those cannot be installed.
 _LOWERED = ("sliced_linear", "sliced_linear_dgrad", "sliced_linear_in", "sliced_linear_in_dgrad")
@@ -54,17 +61,27 @@ def backend_compile(
         # Its annotation covers ahead-of-time uses too.
         compiler = cast(Callable[..., Callable[..., object]], compile_fx)
         on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-        settings = {**(_ON_CPU if on_cpu else {}), **(patches or {})}
+        settings = {**settings_for("cpu" if on_cpu else "cuda"), **(patches or {})}
         with saving_less(), donating_nothing(), backward_at_once():
             if not install_lowerings():
                 return compiler(gm, inputs, decompositions=_all_decomposed())
-            settings["post_grad_custom_pre_pass"] = _key_pass()
+            settings["post_grad_custom_pre_pass"] = graph_pass()
             return compiler(gm, inputs, config_patches=settings)
     from torch._dynamo.backends.registry import lookup_backend
 
     with donating_nothing() if rewritten else nullcontext():
         compiler = cast(Callable[..., Callable[..., object]], lookup_backend(name))  # sizes too
         return compiler(gm, list(inputs))
+
+
+def settings_for(device: str) -> dict[str, object]:
+    """Inductor's settings for rewritten graphs on a kind of device, where they are not its own."""
+    if device == "cpu":
+        return dict(_ON_CPU)
+    from torch._inductor import config
+
+    off = "shared_launches" in disabled_layers() or not hasattr(config, _BOUND)
+    return {} if off else dict(_ON_GPU)
 
 
 def saving_less() -> AbstractContextManager[None]:
@@ -84,7 +101,10 @@ def backward_at_once() -> AbstractContextManager[None]:
 
 
 def _body(name: str) -> Callable[..., object]:
-    return getattr(ops, name, None) or getattr(score_ops, name)  # type: ignore[no-any-return]
+    """What an op is decomposed to: its body, if it has no other form here."""
+    rooms = (score_forms, ops, score_ops)
+    found = next(getattr(room, name) for room in rooms if hasattr(room, name))
+    return found  # type: ignore[no-any-return]
 
 
 def _all_decomposed() -> dict[object, Callable[..., object]]:
@@ -133,8 +153,9 @@ def install_lowerings() -> bool:
     return False
 
 
-def _key_pass() -> object:
-    """A pass that changes nothing but Inductor's cache key, which does not cover lowerings.
+def graph_pass() -> object:
+    """Our pass over graphs of aten ops (`batch_topk`), and Inductor's cache key for our lowerings,
+    which its own does not cover.
 
     It runs the user's own ``post_grad_custom_pre_pass`` (one or several), under a key that holds
     both. Run on 2.13.
@@ -146,13 +167,14 @@ def _key_pass() -> object:
     theirs = tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)
     key = cache_key.key()
 
-    class LoweringKey(CustomGraphPass):
+    class AfterAutograd(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             for step in theirs:
                 step(graph)
+            batch_topk(graph)
 
         def uuid(self) -> object:
             keys = [step.uuid() if hasattr(step, "uuid") else None for step in theirs]
             return None if None in keys else (key, *keys)  # None: Inductor does not cache
 
-    return LoweringKey()
+    return AfterAutograd()

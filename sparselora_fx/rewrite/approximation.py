@@ -76,7 +76,7 @@ class Approximation:
     def build(self, site: Site) -> fx.Node:
         """``[rows, N]``."""
         add = self.graph.call_function
-        out = add(_linear, (self.narrow(site), site.factors[0]))
+        out = add(OPS.low_rank_linear.default, (self.narrow(site), site.factors[0]))
         for extra in self.extras(site):
             out = add(torch.add, (out, extra))
         if self.tracked(site):

@@ -46,9 +46,14 @@ def ffn_scores(region: Region, rewrite: Rewrite) -> fx.Node:
     return total
 
 
-def head_scores(region: Region, choice: ChannelChoice, rewrite: Rewrite) -> fx.Node:
+def head_scores(
+    region: Region, choice: ChannelChoice, views: dict[fx.Node | None, View], rewrite: Rewrite
+) -> fx.Node:
     """Per kv channel, the product over producers of their norms, a query's averaged over the heads
-    that share it; values times the norms of the output projection's columns, if asked."""
+    that share it; values times the norms of the output projection's columns, if asked.
+
+    ``views`` holds the region's views by what counts in them, so that its choices share rows.
+    """
     graph, options = rewrite.graph, rewrite.options
     every = every_channel(graph, choice)
     weights = _column_weights(region, every, graph) if choice.name == "v" else None
@@ -58,7 +63,10 @@ def head_scores(region: Region, choice: ChannelChoice, rewrite: Rewrite) -> fx.N
         if _is_plain(pick.site, options):
             norms = _plain_norms(graph, pick, rows)
         else:
-            energy = _pick_energy(graph, pick, rows, weights, options)
+            counted = pick.site.token_weight
+            if counted not in views:
+                views[counted] = View(graph, pick.site, options, pool=False)
+            energy = _pick_energy(pick, rows, weights, views[counted], options)
             norms = graph.call_method("sqrt", (energy,))
         norms = graph.call_method("view", (norms, len(pick.maps), choice.channels))
         norms = graph.call_method("mean", (norms, 0))
@@ -98,17 +106,16 @@ def _plain_norms(graph: fx.Graph, pick: RowSelection, rows: fx.Node) -> fx.Node:
 
 
 def _pick_energy(
-    graph: fx.Graph, pick: RowSelection, rows: fx.Node, weights: fx.Node | None, options: Options
+    pick: RowSelection, rows: fx.Node, weights: fx.Node | None, view: View, options: Options
 ) -> fx.Node:
     """Mean squares of the rows that a pick selects for every channel: ``[offsets * channels]``."""
-    site, score = pick.site, options.score
+    site, score, graph = pick.site, options.score, view.graph
 
     def chosen(tensor: fx.Node, dim: int = 0) -> fx.Node:
         return graph.call_method("index_select", (tensor, dim, rows))
 
     found: fx.Node | None = None
     if score.context:
-        view = View(graph, site, options, pool=False)
         approximation = Approximation(graph, view, options)
         if approximation.tracked(site):
             hidden = chosen(approximation.build(site), -1)

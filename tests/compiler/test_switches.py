@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from sparselora_fx.compiler.cuda_graphs import cuda_graphs_of
 from sparselora_fx.compiler.switches import switched_on
 from sparselora_fx.environment import DISABLED_LAYERS, DISABLED_PASSES, LAYERS
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.lowering import cache_key, constraints, gather_matmul, install, triton
+from sparselora_fx.lowering import (
+    cache_key,
+    constraints,
+    gather_matmul,
+    inductor_backend,
+    install,
+    score_forms,
+    triton,
+)
 from sparselora_fx.passes import NEEDED, ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
 from sparselora_fx.rewrite.rewrite import Options, Rewrite
 from tests.support import oracle
@@ -109,8 +118,20 @@ def test_a_switched_off_template_is_not_chosen(monkeypatch: pytest.MonkeyPatch) 
     assert lower(None, None, None) == "gather"
 
 
+def test_launches_are_shared_on_a_gpu_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = inductor_backend.settings_for("cuda")
+    assert on_gpu["combo_kernels"] is True
+    assert "combo_kernels" not in inductor_backend.settings_for("cpu")
+    x = SimpleNamespace(device=torch.device("cuda"))
+    assert score_forms.shares_launches(x) and not score_forms.shares_launches(torch.ones(1))
+    monkeypatch.setenv(DISABLED_LAYERS, "shared_launches")
+    assert inductor_backend.settings_for("cuda") == {} and not score_forms.shares_launches(x)
+
+
 def test_other_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DISABLED_LAYERS, "piece")
     model = oracle.llama(layers=1)
-    with pytest.raises(slx.CompileError, match="may go: pieces, cuda_graphs, templates"):
+    with pytest.raises(
+        slx.CompileError, match="may go: pieces, cuda_graphs, templates, shared_launches"
+    ):
         slx.compile(model, oracle.estimator_of(model), plan=PLAN, backend="eager")

@@ -95,6 +95,7 @@ def samples(dtype: torch.dtype, kept: Any, grad: bool) -> dict[str, tuple[Any, .
             inverse(OTHERS),
         ),
         "low_rank_norms": (x3, values(N, R, dtype=dtype), values(R, K, dtype=dtype), mask),
+        "low_rank_linear": (values(2, 3, R, dtype=dtype), values(N, R, dtype=dtype)),
     }
 
 
@@ -189,6 +190,8 @@ def plain(name: str, arguments: tuple[Any, ...]) -> Tensor:
             return x.argsort(descending=True)[:y].sort().values
         case "pool_tokens":
             return torch.stack([tokens[kept].mean(0) for tokens, kept in zip(x, y, strict=True)])
+        case "low_rank_linear":
+            return x @ y.t()
         case "low_rank_norms":
             b, mask = rest
             return (x[mask] @ b.t() @ y.t()).norm(dim=0)

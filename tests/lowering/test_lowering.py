@@ -127,12 +127,13 @@ def test_a_users_pass_runs_and_stays_in_the_key() -> None:
             return "theirs"
 
     with config.patch(post_grad_custom_pre_pass=Theirs()):
-        key = inductor_backend._key_pass()
-        key("graph")
-    assert seen == ["graph"]
+        key = inductor_backend.graph_pass()
+        graph = torch.fx.Graph()
+        key(graph)
+    assert seen == [graph]
     assert key.uuid() == (cache_key.key(), "theirs")
     with config.patch(post_grad_custom_pre_pass=lambda graph: None):
-        assert inductor_backend._key_pass().uuid() is None
+        assert inductor_backend.graph_pass().uuid() is None
 
 
 @pytest.mark.parametrize(

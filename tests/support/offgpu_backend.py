@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import fx
 
-from sparselora_fx.lowering import inductor_backend, measured
+from sparselora_fx.lowering import inductor_backend, measured, score_forms
 from tests.support.fake_cuda import fake_cuda
 from tests.support.triton_interpreter import load_wrapper
 
@@ -31,13 +31,16 @@ class FakeGPU:
     "picked", "slower" (as if the picked template had been measured to be faster, or slower) or
     "unmeasured".
 
-    Without ``execute`` code is generated but not run: outputs are left uninitialised.
-    ``tile`` limits the benchmarked templates, e.g. "BLOCK_K=64, BLOCK_M=64, BLOCK_N=64". ``codes``
-    collects ``(is_backward, wrapper source)`` of every graph.
+    ``plain``: with Inductor's own settings, as plain `torch.compile` has them, not those of
+    rewritten graphs. Without ``execute`` code is generated but not run: outputs are left
+    uninitialised.
+    ``tile`` limits the benchmarked templates, e.g. "BLOCK_K=64, BLOCK_M=64, BLOCK_N=64".
+    ``codes`` collects ``(is_backward, wrapper source)`` of every graph.
     """
 
     arch: int = 90
     choice: str = "template"
+    plain: bool = False
     execute: bool = True
     tile: str = "BLOCK_K=(32|64), BLOCK_M=64, BLOCK_N=64"
     codes: list[tuple[bool, str]] = field(default_factory=list)
@@ -49,7 +52,12 @@ class FakeGPU:
         from torch._inductor.compile_fx import compile_fx
 
         assert inductor_backend.install_lowerings()
+        ours = {
+            **inductor_backend.settings_for("cuda"),
+            "post_grad_custom_pre_pass": inductor_backend.graph_pass(),
+        }
         patches = {
+            **({} if self.plain else ours),
             "max_autotune_gemm": self.choice in ("template", "fallback"),
             "benchmark_epilogue_fusion": False,
             "fx_graph_cache": False,
@@ -57,7 +65,11 @@ class FakeGPU:
             "comprehensive_padding": False,  # the backward is not told of padded strides here
             "triton.use_tensor_descriptor": False,
         }
-        with config.patch(patches), functorch_config.patch(enable_autograd_cache=False):
+        with (
+            config.patch(patches),
+            functorch_config.patch(enable_autograd_cache=False),
+            patch.object(score_forms, "shares_launches", lambda x: True),
+        ):
             inner = config.patch(patches)(self._compile)
             return compile_fx(gm, inputs, inner_compile=inner)
 

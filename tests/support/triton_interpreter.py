@@ -8,6 +8,7 @@ Outputs start as NaN, so an element that no program stores is seen.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -32,6 +33,7 @@ from tests.support.triton_interpreter import LIBDEVICE as libdevice
 """
 # The decorator that would tune and launch a kernel; helper functions may come before it.
 _HEURISTICS = re.compile(r"^@triton_heuristics\..*?^\)\n(?=@triton\.jit)", re.MULTILINE | re.DOTALL)
+_COMBINED = re.compile(r"'combo_grid_meta': (\{[^}]*\})")
 _NUMBERS = itertools.count()
 _BLOCK = 64  # elements of a pointwise or reduction kernel per program
 _FOLDER = tempfile.TemporaryDirectory()  # the interpreter reads a kernel's source at its first run
@@ -100,6 +102,8 @@ class Kernel:
         assert found is not None
         self.parameters = [text.split(":")[0].strip() for text in found[1].split(",")]
         self.fixed_grid = "'grid_type': 'FixedGrid'" in source
+        combined = _COMBINED.search(source)
+        self.combined: dict[str, Any] = ast.literal_eval(combined[1]) if combined else {}
 
     def run(self, *args: Any, stream: Any = None, **_: Any) -> None:
         if self.fixed_grid:
@@ -108,10 +112,24 @@ class Kernel:
             return
         blocks = {name: _BLOCK for name in self.parameters if name.endswith("BLOCK")}
         values = dict(zip(self.parameters, args, strict=False))
-        sizes = [int(values.get(f"{axis}numel", 1)) for axis in "xyz"]
-        tiles = [blocks.get(f"{axis}BLOCK", 1) for axis in "XYZ"]
-        grid = tuple(max(1, triton.cdiv(n, b)) for n, b in zip(sizes, tiles, strict=True))
+        if self.combined:
+            grid = self._combined_grid(values, blocks)
+        else:
+            sizes = [int(values.get(f"{axis}numel", 1)) for axis in "xyz"]
+            tiles = [blocks.get(f"{axis}BLOCK", 1) for axis in "XYZ"]
+            grid = tuple(max(1, triton.cdiv(n, b)) for n, b in zip(sizes, tiles, strict=True))
         self.function[grid](*args, **blocks)
+
+    def _combined_grid(self, values: dict[str, Any], blocks: dict[str, int]) -> tuple[int, ...]:
+        """Several kernels in one: their blocks along x one after the other, along y the most."""
+        meta, across, along = self.combined, 0, 1
+        for i in range(meta["num_kernels"]):
+            size = meta[f"xnumel_{i}"] or int(values[f"xnumel_{i}"])
+            across += size if meta[f"no_x_dim_{i}"] else triton.cdiv(size, blocks["XBLOCK"])
+            if f"ynumel_{i}" in meta:
+                rows = meta[f"ynumel_{i}"] or int(values[f"ynumel_{i}"])
+                along = max(along, triton.cdiv(rows, blocks["YBLOCK"]))
+        return (max(1, across), along, 1)
 
 
 def _poisoned(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""Independent choices of channels in one launch, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from operator import getitem
+
+import torch
+from torch import fx
+
+from sparselora_fx.graph.emit import lowered_call
+from sparselora_fx.lowering import score_forms
+from sparselora_fx.lowering.inductor import sort_nodes
+
+_TOPK = torch.ops.aten.topk.default
+
+
+def batch_topk(graph: fx.Graph) -> int:
+    """Join top-k selections of equally many from equally many scores, where none waits for another:
+    of attention's queries and keys, and of its values. Returns the selections joined.
+
+    Before:  a, i = topk(s: [N], k);  b, j = topk(t: [N], k)
+    After:   c, m = topk(stack(s, t), k);  i = m[0];  j = m[1]
+
+    A post-grad pass of Inductor: nodes are those of aten.
+    """
+    joined = 0
+    while group := _alike(graph):
+        _join(graph, group)
+        sort_nodes(graph)
+        joined += len(group)
+    return joined
+
+
+def _alike(graph: fx.Graph) -> list[fx.Node]:
+    """The first selections that can be joined, or none. Joining some may make others wait."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[Hashable, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=_TOPK):
+        value = node.args[0].meta["val"]
+        if value.dim() != 1 or not score_forms.shares_launches(value):
+            continue
+        key = (value.shape[0], value.dtype, *node.args[1:])
+        group = found.get(key, [])
+        if any(_waits(node, earlier, order) for earlier in group):
+            if len(group) > 1:
+                return group
+            group = []
+        found[key] = [*group, node]
+    return next((group for group in found.values() if len(group) > 1), [])
+
+
+def _waits(node: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a node depends on an earlier one."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source is first:
+                return True
+            if source not in seen and order[source] > order[first]:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
+def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
+    scores = [node.args[0] for node in group]
+    with graph.inserting_before(group[-1]):
+        rows = [lowered_call(graph, torch.ops.aten.unsqueeze.default, score, 0) for score in scores]
+        stacked = lowered_call(graph, torch.ops.aten.cat.default, rows, 0)
+        both = lowered_call(graph, _TOPK, stacked, *group[0].args[1:])
+        for i, node in enumerate(group):
+            for user in list(node.users):
+                part = lowered_call(graph, getitem, both, user.args[1])
+                one = lowered_call(graph, torch.ops.aten.select.int, part, 0, i)
+                user.replace_all_uses_with(one)
+                graph.erase_node(user)
+    for node in group:
+        graph.erase_node(node)

@@ -1,0 +1,62 @@
+"""How the ops that score channels are spelled on a GPU, where a launch costs more than the work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparselora_fx.environment import disabled_layers
+from sparselora_fx.ir import score_ops
+
+_MOST_TOKENS, _MOST_RANKS = 128, 16  # of a product that is formed value by value
+
+
+def shares_launches(x: Tensor) -> bool:
+    """Whether launches are to be few: on a GPU, unless ``SPARSELORA_DISABLED_LAYERS`` says no. What
+    generates a GPU's code without one replaces this function."""
+    return x.device.type == "cuda" and "shared_launches" not in disabled_layers()
+
+
+def low_rank_energy(
+    z: Tensor,
+    a: Tensor,
+    offset: Tensor | None,
+    counted: Tensor | None,
+    norms: Tensor | None,
+    normalise: bool,
+) -> Tensor:
+    """`score_ops.low_rank_energy`, of few tokens by forming the product ``[T, N]`` after all.
+
+    The Gram matrix needs fewer operations, in two small matmuls, what stands between them, and a
+    copy of the factor. Formed value by value, all is one reduction, into which choosing the rows of
+    the factor is fused: one launch for five.
+    """
+    if not (shares_launches(z) and _few(z, a)):
+        return score_ops.low_rank_energy(z, a, offset, counted, norms, normalise)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    hidden = _product(z.flatten(0, -2).to(wide), a.to(wide))
+    if offset is not None:
+        hidden = hidden + offset.to(wide)
+    return score_ops.channel_energy(hidden, counted, norms, normalise)
+
+
+def low_rank_linear(z: Tensor, a: Tensor) -> Tensor:
+    """`score_ops.low_rank_linear`, of few tokens value by value: no launch of its own."""
+    if not (shares_launches(z) and _few(z, a)):
+        return score_ops.low_rank_linear(z, a)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return _product(z.to(wide), a.to(wide)).to(z.dtype)
+
+
+def _few(z: Tensor, a: Tensor) -> bool:
+    tokens = z.numel() // z.shape[-1] if isinstance(z.numel(), int) else None
+    return tokens is not None and 0 < tokens <= _MOST_TOKENS and a.shape[1] <= _MOST_RANKS
+
+
+def _product(z: Tensor, a: Tensor) -> Tensor:
+    """``z a^T`` as a sum over ranks, which a compiler fuses into what reads it."""
+    terms = [z[..., r : r + 1] * a[:, r] for r in range(a.shape[1])]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
