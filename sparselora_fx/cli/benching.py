@@ -30,8 +30,9 @@ def bench(config: Config, pairs: int, *, progress: bool) -> dict[str, Any]:
     batch = next(loaded.batches(1))
     estimator = estimator_of(loaded, progress=progress)
     loaded.model.zero_grad(set_to_none=True)
-    # Step 0 is dense and step 1 sparse, whatever the plan's own schedule is.
-    schedule = {"start_step": 1, "end_step": None, "ramp": (), "calibrate": None, "refresh": None}
+    # Step 0 is dense and step 1 sparse, at the whole plan, whatever its own schedule is.
+    schedule = {"start_step": 1, "end_step": None, "ramp": (), "calibrate": None, "refresh": None,
+                "min_steps": 0, "max_loss_gap": None}  # fmt: skip
     plan = SparsityPlan(**{**config.plan.to_dict(), **schedule})
     options = vars(config.compile) | {"precompile": False, "verify_speed": False}
     model = compile(loaded.model, estimator, plan=plan, **options)

@@ -111,8 +111,8 @@ class WatchSection:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything. ``plan``: as `SparsityPlan` takes it, a number, "default", a file, or a mapping
-    of its attributes; ``output``: the folder to write to."""
+    """Everything. ``plan``: "auto", or what `SparsityPlan` takes: a number, "default", a file, or a
+    mapping of its attributes; ``output``: the folder to write to."""
 
     model: ModelSection
     data: DataSection
@@ -257,8 +257,10 @@ class _Reader:
 
     def _plan(self, found: tuple[yaml.Node, yaml.Node] | None) -> SparsityPlan:
         node = found[1] if found and "plan" not in self.overrides else None
-        value = self.overrides.get("plan", _plain(node) if node is not None else "default")
+        value = self.overrides.get("plan", _plain(node) if node is not None else "auto")
         try:
+            if value == "auto":
+                return SparsityPlan.auto()
             if isinstance(value, dict) and "sparsity" in value:
                 return SparsityPlan(**value)
             return SparsityPlan(value)

@@ -13,7 +13,8 @@ STRUCTURAL = "default"
 DEFAULTS = {
     "tokens": "context", "start_step": 0.05, "end_step": None, "channel_multiple": 16, "rank": None,
     "ramp": None, "sink_tokens": 0, "sparse_outputs": 0.0, "score": None, "track_adapter": False,
-    "calibrate": None, "refresh": None, "min_sparse": 0.05, "max_loss_gap": None,
+    "calibrate": None, "refresh": None, "min_sparse": 0.05, "min_steps": 0,
+    "max_loss_gap": None,
 }  # fmt: skip
 
 

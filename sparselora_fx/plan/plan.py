@@ -36,6 +36,10 @@ from sparselora_fx.plan.score import check_flag, check_score
 from sparselora_fx.plan.sensitivity_table import SensitivityTable
 from sparselora_fx.plan.suggestions import nearest, unknown_layer
 
+# Steps from which on an automatic plan is sparse: in the shortest training that was found to end as
+# well as a dense one (docs/evidence.md). With 40 steps it ended 2 to 4 points below.
+LONG_ENOUGH = 160
+
 
 class Sparsity(NamedTuple):
     """Fraction of channels skipped, by the kind of region that a weight is in; 0.0 is dense."""
@@ -79,6 +83,7 @@ class SparsityPlan:
         calibrate: "dense_phase": build the estimator from what the dense first steps read; or None.
         refresh: calibrate again every n steps, from n / 20 dense ones (see `schedule.refreshes`).
         min_sparse: a call in which a smaller share of the tokens is sparse (0.05) runs dense.
+        min_steps: a training that is known to have fewer optimizer steps (0) stays dense.
         max_loss_gap: start with a part of the plan and climb while the loss stays this close to the
             dense loss (nats a token); see `auto`.
     """
@@ -97,6 +102,7 @@ class SparsityPlan:
     calibrate: str | None
     refresh: int | None
     min_sparse: float
+    min_steps: int
     max_loss_gap: float | None
 
     def __init__(
@@ -136,6 +142,7 @@ class SparsityPlan:
             "track_adapter": lambda v: check_flag("track_adapter", v),
             "calibrate": check_calibrate,
             "min_sparse": lambda v: check_fraction("min_sparse", v),
+            "min_steps": lambda v: 0 if v == 0 else check_positive("min_steps", v),
             "refresh": lambda v: check_refresh(v, values["calibrate"]),
             "max_loss_gap": check_gap,
         }
@@ -170,7 +177,7 @@ class SparsityPlan:
     @classmethod
     def auto(cls, max_loss_gap: float = 0.01, **options: Any) -> SparsityPlan:
         """The default plan, entered in stages: feed-forwards of the last blocks first, then of more
-        blocks, then attention.
+        blocks, then attention; in a training of at least `LONG_ENOUGH` steps.
 
         ``compile`` watches a model with such a plan (`Watch` with mode "adapt", unless it is given
         another): each stage must be quiet before the next begins, a region that drifts steps down,
@@ -185,6 +192,7 @@ class SparsityPlan:
             PlanError: an option out of range.
         """
         sparsity = options.pop("sparsity", STRUCTURAL)
+        options.setdefault("min_steps", LONG_ENOUGH)
         return cls(sparsity, max_loss_gap=max_loss_gap, **options)
 
     @classmethod
@@ -221,6 +229,10 @@ class SparsityPlan:
             raise PlanError("the table was measured with a function as token policy: pass tokens=")
         same = {"tokens": table.tokens, "channel_multiple": table.channel_multiple}
         return cls(found.sparsity(), **(same | options))
+
+    def too_short(self, total: int | None) -> bool:
+        """Whether a training of so many steps stays dense; one of unknown length does not."""
+        return total is not None and total < self.min_steps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; ``SparsityPlan(**plan.to_dict()) == plan``."""

@@ -93,7 +93,8 @@ class Runtime:
     @property
     def stays_dense(self) -> bool:
         """Whether the training call under way is dense, whatever the schedule says."""
-        return self.given_up or self.speed.stays_dense or self.safety.dense
+        short = self.step is not None and self.plan.too_short(self.step[1])
+        return short or self.given_up or self.speed.stays_dense or self.safety.dense
 
     @property
     def sparse_now(self) -> bool:
@@ -153,9 +154,8 @@ class Runtime:
         if self.call.has_level:
             return self.call.level
         if self.step is not None:
-            sparsity_scale = sparsity_scale_at(
-                *self.step, plan.start_step, plan.end_step, plan.ramp
-            )
+            when = (plan.start_step, plan.end_step, plan.ramp)
+            sparsity_scale = sparsity_scale_at(*self.step, *when)
             return 0.0 if sparsity_scale and self.refreshes() else sparsity_scale
         if plan.start_step or plan.end_step is not None or plan.ramp:
             self.notices.warn(

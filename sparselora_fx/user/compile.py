@@ -225,6 +225,14 @@ def step(model: nn.Module, n: int, total: int | None = None) -> None:
     )  # refuses a fraction without total
     settle(runtime, between_steps=True)
     runtime.step = (n, total)
+    if plan.too_short(total):
+        runtime.dense_calls.add("the training is shorter than the plan's min_steps")
+        runtime.notices.warn(
+            f"a training of {total} steps stays dense: the plan is sparse in trainings of at least "
+            f"{plan.min_steps} (min_steps; docs/evidence.md). For sparse steps all the same give a "
+            "plan, such as plan=0.5 or plan=sparselora_fx.SparsityPlan.auto(min_steps=0)",
+            about="min_steps",
+        )
 
 
 def _restore_earlier(model: nn.Module, frozen: list[FrozenWeight]) -> None:

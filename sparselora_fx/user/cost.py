@@ -247,6 +247,8 @@ def _dense_steps(runtime: Runtime, steps: int | None) -> int:
         return 0
     if steps is None:
         return plan.start_step if isinstance(plan.start_step, int) else 0
+    if plan.too_short(steps):
+        return steps
     schedule = (plan.start_step, plan.end_step, plan.ramp)
     return sum(not sparsity_scale_at(n, steps, *schedule) for n in range(steps))
 

@@ -70,7 +70,7 @@ def _plan_of(runtime: Runtime, state: WatchState) -> SparsityPlan:
         for key in region_keys(common_module(sites), sites, names):
             levels[key] = level
     options = {key: getattr(runtime.plan, key) for key in DEFAULTS}
-    return SparsityPlan(levels or 0.0, **options | {"max_loss_gap": None})
+    return SparsityPlan(levels or 0.0, **options | {"max_loss_gap": None, "min_steps": 0})
 
 
 def drift(model: nn.Module) -> Drift:

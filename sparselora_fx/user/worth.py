@@ -54,7 +54,12 @@ def worth_of(
         "estimator_seconds": cost.estimator_seconds,
         "break_even_step": cost.break_even_steps,
     }
-    found["verdict"] = f"Does it pay? {_verdict(rows, found, runtime.speed.verdict, tally)}"
+    total = runtime.step[1] if runtime.step else None
+    if runtime.plan.too_short(total):
+        verdict = f"No: with {total} steps training stays dense (the plan's min_steps)."
+    else:
+        verdict = _verdict(rows, found, runtime.speed.verdict, tally)
+    found["verdict"] = f"Does it pay? {verdict}"
     return found
 
 

@@ -59,7 +59,7 @@ def train(model: torch.nn.Module, steps: int) -> None:
 @pytest.mark.slow
 def test_a_quiet_run_climbs_to_the_plan_and_keeps_it_in_a_file(tmp_path: Path) -> None:
     model = oracle.llama(layers=3)
-    plan = slx.SparsityPlan.auto(tokens="all", start_step=0, channel_multiple=1)
+    plan = slx.SparsityPlan.auto(tokens="all", start_step=0, channel_multiple=1, min_steps=0)
     watch = slx.Watch(every=1, tolerance=100, mode="adapt", quiet=1)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager", watch=watch)
     train(model, 4)
@@ -81,7 +81,7 @@ def test_compile_watches_such_a_plan_by_itself() -> None:
     model = tiny(3, channels=112)
     slx.compile(model, oracle.estimator_of(model), backend="eager")
     assert get_runtime(model).plan == slx.SparsityPlan.auto(), "what compile takes without a plan"
-    plan = slx.SparsityPlan.auto(1e-7, tokens="all", start_step=0, channel_multiple=1)
+    plan = slx.SparsityPlan.auto(1e-7, tokens="all", start_step=0, channel_multiple=1, min_steps=0)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
     train(model, 2)
     (probe,) = slx.drift(model).probes
