@@ -154,9 +154,8 @@ class Runtime:
         if self.call.has_level:
             return self.call.level
         if self.step is not None:
-            when = (plan.start_step, plan.end_step, plan.ramp)
-            sparsity_scale = sparsity_scale_at(*self.step, *when)
-            return 0.0 if sparsity_scale and self.refreshes() else sparsity_scale
+            scale = sparsity_scale_at(*self.step, plan.start_step, plan.end_step, plan.ramp)
+            return 0.0 if scale and self.refreshes() else scale
         if plan.start_step or plan.end_step is not None or plan.ramp:
             self.notices.warn(
                 "nothing drives the plan's schedule, so training is sparse from the first call: "
