@@ -60,8 +60,8 @@ def backend_compile(
 
         # Its annotation covers ahead-of-time uses too.
         compiler = cast(Callable[..., Callable[..., object]], compile_fx)
-        on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-        settings = {**settings_for("cpu" if on_cpu else "cuda"), **(patches or {})}
+        devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"cpu"}
+        settings = {**settings_for(next(iter(devices), "cpu")), **(patches or {})}
         with saving_less(), donating_nothing(), backward_at_once():
             if not install_lowerings():
                 return compiler(gm, inputs, decompositions=_all_decomposed())
@@ -80,8 +80,8 @@ def settings_for(device: str) -> dict[str, object]:
         return dict(_ON_CPU)
     from torch._inductor import config
 
-    off = "shared_launches" in disabled_layers() or not hasattr(config, _BOUND)
-    return {} if off else dict(_ON_GPU)
+    on = device == "cuda" and torch.version.hip is None and hasattr(config, _BOUND)
+    return dict(_ON_GPU) if on and "shared_launches" not in disabled_layers() else {}
 
 
 def saving_less() -> AbstractContextManager[None]:

@@ -122,6 +122,7 @@ def test_launches_are_shared_on_a_gpu_unless_switched_off(monkeypatch: pytest.Mo
     on_gpu = inductor_backend.settings_for("cuda")
     assert on_gpu["combo_kernels"] is True
     assert "combo_kernels" not in inductor_backend.settings_for("cpu")
+    assert inductor_backend.settings_for("mps") == {}, "as torch has it, where nobody ran it"
     x = SimpleNamespace(device=torch.device("cuda"))
     assert score_forms.shares_launches(x) and not score_forms.shares_launches(torch.ones(1))
     monkeypatch.setenv(DISABLED_LAYERS, "shared_launches")
