@@ -11,6 +11,7 @@ from benchmarks.support.published import RANK, plan_of
 from tests.support.flop_models import BATCH, SHAPE
 
 LEVELS = ((0.9, 0.5), (0.9, 0.5))
+WIDTHS = ((RANK,), (3 * RANK,))
 CHOOSING = ("topk", "sort", "pool_tokens", "low_rank_norms", "channel_scores")
 
 
@@ -27,10 +28,11 @@ def calls(graphs: list[Counted], *words: str) -> list[fx.Node]:
 
 
 def rank_wide(graphs: list[Counted]) -> list[fx.Node]:
-    """Matmuls whose result is as wide as the factors' rank: they project on factors."""
+    """Matmuls whose result is as wide as the factors' rank: they project on factors, of one linear
+    or of attention's three at once."""
     nodes = [n for g in graphs for n in g.module.graph.nodes if g.flops.get(n)]
     made = [(n, n.meta["val"]) for n in nodes]  # attention makes a tuple
-    return [n for n, val in made if isinstance(val, Tensor) and val.shape[-1:] == (RANK,)]
+    return [n for n, val in made if isinstance(val, Tensor) and val.shape[-1:] in WIDTHS]
 
 
 @pytest.mark.slow

@@ -120,8 +120,8 @@ def test_compile_alone_calibrates() -> None:
     """Without an estimator and without a plan: the dense steps make one."""
     model, data = oracle.llama(layers=4), batches(2)
     assert slx.compile(model, backend="eager") is model
-    for n, batch in zip((0, 10), data, strict=True):
-        slx.step(model, n, 200)  # the first twentieth is dense
+    for n, batch in zip((0, 50), data, strict=True):
+        slx.step(model, n, 1000)  # the first twentieth is dense
         with slx.record(model) as record:
             oracle.step(model, batch)
     assert record.sites and collector_of(model).estimator.calibrated  # type: ignore[union-attr]

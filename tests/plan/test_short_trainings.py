@@ -61,14 +61,14 @@ def test_others_are_sparse_without_a_word(total: int | None) -> None:
 
 
 def test_an_automatic_plan_is_for_long_trainings() -> None:
-    assert slx.SparsityPlan.auto().min_steps == 160
+    assert slx.SparsityPlan.auto().min_steps == 1000
     assert slx.SparsityPlan.auto(min_steps=0).min_steps == 0
     assert slx.SparsityPlan(0.5).min_steps == 0
     model = compiled(None)
-    with pytest.warns(UserWarning, match="of at least 160"):
-        losses(model, 159)
+    with pytest.warns(UserWarning, match="of at least 1000"):
+        losses(model, 999)
     assert not slx.drift(model).probes, "nothing is compared where nothing is sparse"
-    losses(model, 160)
+    losses(model, 1000)
     assert not get_runtime(model).stays_dense
 
 
