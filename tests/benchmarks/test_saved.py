@@ -11,7 +11,7 @@ from benchmarks.support.published import RANK, plan_of
 from tests.support.flop_models import BATCH, SHAPE
 
 LEVELS = ((0.9, 0.5), (0.9, 0.5))
-WIDTHS = ((RANK,), (3 * RANK,))
+SAMPLED = 64  # tokens that a score looks at, by default
 CHOOSING = ("topk", "sort", "pool_tokens", "low_rank_norms", "channel_scores")
 
 
@@ -27,22 +27,21 @@ def calls(graphs: list[Counted], *words: str) -> list[fx.Node]:
     return [n for n in nodes if any(word in str(n.target) for word in words)]
 
 
-def rank_wide(graphs: list[Counted]) -> list[fx.Node]:
-    """Matmuls whose result is as wide as the factors' rank: they project on factors, of one linear
-    or of attention's three at once."""
+def on_factors(graphs: list[Counted]) -> list[fx.Node]:
+    """Matmuls that project the sampled tokens on the factors of attention's three linears."""
     nodes = [n for g in graphs for n in g.module.graph.nodes if g.flops.get(n)]
     made = [(n, n.meta["val"]) for n in nodes]  # attention makes a tuple
-    return [n for n, val in made if isinstance(val, Tensor) and val.shape[-1:] in WIDTHS]
+    return [n for n, val in made if isinstance(val, Tensor) and val.shape == (SAMPLED, 3 * RANK)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_backward_does_not_choose_again(checkpointing: bool) -> None:
     forwards, backwards = graphs("context", checkpointing=checkpointing)
-    assert len(calls(forwards, "topk")) == 3 * len(LEVELS) and rank_wide(forwards)
+    assert len(calls(forwards, "topk")) == 3 * len(LEVELS) and on_factors(forwards)
     again = calls(backwards, "sliced_linear.default")
     assert bool(again) == checkpointing  # blocks are run again, if so, on the channels chosen
-    assert not calls(backwards, *CHOOSING) and not rank_wide(backwards)
+    assert not calls(backwards, *CHOOSING) and not on_factors(backwards)
 
 
 def saved(forward: Counted) -> list[fx.Node]:
