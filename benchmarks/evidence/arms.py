@@ -70,7 +70,8 @@ UNIFORM = 0.36  # over all blocks: as many channels as the deep plan at 0.9 in 1
 ARMS = {
     DENSE: Arm("dense LoRA, same compiler", lambda layers: None, "none"),
     # What `compile` takes without a plan, and what else it might take.
-    "auto": Arm("slx.SparsityPlan.auto()", lambda layers: SparsityPlan.auto(min_steps=0)),
+    "auto": Arm("slx.SparsityPlan.auto(), however short",
+                lambda layers: SparsityPlan.auto(min_steps=0)),
     "auto-end": Arm("the same, the last fifth of training dense",
                     lambda layers: SparsityPlan.auto(min_steps=0, end_step=0.8)),
     "default": Arm("slx.SparsityPlan.default()", lambda layers: SparsityPlan.default()),

@@ -96,7 +96,7 @@ def _(x: Tensor, token_weight: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("sparselora::low_rank_norms", lib=LIBRARY)
 def _(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], dtype=_wide(x))
+    return a.new_empty(a.shape[0], dtype=ops.dtype_of_sums(x))
 
 
 @torch.library.register_fake("sparselora::sample_tokens", lib=LIBRARY)
@@ -111,7 +111,7 @@ def _(z: Tensor, a: Tensor) -> Tensor:
 
 @torch.library.register_fake("sparselora::channel_energy", lib=LIBRARY)
 def _(h: Tensor, counted: Tensor | None, norms: Tensor | None, normalise: bool) -> Tensor:
-    return h.new_empty(h.shape[-1], dtype=_wide(h))
+    return h.new_empty(h.shape[-1], dtype=ops.dtype_of_sums(h))
 
 
 @torch.library.register_fake("sparselora::low_rank_energy", lib=LIBRARY)
@@ -123,9 +123,4 @@ def _(
     norms: Tensor | None,
     normalise: bool,
 ) -> Tensor:
-    return z.new_empty(a.shape[0], dtype=_wide(z))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums over tokens."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return z.new_empty(a.shape[0], dtype=ops.dtype_of_sums(z))

@@ -20,11 +20,8 @@ from sparselora_fx.ir import checks
 
 LIBRARY = torch.library.Library("sparselora", "DEF")
 OPS = torch.ops.sparselora
-MARKERS = (
-    "site",
-    "label_rows",
-    "observed",
-)  # identities that carry what is known into a traced graph
+# Identities that carry what is known into a traced graph.
+MARKERS = ("site", "label_rows", "observed")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 Body = Callable[..., Tensor]
 
@@ -234,7 +231,7 @@ def low_rank_norms(x: Tensor, a: Tensor, b: Tensor, token_weight: Tensor | None)
     ``||column_n||^2 = a_n G a_n^T`` with the Gram matrix G of ``x @ b.T``: T x N values are never
     formed.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = dtype_of_sums(x)
     projected = (x.flatten(0, -2) @ b.to(x.dtype).t()).to(wide)
     if token_weight is not None and same_tokens(x, token_weight):
         projected = projected * token_weight.reshape(-1, 1).to(wide)
@@ -296,3 +293,8 @@ def same_tokens(x: Tensor, token_weight: Tensor) -> bool:
     """Whether a grid of tokens has as many as x."""
     tokens = x.numel() // x.shape[-1]  # not Size.numel(), which fixes symbolic sizes
     return bool(tokens == token_weight.numel())
+
+
+def dtype_of_sums(x: Tensor) -> torch.dtype:
+    """The dtype of sums over tokens: float32, or float64 of float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

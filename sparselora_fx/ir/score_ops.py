@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparselora_fx.ir.ops import LIBRARY, Body, same_tokens
+from sparselora_fx.ir.ops import LIBRARY, Body, dtype_of_sums, same_tokens
 
 ACROSS = "norms_across"  # norms of a weight the other way round, see `SVDEstimator.vectors`
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -72,7 +72,7 @@ def channel_energy(
     the second minimises the mean *relative* error per token if channels' contributions are
     orthogonal.
     """
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = dtype_of_sums(h)
     square = h.flatten(0, -2).to(wide).square()
     weight = _token_weights(h, counted, square)
     if normalise:
@@ -98,7 +98,7 @@ def low_rank_energy(
     With z'_t = (z_t, 1) and a' = (a, offset): ``e_n = a'_n (mean_t z'_t z'_t^T) a'_n^T``, and a
     token's own energy is ``z'_t (a'^T diag(norms^2) a') z'_t^T``. T * R * R steps, not T * R * N.
     """
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = dtype_of_sums(z)
     rows, columns = a.to(wide), z.flatten(0, -2).to(wide)
     if offset is not None:
         columns = torch.nn.functional.pad(columns, (0, 1), value=1.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from sparselora_fx.environment import disabled_layers
 from sparselora_fx.ir import score_ops
+from sparselora_fx.ir.ops import dtype_of_sums
 
 _MOST_TOKENS, _MOST_RANKS = 128, 16  # of a product that is formed value by value
 
@@ -33,7 +36,7 @@ def low_rank_energy(
     """
     if not (shares_launches(z) and _few(z, a)):
         return score_ops.low_rank_energy(z, a, offset, counted, norms, normalise)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = dtype_of_sums(z)
     hidden = _product(z.flatten(0, -2).to(wide), a.to(wide))
     if offset is not None:
         hidden = hidden + offset.to(wide)
@@ -44,7 +47,7 @@ def low_rank_linear(z: Tensor, a: Tensor) -> Tensor:
     """`score_ops.low_rank_linear`, of few tokens value by value: no launch of its own."""
     if not (shares_launches(z) and _few(z, a)):
         return score_ops.low_rank_linear(z, a)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = dtype_of_sums(z)
     return _product(z.to(wide), a.to(wide)).to(z.dtype)
 
 
@@ -56,7 +59,4 @@ def _few(z: Tensor, a: Tensor) -> bool:
 def _product(z: Tensor, a: Tensor) -> Tensor:
     """``z a^T`` as a sum over ranks, which a compiler fuses into what reads it."""
     terms = [z[..., r : r + 1] * a[:, r] for r in range(a.shape[1])]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return reduce(torch.add, terms)
