@@ -59,13 +59,14 @@ def held_bytes(collector: Collector) -> int:
     return sum(getattr(m, p).nbytes for m in collector.moments.values() for p in parts)
 
 
-def cost(preset: Preset, pairs: int) -> dict[str, Any]:
+def cost(preset: Preset, pairs: int, backend: str = "inductor") -> dict[str, Any]:
     """Time and memory of observing."""
     levels = {"sparsity": preset.plan().sparsity, "tokens": "context", "start_step": _LATE}
     without = dense(preset)
     observing = dense(preset, without)
-    slx.compile(without, random_estimator(without), plan=slx.SparsityPlan(**levels))
-    slx.compile(observing, plan=slx.SparsityPlan(**levels, calibrate="dense_phase"))
+    plans = slx.SparsityPlan(**levels), slx.SparsityPlan(**levels, calibrate="dense_phase")
+    slx.compile(without, random_estimator(without), plan=plans[0], backend=backend)
+    slx.compile(observing, plan=plans[1], backend=backend)
     batches = preset.batches()
     running = {"without": _Runner(without), "observing": _Runner(observing)}
     for turn in range(pairs + 3):

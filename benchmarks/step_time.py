@@ -53,10 +53,12 @@ def flop_ratio(preset: Preset, *, trim: bool = False) -> float:
     return counter.depth([DENSE] * len(levels)).total / ours
 
 
-def run(preset: Preset, pairs: int, minutes: float, clock: str = "wall") -> dict[str, Any]:
+def run(
+    preset: Preset, pairs: int, minutes: float, clock: str = "wall", backend: str = "inductor"
+) -> dict[str, Any]:
     """Measure a preset. Returns the fixed face and the details."""
     batches = preset.batches()
-    built, missing = peers.build(preset)
+    built, missing = peers.build(preset, backend)
     running = [Peer(name, model, clock, preset.autocast) for name, model in built.items()]
     for peer in running:
         for batch in batches[:2]:
@@ -125,13 +127,14 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: processor time, for a machine that others use too; set OMP_NUM_THREADS=1",
     )  # fmt: skip
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     args = parser.parse_args()
     preset = PRESETS[args.preset].for_task(args.task)
     if preset.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"{preset.name} needs an NVIDIA GPU; there is none here: not measured")
     torch.manual_seed(0)
     gc.collect()
-    found = run(preset, args.pairs, args.minutes, args.clock)
+    found = run(preset, args.pairs, args.minutes, args.clock, args.backend)
     print(table(found["peers"], peers.missing(preset)))
     print(json.dumps(found["face"], indent=1))
     if args.json:

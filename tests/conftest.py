@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,19 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="0/1", help="I/N: the I-th of N shares of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one share of the tests. A test stays in its share, whatever others come and go."""
+    place, shares = map(int, config.getoption("share").split("/"))
+    mine = [item for item in items if zlib.crc32(item.nodeid.encode()) % shares == place]
+    if len(mine) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+        items[:] = mine
 
 
 def pytest_collection_finish() -> None:

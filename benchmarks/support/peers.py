@@ -180,11 +180,11 @@ def _without(layers: list[str], forward: Callable[..., Any]) -> Callable[..., An
     return called
 
 
-def build(preset: Preset) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def build(preset: Preset, backend: str = "inductor") -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Every peer of `benchmarks.step_time` that can run here, and why the others
     cannot."""
     absent = missing(preset)
-    family = Family(preset)
+    family = Family(preset, backend)
     names = ("peft", "peft+compile", "liger", "reference", "reference-cut")
     built = {name: family.make(name) for name in names if name not in absent}
     built["sparselora_fx"] = family.make("ours")

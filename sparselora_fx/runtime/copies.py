@@ -7,10 +7,11 @@ and `torch.save` ask: they see the module as `restore` would leave it, and the c
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, cast
 
 from torch import nn
 
@@ -46,10 +47,12 @@ def _not_copied() -> CompileError:
     )
 
 
-def put(module: nn.Module, name: str, stand_in: StandIn) -> None:
-    """Let a stand-in answer for a method of one module."""
+def put(module: nn.Module, name: str, stand_in: StandIn, *, bound: bool = False) -> None:
+    """Let a stand-in answer for a method of one module. ``bound``: the module is its first
+    argument, so that it may stand on many."""
     stand_in.replaced = module.__dict__.get(name)
-    module.__dict__[name] = stand_in
+    call = cast(Callable[..., object], stand_in)
+    module.__dict__[name] = types.MethodType(call, module) if bound else stand_in
     keep_plain(module)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +15,49 @@ from sparselora_fx.ir.packed_ops import ALL
 from sparselora_fx.model.frozen_weights import FrozenWeight
 from sparselora_fx.model.packed import REPACKS, STORAGE, Packed
 from sparselora_fx.model.unpacking import by_column as turned
-from sparselora_fx.runtime.copies import StandIn, put, take_off
+from sparselora_fx.runtime.copies import StandIn, put, stand_in_of, take_off
 
 
 class PackedForward(StandIn):
-    """The instance-level ``forward`` of a quantised linear. While a graph is traced in which the
-    plan makes it sparse, it is one op that names the packed weight; else it is the module's own.
+    """The instance-level ``forward`` of quantised linears. While a graph is traced in which the
+    plan makes one sparse, it is one op that names the packed weight; else it is the module's own.
 
-    ``held``: names of the module's buffers that say what the packed weight means.
+    Bound to the module, and one for all modules that are alike: Dynamo guards which object it is,
+    and blocks that are compiled one by one would each be a graph of its own otherwise.
+
+    Args:
+        held: names of the module's buffers that say what the packed weight means.
+        spec: name of the module's sparsity.
+        layout: of the packed weight, encoded.
+        follows_autocast: as in `Packed`.
+        original: the forward that stood on the module; None: its class's.
     """
 
-    def __init__(self, module: nn.Module, packed: Packed, held: tuple[str, ...], spec: str) -> None:
-        self.module = module
-        self.original = module.forward
+    def __init__(
+        self,
+        held: tuple[str, ...],
+        spec: str,
+        layout: str,
+        follows_autocast: bool,
+        original: Callable[..., object] | None = None,
+    ) -> None:
         self.held = held
         self.spec = spec
-        copied = len(held) > len(packed.held)
-        self.layout = packed.layout._replace(by_column=copied).encode()
-        self.follows_autocast = packed.follows_autocast
+        self.layout = layout
+        self.follows_autocast = follows_autocast
+        self.original = original
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> object:
+    def __call__(self, module: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
         traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if not traced or getattr(self.module, self.spec) in (DENSE, OBSERVED):
-            return self.original(*args, **kwargs)
+        if not traced or getattr(module, self.spec) in (DENSE, OBSERVED):
+            if self.original is not None:
+                return self.original(*args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
-        return self._product(x)
+        return self._product(module, x)
 
-    def _product(self, x: Tensor) -> Tensor:
-        module, bias = self.module, getattr(self.module, "bias", None)
+    def _product(self, module: nn.Module, x: Tensor) -> Tensor:
+        bias = getattr(module, "bias", None)
         dtype = getattr(module, "compute_dtype", None) or x.dtype
         back = x.dtype
         if self.follows_autocast and torch.is_autocast_enabled(x.device.type):
@@ -72,7 +88,16 @@ def held_by(packed: Packed, *, by_column: bool) -> list[Tensor]:
 
 def put_forward(module: nn.Module, packed: Packed, held: tuple[str, ...], spec: str) -> None:
     """Put a `PackedForward` on a quantised linear."""
-    put(module, "forward", PackedForward(module, packed, held, spec))
+    layout = packed.layout._replace(by_column=len(held) > len(packed.held)).encode()
+    values = held, spec, layout, packed.follows_autocast
+    own = module.__dict__.get("forward")
+    forward = _shared(*values) if own is None else PackedForward(*values, own)
+    put(module, "forward", forward, bound=True)
+
+
+@functools.cache
+def _shared(held: tuple[str, ...], spec: str, layout: str, follows_autocast: bool) -> PackedForward:
+    return PackedForward(held, spec, layout, follows_autocast)
 
 
 def keep_storage(module: nn.Module) -> None:
@@ -84,7 +109,7 @@ def keep_storage(module: nn.Module) -> None:
 def replace_buffers(weight: FrozenWeight, *, by_column: bool) -> None:
     """Put what a quantised weight is now in the place of what it was; see
     `Attachment.refresh_packed`."""
-    packed, forward = weight.packed, weight.module.__dict__.get("forward")
+    packed, forward = weight.packed, stand_in_of(weight.module, "forward")
     buffers = weight.module._buffers
     names = forward.held if isinstance(forward, PackedForward) else ()
     if packed is not None:
@@ -108,6 +133,6 @@ def _form(tensor: Tensor | None) -> object:
 def restore_packed(frozen: Iterable[FrozenWeight]) -> None:
     """Undo `put_forward` and `keep_storage`."""
     for module in (weight.module for weight in frozen):
-        if isinstance(module.__dict__.get("forward"), PackedForward):
+        if isinstance(stand_in_of(module, "forward"), PackedForward):
             take_off(module, "forward")
         take_off(module, REPACKS)

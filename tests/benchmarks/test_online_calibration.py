@@ -10,7 +10,7 @@ from benchmarks.support.presets import PRESETS
 
 @pytest.mark.slow
 def test_cost_of_the_tiny_preset() -> None:
-    found = cost(PRESETS["tiny"], 4)
+    found = cost(PRESETS["tiny"], 4, "aot_eager")
     low, high = found["spread_cpu"]
     assert 0 < low <= found["ratio_cpu"] <= high
     # One sparse layer: two moments of 64 x 64 in float32, and vectors of 64 and 160.

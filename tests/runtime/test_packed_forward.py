@@ -12,6 +12,7 @@ from torch import nn
 import sparselora_fx as slx
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.model.packed import REPACKS
+from sparselora_fx.runtime.runtime import get_runtime
 from tests.support import oracle
 from tests.support.quantised_models import BYTES, DOUBLE, NF4, dequantised, quantised_llama
 from tests.support.slow import slow
@@ -19,10 +20,14 @@ from tests.support.slow import slow
 PLAN = {"mlp": 0.5, "self_attn": 0.5}
 
 
-def compiled(folder: Path, words: Any = NF4, **options: Any) -> nn.Module:
+def compiled(
+    folder: Path, words: Any = NF4, *, regional: bool = False, **options: Any
+) -> nn.Module:
     model = quantised_llama(folder, words, **options)
-    plan = oracle.plan_of(PLAN)
-    return slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    return slx.compile(
+        model, oracle.estimator_of(model), plan=oracle.plan_of(PLAN), backend="eager",
+        regional=regional,
+    )  # fmt: skip
 
 
 def assert_correct(model: nn.Module) -> oracle.Step:
@@ -46,6 +51,19 @@ def test_restore_leaves_the_storage_as_it_was(tmp_path: Path, words: Any) -> Non
     assert list(model.state_dict()) == list(weights)
     slx.restore(model)
     oracle.assert_untouched(model, before, weights)
+
+
+@pytest.mark.parametrize("words", [DOUBLE, slow(BYTES)], ids=["nf4", "int8"])
+def test_graphs_of_blocks_do_not_grow_with_depth(tmp_path: Path, words: Any) -> None:
+    """Quantised linears that are alike are one to Dynamo, so that blocks share graphs."""
+    found = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        model = compiled(tmp_path / str(layers), words, layers=layers, regional=True)
+        for seed in (1, 2):
+            oracle.step(model, oracle.batch(seed=seed))
+        found.append(get_runtime(model).graphs)
+    assert found[0] == found[1]
 
 
 def test_evaluation_does_not_store_weights_anew(tmp_path: Path) -> None:
