@@ -30,6 +30,7 @@ from sparselora_fx.ir.token_lists import (
     Tokens,
     count,
     list_lengths,
+    place,
     token_lists,
 )
 from sparselora_fx.lowering.inductor_backend import saving_less
@@ -289,8 +290,8 @@ def _label_list(state: Runtime, batch: dict[str, Tensor], labels: Tensor) -> lis
 
 
 def _lists(tokens: Tokens, batch: dict[str, Tensor]) -> TokenLists:
-    labelled = tokens.labelled
-    counts = count(tokens, labelled)
+    counts = count(tokens)
     grid = tokens.sparse.shape
     lengths = list_lengths(counts, grid, split=tokens.split, padded=False, labelled=True)
-    return token_lists(tokens, labelled, lengths, counts.unlike)
+    placed = place(tokens)
+    return token_lists(tokens, placed, lengths, labelled=True, unlike=counts.unlike)

@@ -30,10 +30,6 @@ class TokenCounts:
     labelled: int = 0
     unlike: int = 0
 
-    def sums(self) -> list[int]:
-        """In the order of `sums_of`."""
-        return [self.sparse, self.dense, self.labelled, self.unlike]
-
 
 @dataclass(frozen=True)
 class TokenLists:
@@ -50,17 +46,48 @@ class TokenLists:
     labelled: TokenList[Tensor] | None = None
 
 
-def sums_of(tokens: Tokens, labelled: Tensor | None) -> Tensor:
-    """What `TokenCounts` holds, as ``int64[4]`` on the batch's device (``[2]`` without labels)."""
-    masks = [tokens.sparse, tokens.dense]
-    if labelled is not None:
-        masks += [labelled, labelled ^ tokens.dense]
-    return torch.stack(masks).flatten(1).sum(dim=1)
+# The tokens that a step may list, in the order of `PlacedTokens`. Not sparse: padding, too.
+SPARSE, DENSE, REAL, OTHERS, LABELLED = range(5)
 
 
-def count(tokens: Tokens, labelled: Tensor | None) -> TokenCounts:
+@dataclass(frozen=True)
+class PlacedTokens:
+    """Every list that a step may ask for, each as long as any can be.
+
+    Attributes:
+        idx: ``int64[5, W]``, the flat indices of the tokens of each list, then -1; ``W`` is what
+            ``B * L`` tokens need. Four rows without labels.
+        pos: ``int64[5, B, L]``, their inverse, -1 where a token is not in the list.
+    """
+
+    idx: Tensor
+    pos: Tensor
+
+
+def count(tokens: Tokens) -> TokenCounts:
     """Count a batch's tokens. On a GPU this waits for the device; it is a step's only such read."""
-    return TokenCounts(*sums_of(tokens, labelled).tolist())
+    masks = [tokens.sparse, tokens.dense]
+    if tokens.labelled is not None:
+        masks += [tokens.labelled, tokens.labelled ^ tokens.dense]
+    return TokenCounts(*torch.stack(masks).flatten(1).sum(dim=1).tolist())
+
+
+def place(tokens: Tokens) -> PlacedTokens:
+    """List a batch's tokens, on its device and without a question to it: few operations, for all
+    lists at once."""
+    masks = [tokens.sparse, tokens.dense, tokens.sparse | tokens.dense, ~tokens.sparse]
+    if tokens.labelled is not None:
+        masks.append(tokens.labelled)
+    stacked = torch.stack(masks)
+    flat = stacked.flatten(1)
+    lists, total = flat.shape
+    pos = flat.cumsum(1).mul_(flat).sub_(1)
+    width = -(-total // _ROUND) * _ROUND
+    # One place behind all others takes the tokens that are not in the list.
+    idx = pos.new_full((lists, width + 1), -1)
+    order = torch.arange(total, device=pos.device).expand_as(pos)
+    idx.scatter_(1, torch.where(flat, pos, width), order)
+    return PlacedTokens(idx[:, :width], pos.view_as(stacked))
 
 
 def list_lengths(
@@ -76,51 +103,62 @@ def list_lengths(
 
 
 def token_lists(
-    tokens: Tokens, labelled: Tensor | None, lengths: Sequence[int], unlike: int
+    tokens: Tokens,
+    placed: PlacedTokens,
+    lengths: Sequence[int],
+    *,
+    labelled: bool,
+    unlike: int,
 ) -> TokenLists:
-    """Make a step's lists, on the batch's device and without a question to it.
+    """Make a step's lists.
 
     Args:
         tokens: with ``padded`` as it is to be treated.
-        labelled: the tokens whose prediction carries loss, if they are to be listed.
+        placed: the same batch's, with what ``tokens`` takes to be dense.
         lengths: places for tokens in each list, as `list_lengths` counts them or more; further
             places hold -1.
+        labelled: whether the tokens whose prediction carries loss are to be listed.
         unlike: as in `TokenCounts`.
     """
-    masks = [tokens.sparse, tokens.dense] if tokens.split else []
+    rows = [SPARSE, DENSE] if tokens.split else []
     if tokens.split and tokens.padded:
-        masks += [tokens.sparse | tokens.dense, ~tokens.sparse]
-    apart = labelled is not None and not (tokens.split and unlike == 0)
-    if labelled is not None and apart:
-        masks.append(labelled)
+        rows += [REAL, OTHERS]
+    apart = labelled and not (tokens.split and unlike == 0)
+    if apart:
+        rows.append(LABELLED)
     taken: set[int] = set()
-    lists = [_token_list(m, n, taken) for m, n in zip(masks, lengths, strict=True)]
-    last = None if labelled is None else lists.pop() if apart else lists[1]
-    # A list that no call had before would else be taken to be as large for ever, and with it, by
+    lists = [_token_list(placed, row, n, taken) for row, n in zip(rows, lengths, strict=True)]
+    last = None if not labelled else lists.pop() if apart else lists[1]
+    return TokenLists(MarkedTokens(whole(tokens).tokens.counted, *lists), last)
+
+
+def whole(tokens: Tokens) -> TokenLists:
+    """No lists: all tokens of the batch are sparse, and only what counts in scores is said."""
+    # A mask that no call had before would else be taken to be as large for ever, and with it, by
     # comparison, the batch.
     mark_dynamic(tokens.sparse)
     counted = None if tokens.unmasked and not tokens.split else tokens.sparse
-    return TokenLists(MarkedTokens(counted, *lists), last)
+    return TokenLists(MarkedTokens(counted))
 
 
-def _token_list(mask: Tensor, length: int, taken: set[int]) -> TokenList[Tensor]:
-    """The flat indices of a ``bool[B, L]`` mask, padded with -1, and their inverse ``int64[B, L]``.
+def _token_list(placed: PlacedTokens, row: int, length: int, taken: set[int]) -> TokenList[Tensor]:
+    """One list and its inverse.
 
     Lists are as long as no other size of the batch (and none of ``taken``, which is added to), lest
     the compiler take two sizes for one because they agree this once.
     """
-    rows, columns = mask.shape
+    _, rows, columns = placed.pos.shape
     size = max(_ROUND, -(-length // _ROUND) * _ROUND)
     while size in taken | {0, 1, rows, columns, rows * columns}:
         size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
     taken.add(size)
-    flat = mask.flatten()
     # Views of nothing: the compiler would ask for the sizes of what is behind them, too.
-    idx = torch.nonzero_static(flat, size=size, fill_value=-1).squeeze_(1)
-    inverse = flat.cumsum(0).mul_(flat).sub_(1).resize_(rows, columns)
+    idx, pos = placed.idx[row, :size].clone(), placed.pos[row].clone()
+    if len(idx) < size:
+        idx = torch.nn.functional.pad(idx, (0, size - len(idx)), value=-1)
     mark_dynamic(idx)
-    mark_dynamic(inverse)
-    return TokenList(idx, inverse)
+    mark_dynamic(pos)
+    return TokenList(idx, pos)
 
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy

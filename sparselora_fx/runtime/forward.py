@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselora_fx import _torch
+from sparselora_fx.ir.token_lists import count
 from sparselora_fx.model.preserve import RandomState
 from sparselora_fx.model.signature import argument_names, call_arguments
 from sparselora_fx.runtime.caching import (
@@ -36,10 +37,9 @@ from sparselora_fx.runtime.step_tokens import (
     observed_rows,
     rows_of,
     shift_of,
-    step_counts,
     step_lists,
+    step_tokens,
 )
-from sparselora_fx.runtime.token_policy import split_tokens
 from sparselora_fx.runtime.warm_up import warm_up_levels
 
 
@@ -263,13 +263,13 @@ class CompiledForward(StandIn):
         calibrating = runtime.collector is not None and self.model.training
         calibrating &= not (runtime.call.is_measurement or runtime.stays_dense)
         shift = shift_of(runtime, arguments)
-        tokens = labelled = counts = None
+        tokens = counts = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
-            tokens = split_tokens(runtime.plan, arguments, shift=shift)
-        if tokens is not None and self.trim_logits and shift is not None:
-            labelled = tokens.labelled
-        if tokens is not None and (tokens.split or calibrating or labelled is not None):
-            counts = step_counts(runtime, tokens, labelled, arguments, counted, shift)
+            tokens, counted = step_tokens(runtime, arguments, counted, shift)
+        labelled = None if tokens is None else tokens.labelled
+        trim = self.trim_logits and shift is not None and labelled is not None
+        if tokens is not None and (tokens.split or calibrating or trim):
+            counts = count(tokens) if counted is None else counted.counts
         tally = replace(runtime.tally)
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
         compared = sparse and runtime.runs_dense_to_compare(sparsity_scale)
@@ -289,7 +289,7 @@ class CompiledForward(StandIn):
             runtime.set_sparsity(runtime.call.sparsity)
         else:
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
-        lists = step_lists(runtime, tokens if sparse else None, labelled, counts)
+        lists = step_lists(runtime, tokens if sparse else None, counts, counted, trim=trim)
         trace_inputs.tokens = lists.tokens.encode()
         trace_inputs.every = sparse and lists.tokens.counted is None
         trace_inputs.by_labels = tokens is not None and bool(sparsity_scale)

@@ -13,14 +13,16 @@ from sparselora_fx.ir.token_lists import (
     TokenCounts,
     TokenLists,
     Tokens,
-    count,
     list_lengths,
+    place,
     token_lists,
+    whole,
 )
 from sparselora_fx.runtime.calls import CallKind
 from sparselora_fx.runtime.counting import CountedBatch
 from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens
 from sparselora_fx.runtime.runtime import Runtime
+from sparselora_fx.runtime.token_policy import split_tokens
 
 
 def known_tokens(runtime: Runtime, arguments: dict[str, object]) -> dict[str, object]:
@@ -40,45 +42,51 @@ def shift_of(runtime: Runtime, arguments: Mapping[str, object]) -> bool | None:
     return None if mine and not convention.said else convention.shift
 
 
-def step_counts(
+def step_tokens(
     runtime: Runtime,
-    tokens: Tokens,
-    labelled: Tensor | None,
     arguments: Mapping[str, object],
     counted: CountedBatch | None,
     shift: bool | None,
-) -> TokenCounts:
-    """The batch's counts: those that came with it, if it is that batch, else read from the
-    device."""
+) -> tuple[Tokens | None, CountedBatch | None]:
+    """The call's tokens, and what came with the batch, if it is that batch."""
     if counted is None or not counted.fits(runtime.plan, arguments, shift):
-        return count(tokens, labelled)
-    counted.check(tokens, labelled)
-    return counted.counts
+        return split_tokens(runtime.plan, arguments, shift=shift), None
+    counted = counted.on(arguments)
+    return counted.tokens, counted
 
 
 def step_lists(
-    runtime: Runtime, tokens: Tokens | None, labelled: Tensor | None, counts: TokenCounts | None
+    runtime: Runtime,
+    tokens: Tokens | None,
+    counts: TokenCounts | None,
+    counted: CountedBatch | None,
+    *,
+    trim: bool,
 ) -> TokenLists:
-    """The token lists of a sparse call; none for ``tokens=None``."""
+    """The token lists of a sparse call; none for ``tokens=None``. ``counted``: what came with the
+    batch; ``trim``: the tokens that carry loss are listed, too."""
     runtime.trace_inputs.padded = False
     if tokens is None:
         return TokenLists(MarkedTokens())
     if counts is None:
-        return token_lists(tokens, None, [], 0)
+        return whole(tokens)
     grid = tokens.sparse.shape
     if tokens.split and (runtime.blocks or runtime.call.is_measurement):
         # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
         tokens, counts = _padding_as_dense(tokens, counts)
+        counted = None
     elif tokens.split:
         # Once and for all: a graph for batches without padding would be one more to compile.
         runtime.padded |= counts.sparse + counts.dense < grid.numel()
         tokens = replace(tokens, padded=runtime.padded)
     runtime.trace_inputs.padded = tokens.padded
-    asked = {"split": tokens.split, "padded": tokens.padded, "labelled": labelled is not None}
-    lengths = tuple(list_lengths(counts, grid, **asked))
+    lengths = tuple(
+        list_lengths(counts, grid, split=tokens.split, padded=tokens.padded, labelled=trim)
+    )
     if runtime.cuda_graphs is not None:
         lengths = runtime.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
-    return token_lists(tokens, labelled, lengths, counts.unlike)
+    placed = place(tokens) if counted is None else counted.placed
+    return token_lists(tokens, placed, lengths, labelled=trim, unlike=counts.unlike)
 
 
 def _padding_as_dense(tokens: Tokens, counts: TokenCounts) -> tuple[Tokens, TokenCounts]:

@@ -33,7 +33,7 @@ def split_tokens(
         shift: labels are predicted one token earlier (causal models); None: not known, a token is
             dense if its own label or the next one counts.
     """
-    grid = _grid(arguments)
+    grid = token_grid(arguments)
     if grid is None:
         return None
     shown, masked = _shown(grid, arguments.get("attention_mask"))
@@ -70,7 +70,8 @@ def _labelled(arguments: Mapping[str, object], grid: Tensor, shift: bool | None)
     return carry_loss(labels.to(grid.device), shift=shift)
 
 
-def _grid(arguments: Mapping[str, object]) -> Tensor | None:
+def token_grid(arguments: Mapping[str, object]) -> Tensor | None:
+    """A tensor of the shape ``[B, L]`` of a call's tokens, on their device; None without any."""
     grid = arguments.get("input_ids")
     if not isinstance(grid, Tensor):
         embeds = arguments.get("inputs_embeds")

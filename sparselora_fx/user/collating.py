@@ -1,4 +1,5 @@
-"""Count tokens where batches are made: in a data loader's collator, or in a loop of one's own."""
+"""Count and list tokens where batches are made: in a data loader's collator, or in a loop of your
+own."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class CountingCollator:
 def count_tokens(
     model: nn.Module, batch: MutableMapping[str, object]
 ) -> MutableMapping[str, object]:
-    """Count a batch's tokens while it is on the CPU, so that no step waits for the GPU to do so.
+    """Count and list a batch's tokens while it is on the CPU, so that no step waits for the GPU to
+    count them, or lists them itself.
 
     For training loops of your own, before the batch moves to the device (`SparsityCallback` does it
     in the Trainer's data loader)::

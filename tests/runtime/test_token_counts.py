@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
 
 import sparselora_fx as slx
-from sparselora_fx.ir.token_lists import count, list_lengths, token_lists
+from sparselora_fx.ir.token_lists import count, list_lengths, place, token_lists
 from sparselora_fx.runtime.counting import KEY
 from sparselora_fx.runtime.runtime import get_runtime
-from sparselora_fx.runtime.step_tokens import step_counts
+from sparselora_fx.runtime.step_tokens import step_tokens
 from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
 from tests.support.slow import slow
@@ -37,6 +37,21 @@ class Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in READ_OPS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the ops that are kernels on a GPU."""
+
+    VIEWS = ("view", "slice", "select", "expand", "alias", "detach", "unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func.overloadpacket.__name__) not in self.VIEWS:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -120,10 +135,10 @@ def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
         assert tokens is not None
         tokens = replace(tokens, padded=padded)
         labelled = tokens.labelled
-        counts = count(tokens, labelled)
+        counts = count(tokens)
         asked = {"split": True, "padded": padded, "labelled": True}
         lengths = [n + spare for n in list_lengths(counts, (rows, columns), **asked)]
-        lists = token_lists(tokens, labelled, lengths, counts.unlike)
+        lists = token_lists(tokens, place(tokens), lengths, labelled=True, unlike=counts.unlike)
         real = tokens.sparse | tokens.dense
         masks = [tokens.sparse, tokens.dense, *([real, ~tokens.sparse] if padded else [])]
         assert lists.labelled is not None
@@ -166,13 +181,52 @@ def test_counts_of_another_batch_are_not_used(change: Any) -> None:
         assert torch.equal(got, expected)
 
 
-def test_a_batch_that_was_changed_after_it_was_counted_is_refused() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: {"labels": torch.where(data["labels"] == -100, 5, data["labels"])},
+        lambda data: {"labels": data["labels"].flip(0)},  # as many as before, elsewhere
+        lambda data: {"attention_mask": data["attention_mask"].flip(0)},
+        lambda data: {"position_ids": data["position_ids"].flip(0)},
+    ],
+    ids=["more", "labels-moved", "mask-moved", "positions-moved"],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_batch_that_was_changed_after_it_was_counted_is_refused(
+    change: Any, in_place: bool
+) -> None:
     """Its lists would leave tokens out."""
-    model = compiled()
-    data = slx.count_tokens(model, ragged())
-    data["labels"] = torch.where(data["labels"] == -100, 5, data["labels"])
+    model = compiled(slx.SparsityPlan(0.5, start_step=0, channel_multiple=1, sink_tokens=1))
+    data = ragged()
+    positions = data["attention_mask"].cumsum(1) - 1
+    data = slx.count_tokens(model, {**data, "position_ids": positions.clamp(min=0)})
+    for name, value in change(data).items():
+        assert not torch.equal(value, data[name])
+        data[name] = data[name].copy_(value) if in_place else value
     with pytest.raises(RuntimeError, match="changed after its tokens were counted"):
         model(**data)
+
+
+def test_labels_of_other_classes_are_no_change() -> None:
+    """What matters is which of them count."""
+    model = compiled()
+    data = slx.count_tokens(model, ragged())
+    data["labels"] = torch.where(data["labels"] == -100, -100, data["labels"] + 1)
+    model(**data)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_counted_batch_brings_its_lists(trim: bool) -> None:
+    """All that is left of them to the step is to compare, and to take as much of each as it
+    needs."""
+    model = compiled(trim_logits=trim)
+    launches = []
+    for data in (ragged(), slx.count_tokens(model, ragged())):
+        with Kernels() as kernels:
+            model(**data)
+        launches.append(kernels.seen)
+    assert set(launches[1]) == {"ne", "stack", "eq", "all", "_assert_async", "clone"}
+    assert len(launches[1]) <= len(launches[0]) // 2
 
 
 def test_a_function_of_the_users_is_asked_once() -> None:
@@ -217,13 +271,12 @@ def test_the_trainers_data_loader_counts(
     model = compiled()
     asked = []
 
-    def counting(
-        state: Any, tokens: Any, labelled: Any, arguments: Any, counted: Any, shift: Any
-    ) -> Any:
-        asked.append(counted is not None and counted.fits(state.plan, arguments, shift))
-        return step_counts(state, tokens, labelled, arguments, counted, shift)
+    def noting(state: Any, arguments: Any, counted: Any, shift: Any) -> Any:
+        found = step_tokens(state, arguments, counted, shift)
+        asked.append(found[1] is not None)
+        return found
 
-    monkeypatch.setattr("sparselora_fx.runtime.forward.step_counts", counting)
+    monkeypatch.setattr("sparselora_fx.runtime.forward.step_tokens", noting)
     model.forward.compiled = model.forward.original  # type: ignore[union-attr]
     rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
     arguments = TrainingArguments(
