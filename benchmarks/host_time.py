@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ class Clock:
         return run
 
 
+@dataclass(frozen=True)
+class Clocks:
+    """``whole``: the compiled call; ``rest``: rewritten graphs and what surrounds them; ``graph``:
+    what the backend compiled."""
+
+    graph: Clock = field(default_factory=Clock)
+    rest: Clock = field(default_factory=Clock)
+    whole: Clock = field(default_factory=Clock)
+
+    def reset(self) -> None:
+        self.graph.spent = self.rest.spent = self.whole.spent = 0.0
+
+    def split(self, total: float) -> tuple[float, float]:
+        """A call of ``total`` milliseconds: ours, and Dynamo's."""
+        around = max(self.rest.spent - self.graph.spent, 0.0)  # none around a dense graph
+        inside = self.rest.spent or self.graph.spent
+        return total - self.whole.spent + around, self.whole.spent - inside
+
+
 def measure(layers: int, calls: int) -> dict[str, Any]:
     """Dense and sparse calls of a small Llama: median ms of ours and of Dynamo's."""
     torch.set_num_threads(1)
@@ -73,21 +93,19 @@ def measure(layers: int, calls: int) -> dict[str, Any]:
     plan = slx.SparsityPlan({"mlp": 0.75, "self_attn": 0.5}, start_step=1)
     estimator = slx.SVDEstimator.build(model, rank=4, progress=False)
     slx.compile(model, estimator, plan=plan, backend="eager", trim_logits=True)
-    graphs, graph, rest, whole = Graphs(), Clock(), Clock(), Clock()
-    model.forward.compiled = whole.timed(model.forward.compiled)  # type: ignore[union-attr]
+    graphs, clocks = Graphs(), Clocks()
+    model.forward.compiled = clocks.whole.timed(model.forward.compiled)  # type: ignore[union-attr]
     plain = inductor_backend.backend_compile
     called = backend._Rewritten.__call__
 
     def compiled(*args: Any, **kwargs: Any) -> Function:
-        return graph.timed(graphs.wrapped(plain(*args, **kwargs)))
+        return clocks.graph.timed(graphs.wrapped(plain(*args, **kwargs)))
 
     inductor_backend.backend_compile = compiled
-    backend._Rewritten.__call__ = rest.timed(called)  # type: ignore[method-assign]
+    backend._Rewritten.__call__ = clocks.rest.timed(called)  # type: ignore[method-assign]
     try:
         return {
-            f"{kind}{'_counted' * counted}": _calls(
-                model, step, counted, calls, graphs, graph, rest, whole
-            )
+            f"{kind}{'_counted' * counted}": _calls(model, step, counted, calls, graphs, clocks)
             for kind, step in (("dense", 0), ("sparse", 1))
             for counted in (False, True)
         }
@@ -97,14 +115,7 @@ def measure(layers: int, calls: int) -> dict[str, Any]:
 
 
 def _calls(
-    model: nn.Module,
-    step: int,
-    counted: bool,
-    calls: int,
-    graphs: Graphs,
-    graph: Clock,
-    rest: Clock,
-    whole: Clock,
+    model: nn.Module, step: int, counted: bool, calls: int, graphs: Graphs, clocks: Clocks
 ) -> dict[str, float]:
     slx.step(model, step, 2)
     found: dict[str, list[float]] = {"ours_ms": [], "dynamo_ms": []}
@@ -115,15 +126,14 @@ def _calls(
         graphs.kept, graphs.replayed = [], None
         model(**batch)
         graphs.replayed = 0
-        graph.spent = rest.spent = whole.spent = 0.0
+        clocks.reset()
         start = time.thread_time()
         model(**batch)
         total = 1e3 * (time.thread_time() - start)
         if call > 1:  # the first two compile
-            around = max(rest.spent - graph.spent, 0.0)  # none around a dense graph
-            inside = rest.spent or graph.spent
-            found["ours_ms"].append(total - whole.spent + around)
-            found["dynamo_ms"].append(whole.spent - inside)
+            ours, dynamo = clocks.split(total)
+            found["ours_ms"].append(ours)
+            found["dynamo_ms"].append(dynamo)
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 

@@ -40,8 +40,7 @@ import sparselora_fx as slx
 from benchmarks.support import measuring
 from benchmarks.support.peers import random_estimator
 from benchmarks.support.published import BATCHES, LORA_RANK, LORA_TARGETS, MODELS, plan_of
-from sparselora_fx.compiler import piecewise
-from sparselora_fx.environment import DISABLED_PASSES
+from sparselora_fx.environment import DISABLED_LAYERS, DISABLED_PASSES
 from sparselora_fx.lowering import inductor_backend, measured
 from tests.support.offgpu_backend import FakeGPU
 
@@ -107,9 +106,8 @@ def generated_for(gpu: FakeGPU) -> Iterator[None]:
     on_card = partial(measured.ratio, CARD)
     with (
         patch.object(inductor_backend, "backend_compile", generate),
-        patch.object(piecewise, "partition", lambda *_: None),
         patch.object(measured, "ratio", lambda _, *sizes: on_card(*sizes)),
-        patch.dict(os.environ, {DISABLED_PASSES: "orient_adapters"}),
+        patch.dict(os.environ, {DISABLED_PASSES: "orient_adapters", DISABLED_LAYERS: "pieces"}),
     ):
         yield
 
