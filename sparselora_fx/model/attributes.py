@@ -6,6 +6,7 @@ non-persistent buffers, and never enters a ``state_dict``.
 
 from __future__ import annotations
 
+OURS = "_sparselora_stands_in"  # on what stands on a module in place of one of its methods
 RUNTIME = "_sparselora_fx"  # on a compiled model: its `Runtime`
 REPLACED = "_sparselora_replaced"  # on our `compute_loss`: what stood on the Trainer before
 

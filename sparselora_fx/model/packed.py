@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselora_fx.model.attributes import buffer_name
+from sparselora_fx.model.attributes import OURS, buffer_name
 from sparselora_fx.model.unpacking import NESTED, Layout, unpack
 
 # On some CPUs a bitsandbytes linear with this attribute stores its weight anew, with its scales
 # rounded, as soon as it is evaluated.
 REPACKS = "support_avx512bf16_for_cpu"
+# Whose linears compute no more than a product and a bias.
+_HOSTS = ("bitsandbytes", "torch", "torchao", "transformers")
 STORAGE = buffer_name("weight", "packed")  # what graphs know a packed weight by
 
 
@@ -54,7 +56,7 @@ class Packed:
 def packed_of(module: nn.Module) -> Packed | None:
     """What is known of a quantised linear; None: it is none, or is not understood."""
     weight: Any = module._parameters.get("weight")
-    if weight is None or weight.requires_grad or weight.is_meta:
+    if weight is None or weight.requires_grad or weight.is_meta or _computes_more(module):
         return None
     kinds = {_named(kind) for kind in type(module).__mro__}
     if "bitsandbytes.Linear4bit" in kinds:
@@ -67,6 +69,16 @@ def packed_of(module: nn.Module) -> Packed | None:
     if kind in ("torchao.Int8Tensor", "torchao.Float8Tensor", "torchao.IntxUnpackedToInt8Tensor"):
         return _torchao(weight, kind)
     return None
+
+
+def _computes_more(module: nn.Module) -> bool:
+    """Whether a linear's forward is not its quantiser's: a product with its weight may be a part of
+    what it computes."""
+    own = module.__dict__.get("forward")
+    if own is not None and not hasattr(getattr(own, "__func__", own), OURS):
+        return True
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return kind.__module__.split(".")[0] not in _HOSTS
 
 
 def _named(kind: type) -> str:
@@ -95,9 +107,11 @@ def _four_bits(module: nn.Module, weight: Any) -> Packed | None:
 
 
 def why_not(module: Any) -> str:
-    """Why a 4-bit linear of bitsandbytes is not understood as it stands now; empty: it is, or it is
-    something else."""
+    """Why a linear whose weight is quantised in a known way is not understood as it stands now;
+    empty: it is, or it is something else."""
     weight: Any = module._parameters.get("weight")
+    if _computes_more(module):
+        return "its forward is not the quantiser's"
     if "bitsandbytes.Linear4bit" not in {_named(kind) for kind in type(module).__mro__}:
         return ""
     state: Any = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, SupportsIndex, cast
 from torch import nn
 
 from sparselora_fx.errors import CompileError
+from sparselora_fx.model.attributes import OURS
 
 PREFIX = "_sparselora"  # of every attribute and buffer that is ours
 OWNER = "sparselora_state"  # where a hook keeps the Runtime that placed it; never read while traced
@@ -36,6 +37,9 @@ class StandIn:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise _not_copied()
+
+
+setattr(StandIn, OURS, True)
 
 
 def _not_copied() -> CompileError:

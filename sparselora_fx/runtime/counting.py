@@ -8,10 +8,12 @@ plan), and a call that does not agree with that counts anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from sparselora_fx.ir.token_lists import (
     count,
     place,
 )
+from sparselora_fx.model.conventions import Convention
+from sparselora_fx.notices import Notices
 from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS
 from sparselora_fx.runtime.token_policy import split_tokens, token_grid
@@ -34,18 +38,39 @@ _READ = ("input_ids", "inputs_embeds", "attention_mask", "labels", OUTPUT_TOKENS
 
 
 @dataclass(frozen=True)
-class CountedBatch:
-    """What a batch carries: its counts, and tensors that move to the device with the batch: its
-    tokens, their lists, and the facts that these were made from, which are compared with what is
-    found there."""
+class ListedTokens:
+    """A batch's tokens under one convention of its labels (`Convention.shift`), and their lists."""
 
     counts: TokenCounts
     tokens: Tokens
     placed: PlacedTokens
+
+    @staticmethod
+    def of(tokens: Tokens) -> ListedTokens:
+        """Count and list tokens."""
+        return ListedTokens(count(tokens), tokens, place(tokens))
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> ListedTokens:
+        """The same with other tensors."""
+        tokens, placed = self.tokens, self.placed
+        labelled = None if tokens.labelled is None else function(tokens.labelled)
+        sparse, dense = function(tokens.sparse), function(tokens.dense)
+        tokens = replace(tokens, sparse=sparse, dense=dense, labelled=labelled)
+        return replace(
+            self, tokens=tokens, placed=PlacedTokens(function(placed.idx), function(placed.pos))
+        )
+
+
+@dataclass(frozen=True)
+class CountedBatch:
+    """What a batch carries: its tokens, by the conventions of its labels that a step may ask for,
+    and the facts that they were made from, which are compared with what the step finds. It moves
+    to a device with the batch."""
+
+    listed: dict[bool | None, ListedTokens]
     facts: list[Tensor]
     shapes: dict[str, tuple[int, ...]]
     plan: SparsityPlan
-    shift: bool | None
 
     def to(self, *args: Any, **options: Any) -> CountedBatch:
         """As `Tensor.to`."""
@@ -55,53 +80,104 @@ class CountedBatch:
         """As `Tensor.pin_memory`; a `DataLoader` calls it."""
         return self._each(lambda tensor: tensor.pin_memory(*args))
 
+    def __getitem__(self, part: object) -> None:
+        """Nothing: a part of the batch has other tokens, and its call counts them. For code that
+        cuts every value of a batch."""
+
     def _each(self, function: Callable[[Tensor], Tensor]) -> CountedBatch:
-        tokens, placed = self.tokens, self.placed
-        return replace(
-            self,
-            tokens=replace(
-                tokens,
-                sparse=function(tokens.sparse),
-                dense=function(tokens.dense),
-                labelled=None if tokens.labelled is None else function(tokens.labelled),
-            ),
-            placed=PlacedTokens(function(placed.idx), function(placed.pos)),
-            facts=list(map(function, self.facts)),
-        )
+        listed = {shift: own.each(function) for shift, own in self.listed.items()}
+        return replace(self, listed=listed, facts=list(map(function, self.facts)))
 
     def fits(self, plan: SparsityPlan, arguments: Mapping[str, object], shift: bool | None) -> bool:
-        """Whether a call is one that these counts can be of."""
-        return self.shapes == _shapes(arguments) and (plan, shift) == (self.plan, self.shift)
+        """Whether a call is one that these tokens can be of."""
+        return self.shapes == _shapes(arguments) and plan == self.plan and shift in self.listed
 
-    def on(self, arguments: Mapping[str, object]) -> CountedBatch:
-        """The same on the device of a call's tokens. The call's facts are compared with these,
-        without waiting for the answer: a batch that was changed after it was counted must not train
-        on lists that leave tokens out."""
-        grid = token_grid(arguments)
-        assert grid is not None
-        moved = self if self.tokens.sparse.device == grid.device else self.to(grid.device)
-        for mine, found in zip(moved.facts, _facts(arguments, grid, self.plan), strict=True):
-            torch._assert_async(
-                (mine == found).all(),
-                "a batch's labels, mask or positions were changed after its tokens were counted; "
-                "call sparselora_fx.count_tokens(model, batch) after such changes, or not at all",
-            )
-        return moved
+    def holds(self, arguments: Mapping[str, object], grid: Tensor, comparison: Comparison) -> bool:
+        """Whether what they were made from is what a call has."""
+        facts = [fact.to(grid.device) for fact in self.facts]
+        return comparison.holds(facts, _facts(arguments, grid, self.plan))
 
 
-def add_counts(batch: MutableMapping[str, object], plan: SparsityPlan, shift: bool | None) -> None:
+class Comparison:
+    """Compares counted batches with those that steps get: a ``compute_loss`` may mask labels.
+
+    A GPU is waited for once, in the first comparison. The others are asked for when they are there,
+    a step or two later. A batch on a CPU is looked at at once.
+
+    Attributes:
+        trusted: counts of the data loader are used.
+    """
+
+    def __init__(self, notices: Notices) -> None:
+        self.trusted = True
+        self.notices = notices
+        self._waited = False
+        self._open: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def holds(self, mine: list[Tensor], found: list[Tensor]) -> bool:
+        """Whether two lists of facts are the same, as far as is known now."""
+        if not mine:
+            return True
+        if mine[0].device.type == "cpu":
+            pairs = zip(mine, found, strict=True)
+            return all(numpy.array_equal(a.numpy(), b.numpy()) for a, b in pairs)
+        same = torch.stack([(a == b).all() for a, b in zip(mine, found, strict=True)]).all()
+        if self._waited and same.device.type == "cuda":
+            return self._later(same)
+        self._waited = True
+        return bool(same) or self._distrust("in this step")
+
+    def _later(self, same: Tensor) -> bool:
+        """Ask for an answer, and look at those that are there."""
+        self._open.append(_on_its_way(same))
+        while self._open and self._open[0][1].query():
+            if not bool(self._open.popleft()[0]):
+                return self._distrust("in a step before this one, which may have left tokens out")
+        return True
+
+    def _distrust(self, when: str) -> bool:
+        self.trusted = False
+        self.notices.warn(
+            "a batch's labels, mask or positions were changed after its data loader had counted "
+            f"its tokens, {when}: from now on each step counts its own, and waits for the GPU. "
+            "Change batches in the collator, or call sparselora_fx.count_tokens(model, batch) "
+            "behind the change while the batch is on the CPU"
+        )
+        return False
+
+
+def _on_its_way(answer: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A value of a GPU that is being copied to the host, and what tells that it is there."""
+    host = torch.empty((), dtype=answer.dtype, pin_memory=True).copy_(answer, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def shifts_of(convention: Convention, *, own_loss: bool) -> tuple[bool | None, ...]:
+    """The conventions that steps may ask for: a loss that is not the model's is none that graphs
+    show (``own_loss``), and that of a model which nobody knows is learned."""
+    if convention.said:
+        return (convention.assumed,)
+    if own_loss:
+        return (None,)
+    return (None, True, False) if convention.shift is None else (convention.shift,)
+
+
+def add_counts(
+    batch: MutableMapping[str, object], plan: SparsityPlan, shifts: Sequence[bool | None]
+) -> None:
     """Add to a batch what is counted in it; see `collating.count_tokens`."""
+    batch.pop(KEY, None)  # of the batch as it was
     tensors = [value for value in map(batch.get, _READ) if isinstance(value, Tensor)]
     # A function of the user's need not say the same twice.
     if callable(plan.tokens) or any(t.device.type != "cpu" for t in tensors):
         return
-    tokens, grid = split_tokens(plan, batch, shift=shift), token_grid(batch)
-    if tokens is None or grid is None:
-        return
-    facts = [fact.clone() for fact in _facts(batch, grid, plan)]
-    batch[KEY] = CountedBatch(
-        count(tokens), tokens, place(tokens), facts, _shapes(batch), plan, shift
-    )
+    found, grid = {s: split_tokens(plan, batch, shift=s) for s in shifts}, token_grid(batch)
+    listed = {s: ListedTokens.of(tokens) for s, tokens in found.items() if tokens is not None}
+    if grid is not None and listed:
+        facts = [fact.clone() for fact in _facts(batch, grid, plan)]
+        batch[KEY] = CountedBatch(listed, facts, _shapes(batch), plan)
 
 
 def _facts(arguments: Mapping[str, object], grid: Tensor, plan: SparsityPlan) -> list[Tensor]:

@@ -263,13 +263,13 @@ class CompiledForward(StandIn):
         calibrating = runtime.collector is not None and self.model.training
         calibrating &= not (runtime.call.is_measurement or runtime.stays_dense)
         shift = shift_of(runtime, arguments)
-        tokens = counts = None
+        tokens = counts = listed = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
-            tokens, counted = step_tokens(runtime, arguments, counted, shift)
+            tokens, listed = step_tokens(runtime, arguments, counted, shift)
         labelled = None if tokens is None else tokens.labelled
         trim = self.trim_logits and shift is not None and labelled is not None
         if tokens is not None and (tokens.split or calibrating or trim):
-            counts = count(tokens) if counted is None else counted.counts
+            counts = count(tokens) if listed is None else listed.counts
         tally = replace(runtime.tally)
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
         compared = sparse and runtime.runs_dense_to_compare(sparsity_scale)
@@ -289,7 +289,7 @@ class CompiledForward(StandIn):
             runtime.set_sparsity(runtime.call.sparsity)
         else:
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
-        lists = step_lists(runtime, tokens if sparse else None, counts, counted, trim=trim)
+        lists = step_lists(runtime, tokens if sparse else None, counts, listed, trim=trim)
         trace_inputs.tokens = lists.tokens.encode()
         trace_inputs.every = sparse and lists.tokens.counted is None
         trace_inputs.by_labels = tokens is not None and bool(sparsity_scale)

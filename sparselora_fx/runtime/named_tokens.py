@@ -64,12 +64,12 @@ def named_tokens() -> Tensor | None:
 
 
 def checked(mask: object, grid: Tensor) -> Tensor:
-    """A mask that was named, on the grid's device; `PlanError` if its shape is another."""
-    if not isinstance(mask, Tensor) or mask.shape != grid.shape:
-        got = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+    """A mask that was named, on the grid's device; `PlanError` if its shape or dtype is another."""
+    if not isinstance(mask, Tensor) or mask.shape != grid.shape or mask.dtype != torch.bool:
+        got = _described(mask) if isinstance(mask, Tensor) else repr(mask)
         raise PlanError(
-            f"output_tokens is {got}, and the call's tokens are "
-            f"{tuple(grid.shape)}; name the tokens of each forward by a mask of their own shape"
+            f"output_tokens is {got}, and the call's tokens are {tuple(grid.shape)}; "
+            "name the tokens of each forward by a bool mask of their own shape"
         )
     return mask.to(grid.device)
 

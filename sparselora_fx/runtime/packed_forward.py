@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +30,19 @@ class PackedForward(StandIn):
         spec: name of the module's sparsity.
         layout: of the packed weight, encoded.
         follows_autocast: as in `Packed`.
-        original: the forward that stood on the module; None: its class's.
     """
 
     def __init__(
-        self,
-        held: tuple[str, ...],
-        spec: str,
-        layout: str,
-        follows_autocast: bool,
-        original: Callable[..., object] | None = None,
+        self, held: tuple[str, ...], spec: str, layout: str, follows_autocast: bool
     ) -> None:
         self.held = held
         self.spec = spec
         self.layout = layout
         self.follows_autocast = follows_autocast
-        self.original = original
 
     def __call__(self, module: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
         traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
         if not traced or getattr(module, self.spec) in (DENSE, OBSERVED):
-            if self.original is not None:
-                return self.original(*args, **kwargs)
             return type(module).forward(module, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
         return self._product(module, x)
@@ -89,10 +80,7 @@ def held_by(packed: Packed, *, by_column: bool) -> list[Tensor]:
 def put_forward(module: nn.Module, packed: Packed, held: tuple[str, ...], spec: str) -> None:
     """Put a `PackedForward` on a quantised linear."""
     layout = packed.layout._replace(by_column=len(held) > len(packed.held)).encode()
-    values = held, spec, layout, packed.follows_autocast
-    own = module.__dict__.get("forward")
-    forward = _shared(*values) if own is None else PackedForward(*values, own)
-    put(module, "forward", forward, bound=True)
+    put(module, "forward", _shared(held, spec, layout, packed.follows_autocast), bound=True)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from sparselora_fx.rewrite.rewrite import Options, TracedCall
 from sparselora_fx.runtime.attachment import Attachment
 from sparselora_fx.runtime.calls import AroundStep, BeginsAnew, Call
 from sparselora_fx.runtime.copies import OWNER
+from sparselora_fx.runtime.counting import Comparison
 from sparselora_fx.runtime.failing_safe import Safety
 from sparselora_fx.runtime.giving_up import slices_nothing
 from sparselora_fx.runtime.hooks import TraceInputs
@@ -82,6 +83,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.names = self._names()
+        self.comparison = Comparison(self.notices)
         self.speed = SpeedCheck(self.verify_speed, self._work_done)
         self.attached = Attachment(self, self.model, self.frozen, self.sparsity, self.trace_inputs)
 
@@ -253,10 +255,8 @@ class Runtime:
         extra: int,
     ) -> Callable[..., object]:
         """The same as CUDA graphs, if wanted; see `backend.Listener`."""
-        graphs = self.cuda_graphs
-        if graphs is None or graphs.is_small(gm):
-            return compiled
-        return graphs.wrap(compiled, inputs, extra)
+        to = self.cuda_graphs
+        return compiled if to is None or to.is_small(gm) else to.wrap(compiled, inputs, extra)
 
     def graph_ran(
         self, report: GraphReport, args: tuple[object, ...], extra: Sequence[Tensor], *, first: bool

@@ -19,10 +19,10 @@ from sparselora_fx.ir.token_lists import (
     whole,
 )
 from sparselora_fx.runtime.calls import CallKind
-from sparselora_fx.runtime.counting import CountedBatch
+from sparselora_fx.runtime.counting import CountedBatch, ListedTokens
 from sparselora_fx.runtime.named_tokens import OUTPUT_TOKENS, named_tokens
 from sparselora_fx.runtime.runtime import Runtime
-from sparselora_fx.runtime.token_policy import split_tokens
+from sparselora_fx.runtime.token_policy import split_tokens, token_grid
 
 
 def known_tokens(runtime: Runtime, arguments: dict[str, object]) -> dict[str, object]:
@@ -47,23 +47,30 @@ def step_tokens(
     arguments: Mapping[str, object],
     counted: CountedBatch | None,
     shift: bool | None,
-) -> tuple[Tokens | None, CountedBatch | None]:
+) -> tuple[Tokens | None, ListedTokens | None]:
     """The call's tokens, and what came with the batch, if it is that batch."""
-    if counted is None or not counted.fits(runtime.plan, arguments, shift):
-        return split_tokens(runtime.plan, arguments, shift=shift), None
-    counted = counted.on(arguments)
-    return counted.tokens, counted
+    grid, comparison = token_grid(arguments), runtime.comparison
+    if (
+        counted is not None
+        and grid is not None
+        and comparison.trusted
+        and counted.fits(runtime.plan, arguments, shift)
+        and counted.holds(arguments, grid, comparison)
+    ):
+        listed = counted.listed[shift].each(lambda tensor: tensor.to(grid.device))
+        return listed.tokens, listed
+    return split_tokens(runtime.plan, arguments, shift=shift), None
 
 
 def step_lists(
     runtime: Runtime,
     tokens: Tokens | None,
     counts: TokenCounts | None,
-    counted: CountedBatch | None,
+    listed: ListedTokens | None,
     *,
     trim: bool,
 ) -> TokenLists:
-    """The token lists of a sparse call; none for ``tokens=None``. ``counted``: what came with the
+    """The token lists of a sparse call; none for ``tokens=None``. ``listed``: what came with the
     batch; ``trim``: the tokens that carry loss are listed, too."""
     runtime.trace_inputs.padded = False
     if tokens is None:
@@ -74,7 +81,7 @@ def step_lists(
     if tokens.split and (runtime.blocks or runtime.call.is_measurement):
         # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
         tokens, counts = _padding_as_dense(tokens, counts)
-        counted = None
+        listed = None
     elif tokens.split:
         # Once and for all: a graph for batches without padding would be one more to compile.
         runtime.padded |= counts.sparse + counts.dense < grid.numel()
@@ -85,7 +92,7 @@ def step_lists(
     )
     if runtime.cuda_graphs is not None:
         lengths = runtime.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
-    placed = place(tokens) if counted is None else counted.placed
+    placed = place(tokens) if listed is None else listed.placed
     return token_lists(tokens, placed, lengths, labelled=trim, unlike=counts.unlike)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sparselora_fx.plan.plan import SparsityPlan
-from sparselora_fx.runtime.counting import add_counts
+from sparselora_fx.runtime.counting import add_counts, shifts_of
 from sparselora_fx.runtime.runtime import get_runtime
 
 
@@ -21,12 +21,12 @@ class CountingCollator:
 
     collate: Callable[..., object]
     plan: SparsityPlan
-    shift: bool | None
+    shifts: tuple[bool | None, ...]
 
     def __call__(self, *args: object, **options: object) -> object:
         batch = self.collate(*args, **options)
         if isinstance(batch, MutableMapping):
-            add_counts(batch, self.plan, self.shift)
+            add_counts(batch, self.plan, self.shifts)
         return batch
 
 
@@ -58,13 +58,13 @@ def count_tokens(
     """
     runtime = get_runtime(model)
     if not runtime.every_token:
-        add_counts(batch, runtime.plan, runtime.convention.shift)
+        add_counts(batch, runtime.plan, (runtime.convention.shift,))
     return batch
 
 
-def count_in_loader(model: nn.Module, loader: Any) -> Callable[[], None]:
+def count_in_loader(model: nn.Module, loader: Any, *, own_loss: bool) -> Callable[[], None]:
     """Let a data loader (or what accelerate has wrapped around one) count the tokens of its
-    batches. Returns a function that undoes it."""
+    batches. ``own_loss``: the loss is not the model's. Returns a function that undoes it."""
     runtime = get_runtime(model)
     # What accelerate dispatches from one process to all, it cuts and joins: tensors only.
     dispatched = hasattr(type(loader), "_fetch_batches")
@@ -73,7 +73,8 @@ def count_in_loader(model: nn.Module, loader: Any) -> Callable[[], None]:
     if runtime.every_token or dispatched or not isinstance(loader, DataLoader):
         return lambda: None
     before = loader.collate_fn
-    loader.collate_fn = CountingCollator(before, runtime.plan, runtime.convention.shift)
+    shifts = shifts_of(runtime.convention, own_loss=own_loss)
+    loader.collate_fn = CountingCollator(before, runtime.plan, shifts)
 
     def undo() -> None:
         loader.collate_fn = before

@@ -20,10 +20,14 @@ from sparselora_fx.user.calibration_file import calibration_file, load_calibrati
 from sparselora_fx.user.collating import count_in_loader
 from sparselora_fx.user.compile import step
 from sparselora_fx.user.cost import Cost, bill, check_prices
-from sparselora_fx.user.trainer_labels import hide_labels, show_labels, trainer_of
+from sparselora_fx.user.trainer_labels import has_own_loss, hide_labels, show_labels, trainer_of
 from sparselora_fx.user.watch_file import load_watch, save_watch, watch_file
 
 _SPEED = "sparselora_speed.json"  # in a checkpoint: what the speed check measured
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""
 
 
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
@@ -61,17 +65,19 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self.summary = summary
         self.price_per_hour = price_per_hour
         self.watts = watts
-        self._stop_counting: Callable[[], None] | None = None
+        self._stop_counting: Callable[[], None] = _nothing
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self._drive(state, kwargs["model"])
         trainer = trainer_of(self)
+        self._stop_counting()  # the loader of a training that was cut off
+        own_loss = trainer is not None and has_own_loss(trainer)
+        loader = kwargs.get("train_dataloader")
+        self._stop_counting = count_in_loader(model, loader, own_loss=own_loss)
         if trainer is not None:
             show_labels(trainer, get_runtime(model))
-        if self._stop_counting is None:
-            self._stop_counting = count_in_loader(model, kwargs.get("train_dataloader"))
         if state.global_step > 0:
             self._resume(args, state, model)
 
@@ -82,9 +88,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self._stop_counting is not None:
-            self._stop_counting()
-        self._stop_counting = None
+        self._stop_counting()
+        self._stop_counting = _nothing
         trainer = trainer_of(self)
         if trainer is not None:
             hide_labels(trainer)

@@ -38,8 +38,7 @@ def show_labels(trainer: Trainer, runtime: Runtime) -> None:
     hide_labels(trainer)
     replaced = trainer.__dict__.get("compute_loss")
     compute_loss = trainer.compute_loss
-    overridden = replaced is not None or type(trainer).compute_loss is not Trainer.compute_loss
-    own_loss = overridden or trainer.compute_loss_func is not None
+    own_loss = has_own_loss(trainer)
 
     @functools.wraps(compute_loss)
     def showing(model: object, inputs: object, *args: object, **kwargs: object) -> object:
@@ -51,6 +50,14 @@ def show_labels(trainer: Trainer, runtime: Runtime) -> None:
 
     setattr(showing, REPLACED, replaced)
     trainer.compute_loss = showing
+
+
+def has_own_loss(trainer: Trainer) -> bool:
+    """Whether a Trainer's loss may be another one than its model's."""
+    replaced = trainer.__dict__.get("compute_loss")
+    replaced = getattr(replaced, REPLACED, replaced)  # by us
+    overridden = replaced is not None or type(trainer).compute_loss is not Trainer.compute_loss
+    return overridden or trainer.compute_loss_func is not None
 
 
 def hide_labels(trainer: Trainer) -> None:

@@ -4,10 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 import sparselora_fx as slx
 from sparselora_fx.model.frozen_weights import frozen_weights
@@ -51,6 +52,32 @@ def test_restore_leaves_the_storage_as_it_was(tmp_path: Path, words: Any) -> Non
     assert list(model.state_dict()) == list(weights)
     slx.restore(model)
     oracle.assert_untouched(model, before, weights)
+
+
+class Doubled(bnb.nn.Linear4bit):
+    """A quantised linear that computes more than a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["instance", "subclass"])
+def test_a_linear_with_a_forward_of_its_own_is_dense_and_says_so(tmp_path: Path, kind: str) -> None:
+    model = quantised_llama(tmp_path, NF4)
+    linear: Any = next(m for n, m in model.named_modules() if n.endswith("up_proj.base_layer"))
+    if kind == "subclass":
+        linear.__class__ = Doubled
+    else:
+        plain = linear.forward
+        linear.forward = lambda x: 2 * plain(x)
+    expected = oracle.step(model, oracle.batch())
+    plan = oracle.plan_of({"mlp": 0.5})
+    with pytest.warns(UserWarning, match="its forward is not the quantiser's"):
+        slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
+    with slx.record(model) as record:
+        got = oracle.step(model, oracle.batch())
+    assert not record.sites
+    oracle.assert_close(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("words", [DOUBLE, slow(BYTES)], ids=["nf4", "int8"])
