@@ -84,6 +84,8 @@ class CountedBatch:
         """Nothing: a part of the batch has other tokens, and its call counts them. For code that
         cuts every value of a batch."""
 
+    __iter__ = None  # else a loop would ask for parts without end
+
     def _each(self, function: Callable[[Tensor], Tensor]) -> CountedBatch:
         listed = {shift: own.each(function) for shift, own in self.listed.items()}
         return replace(self, listed=listed, facts=list(map(function, self.facts)))

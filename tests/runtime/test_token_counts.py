@@ -250,6 +250,8 @@ def test_counting_again_forgets_what_was_counted() -> None:
 def test_a_part_of_a_batch_is_counted_by_its_call() -> None:
     model = compiled()
     data = slx.count_tokens(model, ragged())
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(data[KEY])
     part = {name: value[:1] for name, value in data.items()}
     for got, expected in zip(
         lists_of(model, part), lists_of(model, {k: v[:1] for k, v in ragged().items()}), strict=True
