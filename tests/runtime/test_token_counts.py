@@ -310,6 +310,20 @@ def test_evaluation_never_sees_the_counts() -> None:
         assert torch.equal(got, model(**data).logits)
 
 
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call that asks for its tokens, whether they came with the batch."""
+    asked: list[bool] = []
+
+    def noting(state: Any, arguments: Any, counted: Any, shift: Any) -> Any:
+        found = step_tokens(state, arguments, counted, shift)
+        asked.append(found[1] is not None)
+        return found
+
+    monkeypatch.setattr("sparselora_fx.runtime.forward.step_tokens", noting)
+    return asked
+
+
 class Stream(IterableDataset):
     """Rows that come one by one; accelerate dispatches their batches."""
 
@@ -322,17 +336,9 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(("workers", "stream"), [slow(0, False), (1, False), (0, True)])
 def test_the_trainers_data_loader_counts(
-    workers: int, stream: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    workers: int, stream: bool, tmp_path: Any, used: list[bool]
 ) -> None:
     model = compiled()
-    asked = []
-
-    def noting(state: Any, arguments: Any, counted: Any, shift: Any) -> Any:
-        found = step_tokens(state, arguments, counted, shift)
-        asked.append(found[1] is not None)
-        return found
-
-    monkeypatch.setattr("sparselora_fx.runtime.forward.step_tokens", noting)
     model.forward.compiled = model.forward.original  # type: ignore[union-attr]
     rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
     arguments = TrainingArguments(
@@ -344,7 +350,7 @@ def test_the_trainers_data_loader_counts(
         model=model, args=arguments, train_dataset=Stream(rows * 2) if stream else rows,
         eval_dataset=rows[:3], callbacks=[slx.SparsityCallback()],
     ).train()  # fmt: skip
-    assert asked == [not stream] * 6
+    assert used == [not stream] * 6
 
 
 class Masking(Trainer):
@@ -379,7 +385,7 @@ class Interrupted(Own):
 
 
 @pytest.mark.parametrize(
-    ("kind", "make", "used"),
+    ("kind", "make", "expected"),
     [
         (Own, oracle.llama, [True] * 3),
         (Masking, oracle.llama, [False] * 3),
@@ -389,20 +395,12 @@ class Interrupted(Own):
     ids=["own loss", "masking", "a model of one's own", "a second training"],
 )
 def test_trainers_that_differ_from_the_usual_one(
-    kind: Any, make: Any, used: list[bool], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    kind: Any, make: Any, expected: list[bool], tmp_path: Any, used: list[bool]
 ) -> None:
     """Each batch that stays what it was is counted by the loader alone; none is refused."""
     model = make(layers=1) if make is oracle.llama else make(1)
     plan = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
     slx.compile(model, oracle.estimator_of(model), plan=plan, backend="eager")
-    asked = []
-
-    def noting(state: Any, arguments: Any, counted: Any, shift: Any) -> Any:
-        found = step_tokens(state, arguments, counted, shift)
-        asked.append(found[1] is not None)
-        return found
-
-    monkeypatch.setattr("sparselora_fx.runtime.forward.step_tokens", noting)
     rows = [{k: v[i % 3] for k, v in ragged().items()} for i in range(8)]
     trainer = kind(
         model=model, train_dataset=rows, callbacks=[slx.SparsityCallback(summary=False)],
@@ -415,7 +413,7 @@ def test_trainers_that_differ_from_the_usual_one(
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     trainer.train()
-    assert asked == used
+    assert used == expected
 
 
 @pytest.mark.gpu
