@@ -40,8 +40,11 @@ import sparselora_fx as slx
 from benchmarks.support import measuring
 from benchmarks.support.peers import random_estimator
 from benchmarks.support.published import BATCHES, LORA_RANK, LORA_TARGETS, MODELS, plan_of
+from sparselora_fx import environment
 from sparselora_fx.environment import DISABLED_LAYERS, DISABLED_PASSES
 from sparselora_fx.lowering import inductor_backend, measured
+from sparselora_fx.model.frozen_weights import frozen_weights
+from sparselora_fx.model.weight_layout import gathered_across
 from tests.support.offgpu_backend import FakeGPU
 
 CARD = "NVIDIA H200"
@@ -95,6 +98,13 @@ def _rotary(config: LlamaConfig) -> list[torch.Tensor]:
     return list(LlamaRotaryEmbedding(config).buffers())
 
 
+def as_on_card(model: nn.Module) -> None:
+    """Lay out weights as `compile` does on a GPU, without reading them."""
+    for found in gathered_across(frozen_weights(model)):
+        rows, columns = found.weight.shape
+        found.weight.data = torch.empty(columns, rows, dtype=found.weight.dtype).t()
+
+
 @contextlib.contextmanager
 def generated_for(gpu: FakeGPU) -> Iterator[None]:
     """Inside, what `slx.compile` compiles becomes code for a card that is not there."""
@@ -106,6 +116,7 @@ def generated_for(gpu: FakeGPU) -> Iterator[None]:
     on_card = partial(measured.ratio, CARD)
     with (
         patch.object(inductor_backend, "backend_compile", generate),
+        patch.object(environment, "shares_launches", lambda device: True),
         patch.object(measured, "ratio", lambda _, *sizes: on_card(*sizes)),
         patch.dict(os.environ, {DISABLED_PASSES: "orient_adapters", DISABLED_LAYERS: "pieces"}),
     ):
@@ -121,6 +132,7 @@ def count(
     gpu = FakeGPU(choice="unmeasured", plain=not sparse, execute=False)
     model = model_of(shape, layers, TARGETS[case.targets])
     if sparse:
+        as_on_card(model)
         plan = plan_of([LEVEL] * layers, "context")
         slx.compile(model, random_estimator(model), plan=plan, strict=True)
     else:

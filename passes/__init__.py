@@ -8,6 +8,7 @@ leave it out; a pass does its one thing.
 if __name__ != "sparselora_fx.passes":
     raise ImportError("import sparselora_fx.passes, not passes: this folder is part of the package")
 
+from sparselora_fx.passes.batch_adapters import batch_adapters
 from sparselora_fx.passes.canonicalize import canonicalize
 from sparselora_fx.passes.clean_up import clean_up
 from sparselora_fx.passes.expand_packed import expand_packed
@@ -56,6 +57,7 @@ PIPELINE = (
     clean_up,  # erase what is unread
     join_factors,  # predictors' narrow projections of one input: one matmul
     join_adapters,  # LoRA down-projections of one input: one matmul
+    batch_adapters,  # LoRA up-projections of one shape: one batched matmul, on a GPU
     orient_adapters,  # LoRA up-projections: the layout whose gradients are fast
     slice_packed,  # of quantised weights only what is multiplied is unpacked
 )

@@ -50,3 +50,9 @@ def disabled_layers() -> frozenset[str]:
             allowed = ", ".join(LAYERS)
             raise CompileError(f"{DISABLED_LAYERS} names {name!r}; layers that may go: {allowed}")
     return frozenset(filter(None, asked))
+
+
+def shares_launches(device: str) -> bool:
+    """Whether launches are to be few on a kind of device: on a GPU, unless `disabled_layers` says
+    no. What generates a GPU's code without one replaces this function."""
+    return device == "cuda" and "shared_launches" not in disabled_layers()

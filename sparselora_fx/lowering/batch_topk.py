@@ -8,8 +8,8 @@ from operator import getitem
 import torch
 from torch import fx
 
+from sparselora_fx import environment
 from sparselora_fx.graph.emit import lowered_call
-from sparselora_fx.lowering import score_forms
 from sparselora_fx.lowering.inductor import sort_nodes
 
 _TOPK = torch.ops.aten.topk.default
@@ -38,7 +38,7 @@ def _alike(graph: fx.Graph) -> list[fx.Node]:
     found: dict[Hashable, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_TOPK):
         value = node.args[0].meta["val"]
-        if value.dim() != 1 or not score_forms.shares_launches(value):
+        if value.dim() != 1 or not environment.shares_launches(value.device.type):
             continue
         key = (value.shape[0], value.dtype, *node.args[1:])
         group = found.get(key, [])

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from sparselora_fx import environment
 from sparselora_fx._torch import donating_nothing
-from sparselora_fx.environment import disabled_layers
 from sparselora_fx.ir import ops, score_ops
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import cache_key, score_forms
@@ -80,8 +80,12 @@ def settings_for(device: str) -> dict[str, object]:
         return dict(_ON_CPU)
     from torch._inductor import config
 
-    on = device == "cuda" and torch.version.hip is None and hasattr(config, _BOUND)
-    return dict(_ON_GPU) if on and "shared_launches" not in disabled_layers() else {}
+    on = (
+        torch.version.hip is None
+        and hasattr(config, _BOUND)
+        and environment.shares_launches(device)
+    )
+    return dict(_ON_GPU) if on else {}
 
 
 def saving_less() -> AbstractContextManager[None]:

@@ -7,17 +7,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparselora_fx.environment import disabled_layers
+from sparselora_fx import environment
 from sparselora_fx.ir import score_ops
 from sparselora_fx.ir.ops import dtype_of_sums
 
 _MOST_TOKENS, _MOST_RANKS = 128, 16  # of a product that is formed value by value
-
-
-def shares_launches(x: Tensor) -> bool:
-    """Whether launches are to be few: on a GPU, unless ``SPARSELORA_DISABLED_LAYERS`` says no. What
-    generates a GPU's code without one replaces this function."""
-    return x.device.type == "cuda" and "shared_launches" not in disabled_layers()
 
 
 def low_rank_energy(
@@ -34,7 +28,7 @@ def low_rank_energy(
     copy of the factor. Formed value by value, all is one reduction, into which choosing the rows of
     the factor is fused: one launch for five.
     """
-    if not (shares_launches(z) and _few(z, a)):
+    if not (environment.shares_launches(z.device.type) and _few(z, a)):
         return score_ops.low_rank_energy(z, a, offset, counted, norms, normalise)
     wide = dtype_of_sums(z)
     hidden = _product(z.flatten(0, -2).to(wide), a.to(wide))
@@ -45,7 +39,7 @@ def low_rank_energy(
 
 def low_rank_linear(z: Tensor, a: Tensor) -> Tensor:
     """`score_ops.low_rank_linear`, of few tokens value by value: no launch of its own."""
-    if not (shares_launches(z) and _few(z, a)):
+    if not (environment.shares_launches(z.device.type) and _few(z, a)):
         return score_ops.low_rank_linear(z, a)
     wide = dtype_of_sums(z)
     return _product(z.to(wide), a.to(wide)).to(z.dtype)

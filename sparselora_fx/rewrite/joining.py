@@ -10,6 +10,7 @@ from torch import fx
 from sparselora_fx.graph.nodes import argument, has_side_effect, op_name, tensor
 from sparselora_fx.graph.op_families import CASTS
 from sparselora_fx.ir.ops import LIBRARY
+from sparselora_fx.rewrite.respell import drop
 
 
 def join_alike(graph: fx.Graph, wanted: Callable[[fx.Node], bool]) -> int:
@@ -19,19 +20,25 @@ def join_alike(graph: fx.Graph, wanted: Callable[[fx.Node], bool]) -> int:
     The wanted ones have no bias, and weights that are there before the first of them. Weights of
     several dtypes are not joined.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    written = [i for node, i in order.items() if _may_write(node)]
+    groups = alike(graph, wanted, lambda node: _source(argument(node, 0, "input")))
+    for group in groups:
+        _join(graph, group)
+    return sum(map(len, groups))
+
+
+def alike(
+    graph: fx.Graph, wanted: Callable[[fx.Node], bool], key: Callable[[fx.Node], Hashable]
+) -> list[list[fx.Node]]:
+    """The wanted linears of one key and one dtype of weights, with nothing between them that may
+    write to what they read; those that are several."""
     groups: dict[Hashable, list[fx.Node]] = {}
-    for node in order:
+    written = 0
+    for node in graph.nodes:
+        written += _may_write(node)
         weight = tensor(argument(node, 1, "weight")) if wanted(node) else None
         if weight is not None:
-            start = sum(i < order[node] for i in written)
-            key = (_source(argument(node, 0, "input")), start, weight.dtype)
-            groups.setdefault(key, []).append(node)
-    several = [group for group in groups.values() if len(group) > 1]
-    for group in several:
-        _join(graph, group)
-    return sum(map(len, several))
+            groups.setdefault((key(node), written, weight.dtype), []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _may_write(node: fx.Node) -> bool:
@@ -60,4 +67,4 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
             node.replace_all_uses_with(part)
             start += width
     for node in group:
-        graph.erase_node(node)
+        drop(node)  # and the cast that it alone read

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import fx
 
 import sparselora_fx as slx
+from sparselora_fx import environment
 from sparselora_fx.compiler import backend, spec
 from sparselora_fx.compiler.cuda_graphs import cuda_graphs_of
 from sparselora_fx.compiler.switches import switched_on
@@ -22,7 +22,6 @@ from sparselora_fx.lowering import (
     gather_matmul,
     inductor_backend,
     install,
-    score_forms,
     triton,
 )
 from sparselora_fx.passes import NEEDED, ONLINE_CALIBRATION, PIPELINE, WHOLE_GRAPH
@@ -123,10 +122,9 @@ def test_launches_are_shared_on_a_gpu_unless_switched_off(monkeypatch: pytest.Mo
     assert on_gpu["combo_kernels"] is True
     assert "combo_kernels" not in inductor_backend.settings_for("cpu")
     assert inductor_backend.settings_for("mps") == {}, "as torch has it, where nobody ran it"
-    x = SimpleNamespace(device=torch.device("cuda"))
-    assert score_forms.shares_launches(x) and not score_forms.shares_launches(torch.ones(1))
+    assert environment.shares_launches("cuda") and not environment.shares_launches("cpu")
     monkeypatch.setenv(DISABLED_LAYERS, "shared_launches")
-    assert inductor_backend.settings_for("cuda") == {} and not score_forms.shares_launches(x)
+    assert inductor_backend.settings_for("cuda") == {} and not environment.shares_launches("cuda")
 
 
 def test_other_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparselora_fx.lowering import score_forms
+from sparselora_fx import environment
 from sparselora_fx.lowering.batch_topk import batch_topk
 
 Choosing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -17,7 +17,7 @@ Choosing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 @pytest.fixture(autouse=True)
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_forms, "shares_launches", lambda x: True)
+    monkeypatch.setattr(environment, "shares_launches", lambda x: True)
 
 
 def scores() -> tuple[Tensor, Tensor, Tensor]:

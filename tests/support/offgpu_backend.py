@@ -18,7 +18,8 @@ from unittest.mock import patch
 import torch
 from torch import fx
 
-from sparselora_fx.lowering import inductor_backend, measured, score_forms
+from sparselora_fx import environment
+from sparselora_fx.lowering import inductor_backend, measured
 from tests.support.fake_cuda import fake_cuda
 from tests.support.triton_interpreter import load_wrapper
 
@@ -68,7 +69,7 @@ class FakeGPU:
         with (
             config.patch(patches),
             functorch_config.patch(enable_autograd_cache=False),
-            patch.object(score_forms, "shares_launches", lambda x: True),
+            patch.object(environment, "shares_launches", lambda x: True),
         ):
             inner = config.patch(patches)(self._compile)
             return compile_fx(gm, inputs, inner_compile=inner)
