@@ -10,6 +10,7 @@ from torch import fx
 
 from sparselora_fx import environment
 from sparselora_fx.graph.emit import lowered_call
+from sparselora_fx.lowering.dependence import order_of, waits
 from sparselora_fx.lowering.inductor import sort_nodes
 
 _TOPK = torch.ops.aten.topk.default
@@ -34,7 +35,7 @@ def batch_topk(graph: fx.Graph) -> int:
 
 def _alike(graph: fx.Graph) -> list[fx.Node]:
     """The first selections that can be joined, or none. Joining some may make others wait."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    order = order_of(graph)
     found: dict[Hashable, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_TOPK):
         value = node.args[0].meta["val"]
@@ -42,25 +43,12 @@ def _alike(graph: fx.Graph) -> list[fx.Node]:
             continue
         key = (value.shape[0], value.dtype, *node.args[1:])
         group = found.get(key, [])
-        if any(_waits(node, earlier, order) for earlier in group):
+        if any(waits(node, earlier, order) for earlier in group):
             if len(group) > 1:
                 return group
             group = []
         found[key] = [*group, node]
     return next((group for group in found.values() if len(group) > 1), [])
-
-
-def _waits(node: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether a node depends on an earlier one."""
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source is first:
-                return True
-            if source not in seen and order[source] > order[first]:
-                seen.add(source)
-                todo.append(source)
-    return False
 
 
 def _join(graph: fx.Graph, group: list[fx.Node]) -> None:

@@ -45,6 +45,16 @@ def unflatten(y: Value, like: Value) -> Value:
     return y if len(lead) == 1 else _lowered(_ATEN.view.default)(y, [*lead, y.get_size()[1]])
 
 
+def of_weight(y: Value, i: int, like: Value) -> Value:
+    """``y[i]`` of ``y[G, T, N]`` with the leading dimensions of ``like``."""
+    return unflatten(_lowered(_ATEN.select.int)(y, 0, i), like)
+
+
+def add(a: Value, b: Value) -> Value:
+    """``a + b``."""
+    return _lowered(_ATEN.add.Tensor)(a, b)
+
+
 def matmul(x: Value, w: Value) -> Value:
     """``x[..., K] @ w[K, N]`` through the 2-D matmul lowering."""
     return unflatten(_lowered(_ATEN.mm.default)(flatten(x), w), x)

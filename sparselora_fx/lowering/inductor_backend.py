@@ -18,6 +18,7 @@ from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering import cache_key, score_forms
 from sparselora_fx.lowering.batch_topk import batch_topk
 from sparselora_fx.lowering.install import install
+from sparselora_fx.lowering.join_sliced import join_sliced
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 # Versions of torch whose Inductor the lowerings were written for.
@@ -158,8 +159,8 @@ def install_lowerings() -> bool:
 
 
 def graph_pass() -> object:
-    """Our pass over graphs of aten ops (`batch_topk`), and Inductor's cache key for our lowerings,
-    which its own does not cover.
+    """Our passes over graphs of aten ops (`batch_topk`, `join_sliced`), and Inductor's cache key
+    for our lowerings, which its own does not cover.
 
     It runs the user's own ``post_grad_custom_pre_pass`` (one or several), under a key that holds
     both. Run on 2.13.
@@ -176,6 +177,7 @@ def graph_pass() -> object:
             for step in theirs:
                 step(graph)
             batch_topk(graph)
+            join_sliced(graph)
 
         def uuid(self) -> object:
             keys = [step.uuid() if hasattr(step, "uuid") else None for step in theirs]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 from sparselora_fx.environment import disabled_layers
 from sparselora_fx.graph.layout import Size
@@ -15,14 +16,17 @@ log = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach Inductor the four sliced matmuls and the two weight gradients."""
+    """Teach Inductor the sliced matmuls, one by one and several at once, and the two weight
+    gradients."""
     for family in triton.FAMILIES.values():
         _register(family.op, _sliced(family))
+    _register("sliced_linears", _several)
+    _register("sliced_linear_dgrads", _sum)
     for name in ("sliced_linear_wgrad", "sliced_linear_in_wgrad"):
         _register(name, _weight_gradient(name))
 
 
-def _register(name: str, fn: Callable[..., Value]) -> None:
+def _register(name: str, fn: Callable[..., Value | list[Value]]) -> None:
     inductor.inductor().register_lowering(getattr(OPS, name).default, type_promotion_kind=None)(fn)
 
 
@@ -32,16 +36,53 @@ def _sliced(family: triton.Family) -> Callable[..., Value]:
 
     def lower(x: Value, w: Value, idx: Value) -> Value:
         problem = triton.problem(family, x, w, idx)
-        off = "templates" in disabled_layers()
-        reason = constraints.SWITCHED_OFF if off else constraints.ineligible(problem)
-        if reason is None and not triton.autotunes():
-            reason = constraints.unpromising(problem, triton.measured_ratio(family, problem))
-        if reason is not None:
-            log.debug("%s: gather + matmul, because %s", family.op, reason)
-            return gather_matmul.SLICED[family.op](x, w, idx)
-        return triton.lower(family, problem, x, w, idx)
+        if _prefers_template(family, problem):
+            found = triton.lower(family, [problem], [x], [w], [idx])
+            if found is not None:
+                return found
+        return gather_matmul.SLICED[family.op](x, w, idx)
 
     return lower
+
+
+def _prefers_template(family: triton.Family, problem: constraints.Problem) -> bool:
+    off = "templates" in disabled_layers()
+    reason = constraints.SWITCHED_OFF if off else constraints.ineligible(problem)
+    if reason is None and not triton.autotunes():
+        reason = constraints.unpromising(problem, triton.measured_ratio(family, problem))
+    if reason is not None:
+        log.debug("%s: gather + matmul, because %s", family.op, reason)
+    return reason is None
+
+
+def _several(x: Value, w: Sequence[Value], idx: Sequence[Value]) -> list[Value]:
+    """``sliced_linears``: one template for all where each alone would be one, else each alone."""
+    family = triton.FAMILIES["sliced_linear"]
+    whole = _joint(family, [x] * len(w), w, idx)
+    if whole is not None:
+        return [gather_matmul.of_weight(whole, i, x) for i in range(len(w))]
+    return [_sliced(family)(x, *given) for given in zip(w, idx, strict=True)]
+
+
+def _sum(gy: Sequence[Value], w: Sequence[Value], idx: Sequence[Value]) -> Value:
+    """``sliced_linear_dgrads``: one template for all where each alone would be one, else each
+    alone."""
+    family = triton.FAMILIES["sliced_linear_dgrad"]
+    whole = _joint(family, gy, w, idx)
+    if whole is not None:
+        return whole
+    return reduce(gather_matmul.add, map(_sliced(family), gy, w, idx))
+
+
+def _joint(
+    family: triton.Family, x: Sequence[Value], w: Sequence[Value], idx: Sequence[Value]
+) -> Value | None:
+    """A template that computes several problems; not where all are benchmarked, each alone."""
+    problems = [triton.problem(family, *given) for given in zip(x, w, idx, strict=True)]
+    if triton.autotunes() or not all(_prefers_template(family, each) for each in problems):
+        return None
+    inputs = x[:1] if family.template == "out_sliced" else x
+    return triton.lower(family, problems, inputs, w, idx)
 
 
 def _weight_gradient(name: str) -> Callable[..., Value]:

@@ -4,6 +4,8 @@
     sliced_linear_in_dgrad   gh[T, S] = gy[T, N] @ w[:, idx]      out_sliced         w transposed
     sliced_linear_dgrad      gx[T, K] = gy[T, S] @ w[idx, :]      reduction_sliced   w as stored
     sliced_linear_in         y[T, N]  = h[T, S]  @ w[:, idx].T    reduction_sliced   w transposed
+    sliced_linears           several sliced_linear of one x       out_sliced         w as stored
+    sliced_linear_dgrads     a sum of sliced_linear_dgrad         reduction_sliced   w as stored
 
 Inductor fuses pointwise neighbours into a template: what reads y into its store, gathers that make
 x (a selection of token rows) into its loads.
@@ -12,11 +14,11 @@ x (a selection of token rows) into its loads.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -65,12 +67,12 @@ def read_template(name: str) -> str:
     return _INCLUDE.sub(lambda found: (TEMPLATES / found[1]).read_text(encoding="utf-8"), text)
 
 
-def grid(
-    m: int, n: int, meta: dict[str, int], *, cdiv: Callable[[Size, int], Size]
-) -> tuple[Size, int, int]:
+def grid(*sizes: Any, cdiv: Callable[[Size, int], Size]) -> tuple[Size, int, int]:
     """One program per tile of y, in one dimension; the templates order them in groups of
-    ``_GROUP_M`` rows."""
-    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+    ``_GROUP_M`` rows. The other dimension: y of several weights. ``sizes``: y's, and the tile."""
+    *several, m, n, meta = sizes
+    tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
+    return (tiles, several[0] if several else 1, 1)
 
 
 class _Choice(Protocol):
@@ -145,53 +147,72 @@ def problem(family: Family, x: Value, w: Value, idx: Value) -> Problem:
     )
 
 
-def lower(family: Family, problem: Problem, x: Value, w: Value, idx: Value) -> Value:
-    """The chosen kernel's output, with the leading dimensions of x.
+def lower(
+    family: Family,
+    problems: Sequence[Problem],
+    x: Sequence[Value],
+    w: Sequence[Value],
+    idx: Sequence[Value],
+) -> Value | None:
+    """The chosen kernel's output; None if none can run.
+
+    One problem: with the leading dimensions of x. Several, with one x: ``y[G, T, N]``, one of each
+    weight. As many x: their sum, with the leading dimensions of the first.
 
     Every choice is given the same inputs: before torch 2.13 the fallback is benchmarked on the
     inputs of the selection, not on its own.
     """
     api = inductor.inductor()
-    inputs = api.realize_inputs(gather_matmul.flatten(x), w, idx)
-    device, tokens = problem.devices[0], inputs[0].get_size()[0]
-    layout = api.FixedLayout(device, problem.dtype, [tokens, problem.outputs])
+    flat = [gather_matmul.flatten(each) for each in x]
+    inputs = api.realize_inputs(*flat, *w, *idx)
+    first, count = problems[0], len(problems)
+    outer = [count] if len(x) < count else []
+    size = [*outer, inputs[0].get_size()[0], first.outputs]
+    layout = api.FixedLayout(first.devices[0], first.dtype, size)
     if not api.use_triton_template(layout, check_max_autotune=False):
-        return gather_matmul.SLICED[family.op](x, w, idx)
+        return None
     choices: list[object] = []
     if autotunes():
         _fallback(family.op).maybe_append_choice(choices, input_nodes=inputs, layout=layout)
-    for tile in _tiles(family, problem, device):
+    for tile in _tiles(family, first, count if outer else 1):
         _template(family.template).maybe_append_choice(
-            choices, input_nodes=inputs, layout=layout, **_constants(family, problem, tile)
+            choices, input_nodes=inputs, layout=layout, **_constants(family, problems, tile)
         )
     if not choices:
-        return gather_matmul.SLICED[family.op](x, w, idx)
-    rows = problem.weight[family.gather_axis]
-    chosen = inductor.select(family.op, choices, list(inputs), layout, {2: _permutation(rows)})
-    return gather_matmul.unflatten(chosen, x)
+        return None
+    rows = first.weight[family.gather_axis]
+    random = {len(x) + count + i: _permutation(rows) for i in range(count)}
+    chosen = inductor.select(family.op, choices, list(inputs), layout, random)
+    return chosen if outer else gather_matmul.unflatten(chosen, x[0])
 
 
-def _tiles(family: Family, problem: Problem, device: torch.device) -> list[configs.Tile]:
+def _tiles(family: Family, problem: Problem, weights: int) -> list[configs.Tile]:
     """All tiles that fit when benchmarking, else the one that the rule picks."""
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(problem.devices[0])
     shared = int(getattr(properties, "shared_memory_per_block_optin", _SHARED_WITHOUT_ASKING))
     found = configs.tiles(family.template, problem.dtype.itemsize, shared)
     if autotunes() or not found:
         return found
     tokens, outputs = inductor.size_hint(problem.tokens), inductor.size_hint(problem.outputs)
-    return [configs.pick(found, tokens, outputs, int(properties.multi_processor_count))]
+    return [configs.pick(found, tokens, outputs * weights, int(properties.multi_processor_count))]
 
 
-def _constants(family: Family, problem: Problem, tile: configs.Tile) -> dict[str, object]:
+def _constants(
+    family: Family, problems: Sequence[Problem], tile: configs.Tile
+) -> dict[str, object]:
     """What a template is filled with, by the names its legend explains."""
+    problem, numbers = problems[0], range(len(problems))
+    inputs = ["A"] if family.template == "out_sliced" else [f"A{i}" for i in numbers]
     return {
+        "COUNT": len(problems),
+        "OPERANDS": (*inputs, *(f"W{i}" for i in numbers), *(f"IDX{i}" for i in numbers)),
         "num_stages": tile.stages,
         "num_warps": tile.warps,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP_M": _GROUP_M,
-        "EVEN_K": inductor.divides(tile.k, problem.inner),
+        "EVEN_K": tuple(inductor.divides(tile.k, each.inner) for each in problems),
         "W_T": family.transposed,
         "CAST_W": problem.weight_dtype != problem.dtype,
         "CHECK_BOUNDS": check_bounds(),

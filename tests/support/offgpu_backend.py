@@ -69,9 +69,10 @@ class FakeGPU:
         with (
             config.patch(patches),
             functorch_config.patch(enable_autograd_cache=False),
-            patch.object(environment, "shares_launches", lambda x: True),
+            _shared_launches(),
         ):
-            inner = config.patch(patches)(self._compile)
+            # A backward is compiled later, when nothing of this is set any more.
+            inner = _shared_launches()(config.patch(patches)(self._compile))
             return compile_fx(gm, inputs, inner_compile=inner)
 
     @property
@@ -185,6 +186,11 @@ def compile_kernel(name: str, source: str, arch: int) -> Any:
         kernel.precompile(warm_cache_only=True)
         (result,) = kernel.compile_results
     return result.kernel
+
+
+def _shared_launches() -> Any:
+    """Inside, or in the function that this decorates, launches are few, as on a GPU."""
+    return patch.object(environment, "shares_launches", lambda device: True)
 
 
 def _boxed(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:
