@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from operator import getitem
 
 import torch
 from torch import fx
 
 from sparselora_fx import environment
 from sparselora_fx.graph.emit import lowered_call
+from sparselora_fx.ir import joint_ops  # noqa: F401 - defines `topk_rows`
+from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering.dependence import order_of, waits
 from sparselora_fx.lowering.inductor import sort_nodes
 
-_TOPK = torch.ops.aten.topk.default
+_TOPK = OPS.topk_channels.default
 
 
 def batch_topk(graph: fx.Graph) -> int:
     """Join top-k selections of equally many from equally many scores, where none waits for another:
     of attention's queries and keys, and of its values. Returns the selections joined.
 
-    Before:  a, i = topk(s: [N], k);  b, j = topk(t: [N], k)
-    After:   c, m = topk(stack(s, t), k);  i = m[0];  j = m[1]
+    Before:  i = topk_channels(s: [N], k);  j = topk_channels(t: [N], k)
+    After:   m = topk_rows(stack(s, t), k);  i = m[0];  j = m[1]
 
     A post-grad pass of Inductor: nodes are those of aten.
     """
@@ -39,7 +40,7 @@ def _alike(graph: fx.Graph) -> list[fx.Node]:
     found: dict[Hashable, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_TOPK):
         value = node.args[0].meta["val"]
-        if value.dim() != 1 or not environment.shares_launches(value.device.type):
+        if not environment.shares_launches(value.device.type):
             continue
         key = (value.shape[0], value.dtype, *node.args[1:])
         group = found.get(key, [])
@@ -56,12 +57,9 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
     with graph.inserting_before(group[-1]):
         rows = [lowered_call(graph, torch.ops.aten.unsqueeze.default, score, 0) for score in scores]
         stacked = lowered_call(graph, torch.ops.aten.cat.default, rows, 0)
-        both = lowered_call(graph, _TOPK, stacked, *group[0].args[1:])
+        chosen = lowered_call(graph, OPS.topk_rows.default, stacked, group[0].args[1])
         for i, node in enumerate(group):
-            for user in list(node.users):
-                part = lowered_call(graph, getitem, both, user.args[1])
-                one = lowered_call(graph, torch.ops.aten.select.int, part, 0, i)
-                user.replace_all_uses_with(one)
-                graph.erase_node(user)
+            row = lowered_call(graph, torch.ops.aten.select.int, chosen, 0, i)
+            node.replace_all_uses_with(row)
     for node in group:
         graph.erase_node(node)

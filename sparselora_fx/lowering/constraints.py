@@ -61,9 +61,9 @@ def ineligible(problem: Problem) -> str | None:
         (len(set(problem.devices)) != 1, MIXED_DEVICES),
         (problem.dtype not in DTYPES or problem.weight_dtype not in DTYPES, DTYPE),
         (problem.index_dtype != torch.int64, INDEX_DTYPE),
-        (not _fixed(problem.kept), SYMBOLIC_KEPT),
-        (not all(_fixed(size) for size in problem.weight), SYMBOLIC_WEIGHT),
-        (any(_fixed(size) and int(size) == 0 for size in (*sizes, problem.tokens)), EMPTY),
+        (not fixed(problem.kept), SYMBOLIC_KEPT),
+        (not all(fixed(size) for size in problem.weight), SYMBOLIC_WEIGHT),
+        (any(fixed(size) and int(size) == 0 for size in (*sizes, problem.tokens)), EMPTY),
     )
     return next((reason for broken, reason in rules if broken), None)
 
@@ -83,5 +83,6 @@ def unpromising(problem: Problem, ratio: float | None) -> str | None:
     return next((reason for broken, reason in rules if broken), None)
 
 
-def _fixed(size: object) -> bool:
+def fixed(size: object) -> bool:
+    """Whether a size is a number."""
     return isinstance(size, int) or bool(getattr(size, "is_number", False))

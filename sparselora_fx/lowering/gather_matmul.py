@@ -6,7 +6,7 @@ Shape letters as in `sparselora_fx.ir.ops`. Values are Inductor IR nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +19,11 @@ _ATEN = torch.ops.aten
 
 def _lowered(op: object) -> Callable[..., Value]:
     found: Callable[..., Value] = inductor.inductor().lowerings[op]
+    return found
+
+
+def _results(op: object) -> Callable[..., Sequence[Value]]:
+    found: Callable[..., Sequence[Value]] = inductor.inductor().lowerings[op]
     return found
 
 
@@ -53,6 +58,22 @@ def of_weight(y: Value, i: int, like: Value) -> Value:
 def add(a: Value, b: Value) -> Value:
     """``a + b``."""
     return _lowered(_ATEN.add.Tensor)(a, b)
+
+
+def as_row(x: Value) -> Value:
+    """``x[N]`` as ``[1, N]``."""
+    return _lowered(_ATEN.unsqueeze.default)(x, 0)
+
+
+def first_row(x: Value) -> Value:
+    """``x[0]``."""
+    return _lowered(_ATEN.select.int)(x, 0, 0)
+
+
+def topk_then_sort(scores: Value, k: Size) -> Value:
+    """``[R, N] -> int64[R, k]``: of each row the k channels of largest score, ascending."""
+    topk, sort = _results(_ATEN.topk.default), _results(_ATEN.sort.default)
+    return sort(topk(scores, k, -1, True, False)[1])[0]
 
 
 def matmul(x: Value, w: Value) -> Value:

@@ -9,17 +9,19 @@ from functools import reduce
 from sparselora_fx.environment import disabled_layers
 from sparselora_fx.graph.layout import Size
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.lowering import constraints, gather_matmul, inductor, triton
+from sparselora_fx.lowering import constraints, gather_matmul, inductor, selection, triton
 from sparselora_fx.lowering.inductor import Value
 
 log = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach Inductor the sliced matmuls, one by one and several at once, and the two weight
-    gradients."""
+    """Teach Inductor the sliced matmuls, one by one and several at once, the two weight gradients,
+    and the choice of channels."""
     for family in triton.FAMILIES.values():
         _register(family.op, _sliced(family))
+    _register("topk_channels", selection.topk_channels)
+    _register("topk_rows", selection.topk_rows)
     _register("sliced_linears", _several)
     _register("sliced_linear_dgrads", _sum)
     for name in ("sliced_linear_wgrad", "sliced_linear_in_wgrad"):

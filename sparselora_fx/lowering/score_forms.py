@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import reduce
+from types import NotImplementedType
 
 import torch
 from torch import Tensor
 
 from sparselora_fx import environment
-from sparselora_fx.ir import score_ops
+from sparselora_fx.ir import ops, score_ops
 from sparselora_fx.ir.ops import dtype_of_sums
 
 _MOST_TOKENS, _MOST_RANKS = 128, 16  # of a product that is formed value by value
@@ -43,6 +44,14 @@ def low_rank_linear(z: Tensor, a: Tensor) -> Tensor:
         return score_ops.low_rank_linear(z, a)
     wide = dtype_of_sums(z)
     return _product(z.to(wide), a.to(wide)).to(z.dtype)
+
+
+def topk_channels(scores: Tensor, k: int) -> Tensor | NotImplementedType:
+    """`ops.topk_channels`; where launches are few, left to a lowering: one kernel for a selection
+    and a sort."""
+    if environment.shares_launches(scores.device.type):
+        return NotImplemented  # type: ignore[no-any-return]
+    return ops.topk_channels(scores, k)
 
 
 def _few(z: Tensor, a: Tensor) -> bool:

@@ -83,8 +83,9 @@ class _Choice(Protocol):
 
 
 @cache
-def _template(name: str) -> _Choice:
-    """Inductor keeps template names in one registry for the process, so each is made once."""
+def template(name: str, grid: Callable[..., tuple[Size, int, int]]) -> _Choice:
+    """A template by the name of its file. Inductor keeps template names in one registry for the
+    process, so each is made once."""
     api = inductor.inductor()
     made: _Choice = api.TritonTemplate(
         name=f"sparselora_{name}", grid=api.SymbolicGridFn(grid), source=read_template(name)
@@ -175,7 +176,7 @@ def lower(
     if autotunes():
         _fallback(family.op).maybe_append_choice(choices, input_nodes=inputs, layout=layout)
     for tile in _tiles(family, first, count if outer else 1):
-        _template(family.template).maybe_append_choice(
+        template(family.template, grid).maybe_append_choice(
             choices, input_nodes=inputs, layout=layout, **_constants(family, problems, tile)
         )
     if not choices:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparselora_fx import environment
+from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering.batch_topk import batch_topk
 
 Choosing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -26,7 +27,7 @@ def scores() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def chosen(score: Tensor, k: int) -> Tensor:
-    return torch.topk(score, k, sorted=False).indices.sort().values
+    return OPS.topk_channels(score, k)
 
 
 def joined(choosing: Choosing) -> tuple[int, fx.GraphModule]:
@@ -42,7 +43,8 @@ def joined(choosing: Choosing) -> tuple[int, fx.GraphModule]:
 
 
 def selections(gm: fx.GraphModule) -> int:
-    return len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default))
+    ours = (OPS.topk_channels.default, OPS.topk_rows.default)
+    return sum(len(gm.graph.find_nodes(op="call_function", target=op)) for op in ours)
 
 
 def test_alike_ones_are_one_selection() -> None:
