@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from sparselora_fx.graph.layout import Size
@@ -51,6 +48,6 @@ def _by_template(scores: Value, k: Size) -> Value | None:
     return inductor.select("topk_rows", choices, [values], layout, None) if choices else None
 
 
-def _grid(rows: Size, *_: Any, cdiv: Callable[[Size, int], Size]) -> tuple[Size, int, int]:
+def _grid(rows: Size, kept: Size, meta: object, *, cdiv: object) -> tuple[Size, int, int]:
     """One program for each row."""
     return (rows, 1, 1)

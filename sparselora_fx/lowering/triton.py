@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -67,10 +67,12 @@ def read_template(name: str) -> str:
     return _INCLUDE.sub(lambda found: (TEMPLATES / found[1]).read_text(encoding="utf-8"), text)
 
 
-def grid(*sizes: Any, cdiv: Callable[[Size, int], Size]) -> tuple[Size, int, int]:
+def grid(*given: object, cdiv: Callable[[Size, int], Size]) -> tuple[Size, Size, int]:
     """One program per tile of y, in one dimension; the templates order them in groups of
-    ``_GROUP_M`` rows. The other dimension: y of several weights. ``sizes``: y's, and the tile."""
-    *several, m, n, meta = sizes
+    ``_GROUP_M`` rows. The other dimension: y of several weights. ``given``: y's sizes, and what
+    the template is filled with."""
+    *several, m, n = cast(list[Size], list(given[:-1]))
+    meta = cast(dict[str, int], given[-1])
     tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
     return (tiles, several[0] if several else 1, 1)
 
@@ -83,7 +85,7 @@ class _Choice(Protocol):
 
 
 @cache
-def template(name: str, grid: Callable[..., tuple[Size, int, int]]) -> _Choice:
+def template(name: str, grid: Callable[..., tuple[Size, Size, int]]) -> _Choice:
     """A template by the name of its file. Inductor keeps template names in one registry for the
     process, so each is made once."""
     api = inductor.inductor()
