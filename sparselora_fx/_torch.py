@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -107,6 +108,14 @@ def recompile_reason() -> str:
 def refused_compilations() -> int:
     """How often torch has left a function uncompiled, in this process, as it was compiled too often
     before. Run on 2.13."""
+    from torch._dynamo.utils import counters
+
+    return _refused(counters["unimplemented"].total())
+
+
+@lru_cache(maxsize=1)
+def _refused(complaints: int) -> int:
+    """As above; asked in each step, and looked up when torch has said anything new."""
     from torch._dynamo.utils import counters
 
     said = counters["unimplemented"].items()

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, getitem
 
 import torch
@@ -167,11 +168,9 @@ def _chain(
 
 
 def _named(compiled: Callable[..., object]) -> Callable[..., object]:
-    """A compiled piece under a name that generated code can use."""
-
-    def piece(*args: object) -> object:
-        return compiled(*args)
-
+    """A compiled piece under a name that generated code can use, and no frame of its own."""
+    piece = partial(compiled)
+    piece.__name__ = "piece"  # type: ignore[attr-defined]
     return piece
 
 

@@ -46,8 +46,8 @@ class TokenLists:
     labelled: TokenList[Tensor] | None = None
 
 
-# The tokens that a step may list, in the order of `PlacedTokens`. Not sparse: padding, too.
-SPARSE, DENSE, REAL, OTHERS, LABELLED = range(5)
+# The tokens that a step may list or count, in the order of `PlacedTokens`. Not sparse: padding too.
+SPARSE, DENSE, REAL, OTHERS, LABELLED, UNLIKE = range(6)
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,15 @@ class PlacedTokens:
     """Every list that a step may ask for, each as long as any can be.
 
     Attributes:
-        idx: ``int64[5, W]``, the flat indices of the tokens of each list, then -1; ``W`` is what
+        idx: ``int64[6, W]``, the flat indices of the tokens of each list, then -1; ``W`` is what
             ``B * L`` tokens need. Four rows without labels.
-        pos: ``int64[5, B, L]``, their inverse, -1 where a token is not in the list.
+        pos: ``int64[6, B, L]``, their inverse, -1 where a token is not in the list.
+        totals: ``int64[6]``, how many each list has.
     """
 
     idx: Tensor
     pos: Tensor
-
-
-def count(tokens: Tokens) -> TokenCounts:
-    """Count a batch's tokens. On a GPU this waits for the device; it is a step's only such read."""
-    masks = [tokens.sparse, tokens.dense]
-    if tokens.labelled is not None:
-        masks += [tokens.labelled, tokens.labelled ^ tokens.dense]
-    return TokenCounts(*torch.stack(masks).flatten(1).sum(dim=1).tolist())
+    totals: Tensor
 
 
 def place(tokens: Tokens) -> PlacedTokens:
@@ -77,17 +71,22 @@ def place(tokens: Tokens) -> PlacedTokens:
     lists at once."""
     masks = [tokens.sparse, tokens.dense, tokens.sparse | tokens.dense, ~tokens.sparse]
     if tokens.labelled is not None:
-        masks.append(tokens.labelled)
+        masks += [tokens.labelled, tokens.labelled ^ tokens.dense]
     stacked = torch.stack(masks)
     flat = stacked.flatten(1)
     lists, total = flat.shape
-    pos = flat.cumsum(1).mul_(flat).sub_(1)
+    sums = flat.cumsum(1)
+    ranks = sums * flat  # from 1; tokens that are not in the list share the place before all
     width = -(-total // _ROUND) * _ROUND
-    # One place behind all others takes the tokens that are not in the list.
-    idx = pos.new_full((lists, width + 1), -1)
-    order = torch.arange(total, device=pos.device).expand_as(pos)
-    idx.scatter_(1, torch.where(flat, pos, width), order)
-    return PlacedTokens(idx[:, :width], pos.view_as(stacked))
+    idx = ranks.new_full((lists, 1 + width), -1)
+    idx.scatter_(1, ranks, torch.arange(total, device=ranks.device).expand_as(ranks))
+    return PlacedTokens(idx[:, 1:], (ranks - 1).view_as(stacked), sums[:, -1])
+
+
+def count(placed: PlacedTokens) -> TokenCounts:
+    """Count a batch's tokens. On a GPU this waits for the device; it is a step's only such read."""
+    sparse, dense, _, _, *labelled = placed.totals.tolist()
+    return TokenCounts(sparse, dense, *labelled)
 
 
 def list_lengths(
@@ -126,8 +125,15 @@ def token_lists(
     apart = labelled and not (tokens.split and unlike == 0)
     if apart:
         rows.append(LABELLED)
-    taken: set[int] = set()
-    lists = [_token_list(placed, row, n, taken) for row, n in zip(rows, lengths, strict=True)]
+    sizes = _sizes(placed, lengths)
+    every = placed.idx.unbind()
+    # Views of nothing: the compiler would ask for the sizes of what is behind them, too.
+    lists = [
+        TokenList(_long(every[row], size), torch.select_copy(placed.pos, 0, row))
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    for tensor in (tensor for part in lists for tensor in part):
+        mark_dynamic(tensor)
     last = None if not labelled else lists.pop() if apart else lists[1]
     return TokenLists(MarkedTokens(whole(tokens).tokens.counted, *lists), last)
 
@@ -141,24 +147,26 @@ def whole(tokens: Tokens) -> TokenLists:
     return TokenLists(MarkedTokens(counted))
 
 
-def _token_list(placed: PlacedTokens, row: int, length: int, taken: set[int]) -> TokenList[Tensor]:
-    """One list and its inverse.
-
-    Lists are as long as no other size of the batch (and none of ``taken``, which is added to), lest
-    the compiler take two sizes for one because they agree this once.
-    """
+def _sizes(placed: PlacedTokens, lengths: Sequence[int]) -> list[int]:
+    """How long lists become that hold so many tokens: as no other size of the batch, and each as no
+    other list, lest the compiler take two sizes for one because they agree this once."""
     _, rows, columns = placed.pos.shape
-    size = max(_ROUND, -(-length // _ROUND) * _ROUND)
-    while size in taken | {0, 1, rows, columns, rows * columns}:
-        size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
-    taken.add(size)
-    # Views of nothing: the compiler would ask for the sizes of what is behind them, too.
-    idx, pos = placed.idx[row, :size].clone(), placed.pos[row].clone()
-    if len(idx) < size:
-        idx = torch.nn.functional.pad(idx, (0, size - len(idx)), value=-1)
-    mark_dynamic(idx)
-    mark_dynamic(pos)
-    return TokenList(idx, pos)
+    taken, sizes = {0, 1, rows, columns, rows * columns}, []
+    for length in lengths:
+        size = max(_ROUND, -(-length // _ROUND) * _ROUND)
+        while size in taken:
+            size += _ROUND // 2  # rows of a list are computed, read or not: no more than needed
+        taken.add(size)
+        sizes.append(size)
+    return sizes
+
+
+def _long(idx: Tensor, size: int) -> Tensor:
+    """A list's first places, or all and further ones that hold -1, as a copy."""
+    missing = size - idx.shape[0]
+    if missing > 0:
+        return torch.nn.functional.pad(idx, (0, missing), value=-1)
+    return idx.narrow_copy(0, 0, size)
 
 
 IGNORED = -100  # the label that carries no loss, as in torch.nn.functional.cross_entropy
@@ -185,5 +193,5 @@ def carry_loss(labels: Tensor, *, shift: bool | None) -> Tensor:
     carries = labels != IGNORED
     if shift is False:
         return carries
-    before = torch.nn.functional.pad(carries[:, 1:], (0, 1), value=False)
+    before = torch.constant_pad_nd(carries[:, 1:], (0, 1), False)
     return before if shift else before | carries

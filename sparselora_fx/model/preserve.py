@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,7 @@ class RandomState:
     def on(cls, devices: Iterable[int]) -> RandomState:
         """The present state, on the CPU and these GPUs."""
         cuda = {index: torch.cuda.get_rng_state(index) for index in devices}
-        library = sys.modules.get("numpy")
-        numpy = None if library is None else library.random.get_state()
-        return cls(torch.get_rng_state(), cuda, random.getstate(), numpy)
+        return cls(torch.get_rng_state(), cuda, random.getstate(), _numpy.now())
 
     @classmethod
     def of(cls, values: Iterable[object]) -> RandomState:
@@ -47,6 +47,41 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+
+class _NumpyState:
+    """Where numpy's global generator stands.
+
+    To ask takes as long as ten small operations of torch, and hardly any model draws from it: where
+    the memory of the generator is what it was when it was asked last, the answer is, too.
+    """
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: tuple[object, ...] = ()
+
+    def now(self) -> object:
+        """The state, as ``numpy.random.get_state`` has it; None where nobody imported numpy."""
+        library = sys.modules.get("numpy")
+        if library is None:
+            return None
+        memory = self._held(library.random)
+        # A normal number that is kept for the next call is not in that memory.
+        if not memory or memory != self._memory or self._state[3]:
+            self._memory, self._state = memory, library.random.get_state()
+        return self._state
+
+    @staticmethod
+    def _held(random: ModuleType) -> bytes:
+        """What a Mersenne twister holds, 624 words and the place of the next; of others nothing."""
+        found = getattr(random, "get_bit_generator", None)  # from numpy 1.24 on
+        generator = None if found is None else found()
+        if generator is None or type(generator).__name__ != "MT19937":
+            return b""
+        return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+
+
+_numpy = _NumpyState()
 
 
 class ChangingBuffers:

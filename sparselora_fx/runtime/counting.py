@@ -48,7 +48,8 @@ class ListedTokens:
     @staticmethod
     def of(tokens: Tokens) -> ListedTokens:
         """Count and list tokens."""
-        return ListedTokens(count(tokens), tokens, place(tokens))
+        placed = place(tokens)
+        return ListedTokens(count(placed), tokens, placed)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> ListedTokens:
         """The same with other tensors."""
@@ -56,9 +57,8 @@ class ListedTokens:
         labelled = None if tokens.labelled is None else function(tokens.labelled)
         sparse, dense = function(tokens.sparse), function(tokens.dense)
         tokens = replace(tokens, sparse=sparse, dense=dense, labelled=labelled)
-        return replace(
-            self, tokens=tokens, placed=PlacedTokens(function(placed.idx), function(placed.pos))
-        )
+        placed = replace(placed, idx=function(placed.idx), pos=function(placed.pos))
+        return replace(self, tokens=tokens, placed=placed)
 
 
 @dataclass(frozen=True)

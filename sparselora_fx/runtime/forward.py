@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparselora_fx import _torch
-from sparselora_fx.ir.token_lists import count
 from sparselora_fx.model.preserve import RandomState
 from sparselora_fx.model.signature import argument_names, call_arguments
 from sparselora_fx.runtime.caching import (
@@ -25,7 +23,7 @@ from sparselora_fx.runtime.caching import (
     takes_use_cache,
 )
 from sparselora_fx.runtime.copies import StandIn
-from sparselora_fx.runtime.counting import KEY, CountedBatch
+from sparselora_fx.runtime.counting import KEY, CountedBatch, ListedTokens
 from sparselora_fx.runtime.devices import check_devices
 from sparselora_fx.runtime.failing_safe import shapes_of
 from sparselora_fx.runtime.giving_up import note_call
@@ -140,12 +138,13 @@ class CompiledForward(StandIn):
         """One compiled call. A graph that is traced may show that the call was prepared wrongly
         (other tokens carry loss than was assumed): it begins anew, before that graph has run."""
         runtime = self.runtime
-        tally, dense_calls = replace(runtime.tally), set(runtime.dense_calls)
+        tally, dense_calls = runtime.tally.copy(), set(runtime.dense_calls)
         while True:
             runtime.anew = False
             if runtime.given_up and not runtime.graphs:  # else dense graphs would be made anew
                 runtime.attached.unhook()
-            runtime.tally, runtime.dense_calls = replace(tally, due=[]), set(dense_calls)
+            runtime.tally, runtime.dense_calls = tally.copy(), set(dense_calls)
+            runtime.tally.due.clear()
             try:
                 result = self._call(counted, args, dict(kwargs))
             except Exception:
@@ -263,14 +262,15 @@ class CompiledForward(StandIn):
         calibrating = runtime.collector is not None and self.model.training
         calibrating &= not (runtime.call.is_measurement or runtime.stays_dense)
         shift = shift_of(runtime, arguments)
-        tokens = counts = listed = None
+        tokens = listed = None
         if (sparsity_scale or calibrating) and not runtime.every_token:
             tokens, listed = step_tokens(runtime, arguments, counted, shift)
         labelled = None if tokens is None else tokens.labelled
         trim = self.trim_logits and shift is not None and labelled is not None
         if tokens is not None and (tokens.split or calibrating or trim):
-            counts = count(tokens) if listed is None else listed.counts
-        tally = replace(runtime.tally)
+            listed = ListedTokens.of(tokens) if listed is None else listed
+        counts = None if listed is None else listed.counts
+        tally = runtime.tally.copy()
         sparse = bool(sparsity_scale) and is_worth_it(runtime, tokens, counts)
         compared = sparse and runtime.runs_dense_to_compare(sparsity_scale)
         if compared:
@@ -289,7 +289,7 @@ class CompiledForward(StandIn):
             runtime.set_sparsity(runtime.call.sparsity)
         else:
             runtime.set_sparsity_scale(sparsity_scale if sparse else 0.0, observed=observed)
-        lists = step_lists(runtime, tokens if sparse else None, counts, listed, trim=trim)
+        lists = step_lists(runtime, tokens if sparse else None, listed, trim=trim)
         trace_inputs.tokens = lists.tokens.encode()
         trace_inputs.every = sparse and lists.tokens.counted is None
         trace_inputs.by_labels = tokens is not None and bool(sparsity_scale)

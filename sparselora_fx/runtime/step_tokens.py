@@ -65,23 +65,22 @@ def step_tokens(
 def step_lists(
     runtime: Runtime,
     tokens: Tokens | None,
-    counts: TokenCounts | None,
     listed: ListedTokens | None,
     *,
     trim: bool,
 ) -> TokenLists:
-    """The token lists of a sparse call; none for ``tokens=None``. ``listed``: what came with the
-    batch; ``trim``: the tokens that carry loss are listed, too."""
+    """The token lists of a sparse call; none for ``tokens=None``. ``trim``: the tokens that carry
+    loss are listed, too."""
     runtime.trace_inputs.padded = False
     if tokens is None:
         return TokenLists(MarkedTokens())
-    if counts is None:
+    if listed is None:
         return whole(tokens)
-    grid = tokens.sparse.shape
+    counts, placed, grid = listed.counts, listed.placed, tokens.sparse.shape
     if tokens.split and (runtime.blocks or runtime.call.is_measurement):
         # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
         tokens, counts = _padding_as_dense(tokens, counts)
-        listed = None
+        placed = place(tokens)
     elif tokens.split:
         # Once and for all: a graph for batches without padding would be one more to compile.
         runtime.padded |= counts.sparse + counts.dense < grid.numel()
@@ -92,7 +91,6 @@ def step_lists(
     )
     if runtime.cuda_graphs is not None:
         lengths = runtime.cuda_graphs.lengths(grid, lengths, tokens.sparse.device)
-    placed = place(tokens) if listed is None else listed.placed
     return token_lists(tokens, placed, lengths, labelled=trim, unlike=counts.unlike)
 
 

@@ -28,6 +28,13 @@ class TokenTally:
     notices: Notices = field(default_factory=Notices)
     due: list[tuple[str, str]] = field(default_factory=list)  # texts, and what they are about
 
+    def copy(self) -> TokenTally:
+        """The counts as they stand."""
+        return TokenTally(
+            self.sparse, self.real, self.calls, self.dense_calls, self.all_sparse, self.notices,
+            list(self.due),
+        )  # fmt: skip
+
     def add(self, sparse: int, real: int, *, dense: bool) -> None:
         """Count one call whose tokens are told apart."""
         self.calls += 1

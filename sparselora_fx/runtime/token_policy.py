@@ -54,11 +54,12 @@ def split_tokens(
         sinks = shown & (_places(shown, arguments) < plan.sink_tokens)
         dense, split = sinks if dense is None else dense | sinks, True
     dense = torch.zeros_like(real) if dense is None else dense
-    sparse = real & ~dense  # never the caller's own mask: a graph would be given one tensor twice
+    # real & ~dense; never the caller's own mask: a graph would be given one tensor twice.
+    sparse = real > dense
     if split and real is not shown:
         # What a padding token attends to is the model's affair: padding, perhaps. Where one
-        # predicts a label, none can be left out.
-        dense = dense | (~real & (real & ~shown).any())
+        # predicts a label, none can be left out: all that is not sparse is dense.
+        dense = torch.where((real > shown).any(), ~sparse, dense)
     return Tokens(sparse, dense, split, not masked, labelled)
 
 

@@ -130,10 +130,11 @@ def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
         assert tokens is not None
         tokens = replace(tokens, padded=padded)
         labelled = tokens.labelled
-        counts = count(tokens)
+        placed = place(tokens)
+        counts = count(placed)
         asked = {"split": True, "padded": padded, "labelled": True}
         lengths = [n + spare for n in list_lengths(counts, (rows, columns), **asked)]
-        lists = token_lists(tokens, place(tokens), lengths, labelled=True, unlike=counts.unlike)
+        lists = token_lists(tokens, placed, lengths, labelled=True, unlike=counts.unlike)
         real = tokens.sparse | tokens.dense
         masks = [tokens.sparse, tokens.dense, *([real, ~tokens.sparse] if padded else [])]
         assert lists.labelled is not None
