@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sparselora_fx.lowering.configs import TILES, shared_upper_bound
-from sparselora_fx.lowering.triton import FAMILIES
+from benchmarks.cubins import OPS, tiles_of
+from sparselora_fx.lowering.configs import shared_upper_bound
 from tests.support.fake_cuda import ARCHITECTURES
 
 pytestmark = pytest.mark.offgpu
@@ -23,30 +23,31 @@ ROWS = {(row["kernel"], row["arch"], row["tile"]): row for row in TABLE["kernels
 
 
 def test_every_kernel_tile_and_architecture_is_recorded() -> None:
-    wanted = {
-        (op, f"sm_{arch}", tile.name)
-        for op, family in FAMILIES.items()
-        for tile in TILES[family.template]
-        for arch in ARCHITECTURES
-    }
+    wanted = {(op, f"sm_{n}", tile) for op in OPS for tile in tiles_of(op) for n in ARCHITECTURES}
     assert set(ROWS) == wanted
 
 
-def test_no_kernel_spills_and_all_fit() -> None:
-    for (op, arch, _), row in ROWS.items():
-        assert row["spills"] == 0, row
+def test_no_matmul_spills_and_all_fit() -> None:
+    for (op, arch, name), row in ROWS.items():
         assert row["shared_bytes"] <= ARCHITECTURES[int(arch.removeprefix("sm_"))][1], row
-        tile = next(t for t in TILES[FAMILIES[op].template] if t.name == row["tile"])
-        assert row["shared_bytes"] <= shared_upper_bound(FAMILIES[op].template, tile, 2), row
+        tile = tiles_of(op)[name]
+        if tile is None:
+            assert row["spills"] < 40, row  # a whole row of scores in one program
+            continue
+        assert row["spills"] == 0, row
+        assert row["shared_bytes"] <= shared_upper_bound(OPS[op], tile, 2), row
+
+
+MATMULS = {key: row for key, row in ROWS.items() if tiles_of(key[0])[key[2]] is not None}
 
 
 def test_weights_are_gathered_16_bytes_at_a_time() -> None:
-    assert all(row["wide_gathers"] > 0 for row in ROWS.values())
+    assert all(row["wide_gathers"] > 0 for row in MATMULS.values())
 
 
 def test_hopper_uses_wgmma_where_a_tile_is_tall_enough() -> None:
     """wgmma works on 64 rows at a time; the two tiles for few tokens are shorter."""
-    for (_, arch, tile), row in ROWS.items():
+    for (_, arch, tile), row in MATMULS.items():
         tall = int(tile.split("x")[0]) >= 64
         assert (row["wgmma"] > 0) == (arch == "sm_90" and tall), row
 
@@ -70,6 +71,6 @@ def test_table_is_what_the_compiler_says(arch: int) -> None:
         pytest.skip(f"the table is for triton {TABLE['versions']['triton']}")
     tiles = ("128x128x64/s3/w8", "128x128x64/s5/w8")
     rows = compiled("--arch", str(arch), *(a for tile in tiles for a in ("--tile", tile)))
-    assert len(rows) == 4
+    assert len(rows) == 6
     for row in rows:
         assert row == ROWS[row["kernel"], row["arch"], row["tile"]]
