@@ -58,17 +58,17 @@ class _NumpyState:
 
     def __init__(self) -> None:
         self._memory = b""
-        self._state: tuple[object, ...] = ()
+        self._state: dict[str, object] = {}
 
     def now(self) -> object:
-        """The state, as ``numpy.random.get_state`` has it; None where nobody imported numpy."""
+        """The state, as ``numpy.random.get_state(legacy=False)`` has it; None where nobody imported numpy."""
         library = sys.modules.get("numpy")
         if library is None:
             return None
         memory = self._held(library.random)
         # A normal number that is kept for the next call is not in that memory.
-        if not memory or memory != self._memory or self._state[3]:
-            self._memory, self._state = memory, library.random.get_state()
+        if not memory or memory != self._memory or self._state["has_gauss"]:
+            self._memory, self._state = memory, library.random.get_state(legacy=False)
         return self._state
 
     @staticmethod

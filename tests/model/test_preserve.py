@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from sparselora_fx.model.preserve import kept_buffers, kept_modes, kept_random_numbers
+from sparselora_fx.model.preserve import (
+    RandomState,
+    kept_buffers,
+    kept_modes,
+    kept_random_numbers,
+)
 
 
 def test_each_module_has_its_own_mode_again() -> None:
@@ -28,6 +36,57 @@ def test_random_numbers_go_on() -> None:
     with kept_random_numbers(model):
         torch.randn(7)
     assert torch.equal(torch.randn(4), expected)
+
+
+@pytest.fixture
+def generator() -> Iterator[None]:
+    """numpy's own generator, and after the test as it was."""
+    mine, state = numpy.random.get_bit_generator(), numpy.random.get_state()
+    yield
+    numpy.random.set_bit_generator(mine)
+    numpy.random.set_state(state)
+
+
+DRAWS: list[Callable[[], object]] = [
+    lambda: numpy.random.rand(3),
+    lambda: numpy.random.normal(),  # makes two numbers, and keeps one for the next call
+    lambda: numpy.random.permutation(700),  # more words than the generator makes at once
+    lambda: numpy.random.seed(11),
+]
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["twister", "another generator"])
+@pytest.mark.usefixtures("generator")
+def test_numpy_goes_back_to_where_it_was(other: bool) -> None:
+    """Also where a state is the one that was asked for last."""
+    if other:
+        numpy.random.set_bit_generator(numpy.random.PCG64(5))
+    else:
+        numpy.random.seed(5)
+    for draw in (*DRAWS[: 1 if other else 4], *DRAWS[:2]):
+        state = RandomState.of([])
+        assert state.numpy is not None
+        expected = numpy.random.normal(size=3)
+        state.put()
+        again = RandomState.of([])
+        assert numpy.array_equal(numpy.random.normal(size=3), expected)
+        again.put()
+        assert numpy.array_equal(numpy.random.normal(size=3), expected)
+        draw()
+
+
+@pytest.mark.usefixtures("generator")
+def test_a_normal_number_that_is_kept_belongs_to_the_state() -> None:
+    numpy.random.seed(5)
+    numpy.random.normal()
+    with_one = RandomState.of([])
+    kept = numpy.random.normal()  # the generator's memory does not change
+    without = RandomState.of([])
+    following = numpy.random.normal()
+    without.put()
+    assert numpy.random.normal() == following
+    with_one.put()
+    assert numpy.random.normal() == kept
 
 
 def test_buffers_but_ours_are_put_back_in_place() -> None:
