@@ -61,7 +61,7 @@ class _NumpyState:
         self._state: dict[str, object] = {}
 
     def now(self) -> object:
-        """The state, as ``numpy.random.get_state(legacy=False)`` has it; None where nobody imported numpy."""
+        """The state, as ``numpy.random.get_state(legacy=False)`` has it; None without numpy."""
         library = sys.modules.get("numpy")
         if library is None:
             return None
