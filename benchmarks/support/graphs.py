@@ -290,8 +290,8 @@ def _label_list(state: Runtime, batch: dict[str, Tensor], labels: Tensor) -> lis
 
 
 def _lists(tokens: Tokens, batch: dict[str, Tensor]) -> TokenLists:
-    placed = place(tokens)
-    counts = count(placed)
+    placed, totals = place(tokens)
+    counts = count(totals)
     grid = tokens.sparse.shape
     lengths = list_lengths(counts, grid, split=tokens.split, padded=False, labelled=True)
     return token_lists(tokens, placed, lengths, labelled=True, unlike=counts.unlike)

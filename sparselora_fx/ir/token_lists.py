@@ -58,17 +58,15 @@ class PlacedTokens:
         idx: ``int64[6, W]``, the flat indices of the tokens of each list, then -1; ``W`` is what
             ``B * L`` tokens need. Four rows without labels.
         pos: ``int64[6, B, L]``, their inverse, -1 where a token is not in the list.
-        totals: ``int64[6]``, how many each list has.
     """
 
     idx: Tensor
     pos: Tensor
-    totals: Tensor
 
 
-def place(tokens: Tokens) -> PlacedTokens:
+def place(tokens: Tokens) -> tuple[PlacedTokens, Tensor]:
     """List a batch's tokens, on its device and without a question to it: few operations, for all
-    lists at once."""
+    lists at once. Returns the lists, and ``int64[6]``: how many tokens each has."""
     masks = [tokens.sparse, tokens.dense, tokens.sparse | tokens.dense, ~tokens.sparse]
     if tokens.labelled is not None:
         masks += [tokens.labelled, tokens.labelled ^ tokens.dense]
@@ -80,12 +78,13 @@ def place(tokens: Tokens) -> PlacedTokens:
     width = -(-total // _ROUND) * _ROUND
     idx = ranks.new_full((lists, 1 + width), -1)
     idx.scatter_(1, ranks, torch.arange(total, device=ranks.device).expand_as(ranks))
-    return PlacedTokens(idx[:, 1:], (ranks - 1).view_as(stacked), sums[:, -1])
+    return PlacedTokens(idx[:, 1:], (ranks - 1).view_as(stacked)), sums[:, -1]
 
 
-def count(placed: PlacedTokens) -> TokenCounts:
-    """Count a batch's tokens. On a GPU this waits for the device; it is a step's only such read."""
-    sparse, dense, _, _, *labelled = placed.totals.tolist()
+def count(totals: Tensor) -> TokenCounts:
+    """A batch's counts, of what `place` says. On a GPU this waits for the device; it is a step's
+    only such read."""
+    sparse, dense, _, _, *labelled = totals.tolist()
     return TokenCounts(sparse, dense, *labelled)
 
 

@@ -48,8 +48,8 @@ class ListedTokens:
     @staticmethod
     def of(tokens: Tokens) -> ListedTokens:
         """Count and list tokens."""
-        placed = place(tokens)
-        return ListedTokens(count(placed), tokens, placed)
+        placed, totals = place(tokens)
+        return ListedTokens(count(totals), tokens, placed)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> ListedTokens:
         """The same with other tensors."""
@@ -57,7 +57,7 @@ class ListedTokens:
         labelled = None if tokens.labelled is None else function(tokens.labelled)
         sparse, dense = function(tokens.sparse), function(tokens.dense)
         tokens = replace(tokens, sparse=sparse, dense=dense, labelled=labelled)
-        placed = replace(placed, idx=function(placed.idx), pos=function(placed.pos))
+        placed = PlacedTokens(function(placed.idx), function(placed.pos))
         return replace(self, tokens=tokens, placed=placed)
 
 

@@ -80,7 +80,7 @@ def step_lists(
     if tokens.split and (runtime.blocks or runtime.call.is_measurement):
         # Blocks that are compiled one by one do not see who reads their rows: padding is dense.
         tokens, counts = _padding_as_dense(tokens, counts)
-        placed = place(tokens)
+        placed, _ = place(tokens)
     elif tokens.split:
         # Once and for all: a graph for batches without padding would be one more to compile.
         runtime.padded |= counts.sparse + counts.dense < grid.numel()
