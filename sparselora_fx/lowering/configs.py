@@ -1,9 +1,8 @@
 """Tiles of the templates, and the rules that pick one without a benchmark.
 
 A tile is BLOCK_M tokens x BLOCK_N outputs, walked in steps of BLOCK_K. Both lists hold only tiles
-that compile without spills for bf16 on sm_80, sm_90 and sm_100 (a sum of three has a few with the
-widest, on sm_80): ``benchmarks/results/cubins.json``
-has the figures.
+that compile without spills for bf16 on sm_80, sm_90 and sm_100 (but for a few of a sum of three,
+with the widest, on sm_80): ``benchmarks/results/cubins.json`` has the figures.
 """
 
 from __future__ import annotations
