@@ -11,7 +11,7 @@ from torch import fx
 
 from sparselora_fx import environment
 from sparselora_fx.analysis.lora import adapter_weights, is_up_projection
-from sparselora_fx.graph.nodes import argument, op_name, operand, tensor
+from sparselora_fx.graph.nodes import argument, changes_input, op_name, operand, tensor
 from sparselora_fx.rewrite.joining import alike
 from sparselora_fx.rewrite.respell import drop
 from sparselora_fx.rewrite.rewrite import Rewrite
@@ -26,9 +26,10 @@ def batch_adapters(rewrite: Rewrite) -> int:
     After:   u, v = bmm(unflatten(y, 1, [2, r]).transpose(0, 1), stack(Bk, Bv).transpose(1, 2))
     Keeps:   every value and gradient, up to the rounding of another kernel. Their gradients, by
              input and by matrix, are batched matmuls too: three launches where there were six.
-    Skips:   up-projections of other shapes; inputs that do not lie side by side; CPUs, where a
-             batch of two takes 1.2 to 1.9 times as long (torch 2.13, MKL, one thread, fp32); where
-             `orient_adapters` has its say; graphs that keep some gradient from flowing back.
+    Skips:   up-projections of other shapes; inputs that do not lie side by side; results that are
+             written to; graphs that keep some gradient from flowing back; CPUs, where a batch of
+             two takes 1.2 to 1.9 times as long as `orient_adapters`' form (torch 2.13, MKL, one
+             thread, fp32).
     Source:  horizontal fusion of matmuls, as in Inductor's batch fusion of linears.
     """
     if rewrite.cuts_gradients or not rewrite.regions:
@@ -37,7 +38,7 @@ def batch_adapters(rewrite: Rewrite) -> int:
     parts = {
         node: part
         for node in rewrite.graph.nodes
-        if is_up_projection(node, weights) and _shares(node) and (part := _part(node))
+        if is_up_projection(node, weights) and _may_be_batched(node) and (part := _part(node))
     }
 
     def key(node: fx.Node) -> tuple[fx.Node, int, torch.Size]:
@@ -72,8 +73,10 @@ def _weight(node: fx.Node) -> torch.Tensor:
     return weight
 
 
-def _shares(node: fx.Node) -> bool:
-    return environment.shares_launches(_weight(node).device.type)
+def _may_be_batched(node: fx.Node) -> bool:
+    """Where launches are to be few. Autograd refuses to let one of several views be written to."""
+    written = any(changes_input(user) for user in node.users)
+    return environment.shares_launches(_weight(node).device.type) and not written
 
 
 def _side_by_side(group: list[fx.Node], parts: Mapping[fx.Node, _Part]) -> Iterator[list[fx.Node]]:

@@ -110,11 +110,12 @@ def refused_compilations() -> int:
     before. Run on 2.13."""
     from torch._dynamo.utils import counters
 
-    return _refused(counters["unimplemented"].total())
+    said = counters["unimplemented"]
+    return _refused(said.total(), len(said))
 
 
 @lru_cache(maxsize=1)
-def _refused(complaints: int) -> int:
+def _refused(complaints: int, kinds: int) -> int:
     """As above; asked in each step, and looked up when torch has said anything new."""
     from torch._dynamo.utils import counters
 

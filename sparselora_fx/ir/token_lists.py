@@ -73,12 +73,11 @@ def place(tokens: Tokens) -> tuple[PlacedTokens, Tensor]:
     stacked = torch.stack(masks)
     flat = stacked.flatten(1)
     lists, total = flat.shape
-    sums = flat.cumsum(1)
-    ranks = sums * flat  # from 1; tokens that are not in the list share the place before all
+    ranks = flat.cumsum(1) * flat  # from 1; tokens of no list share the place before all
     width = -(-total // _ROUND) * _ROUND
     idx = ranks.new_full((lists, 1 + width), -1)
     idx.scatter_(1, ranks, torch.arange(total, device=ranks.device).expand_as(ranks))
-    return PlacedTokens(idx[:, 1:], (ranks - 1).view_as(stacked)), sums[:, -1]
+    return PlacedTokens(idx[:, 1:], (ranks - 1).view_as(stacked)), flat.sum(1)
 
 
 def count(totals: Tensor) -> TokenCounts:

@@ -32,7 +32,8 @@ _ON_CPU: dict[str, object] = {"realize_opcount_threshold": 8}
 # bounds what that costs in memory from 2.13 on, by this setting.
 _ON_GPU: dict[str, object] = {"combo_kernels": True}
 _BOUND = "combo_kernel_peak_memory_pct_threshold"
-# Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions.
+# Ops that Inductor sees through, and fuses: pointwise work, gathers and small reductions. On a GPU
+# `topk_channels` stays, for a lowering (`score_forms`).
 _DECOMPOSED = (
     "gather_channels", "scatter_channels", "channel_rows", "topk_channels", "pool_tokens",
     "gather_tokens", "gather_or_zero_tokens", "scatter_tokens", "scatter_two_lists",

@@ -46,7 +46,7 @@ def _join_sums(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             total = lowered_call(graph, _DGRADS, *map(list, zip(*products, strict=True)))
             node.replace_all_uses_with(total)
-        for erased in (node, *terms):
+        for erased in dict.fromkeys((node, *terms)):
             graph.erase_node(erased)
         joined += sum(term.target is _DGRAD for term in terms)
     return joined

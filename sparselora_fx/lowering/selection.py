@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sparselora_fx.environment import disabled_layers
 from sparselora_fx.graph.layout import Size
 from sparselora_fx.lowering import gather_matmul, inductor, triton
 from sparselora_fx.lowering.constraints import DTYPES, fixed
@@ -29,7 +30,8 @@ def _by_template(scores: Value, k: Size) -> Value | None:
     """A kernel of ours; None where it cannot run."""
     rows, channels = scores.get_size()
     sizes = all(map(fixed, (rows, channels, k))) and 0 < int(channels) <= _MOST_CHANNELS
-    if not sizes or scores.get_dtype() not in DTYPES or scores.get_device().type != "cuda":
+    nvidia = scores.get_device().type == "cuda" and torch.version.hip is None
+    if not (sizes and nvidia and scores.get_dtype() in DTYPES) or "templates" in disabled_layers():
         return None
     api = inductor.inductor()
     block = 1 << max(4, (int(channels) - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The NVIDIA lowering: two Triton templates for four ops, offered against gather + cuBLAS.
+"""The NVIDIA lowering: two Triton templates for sliced matmuls, offered against gather + cuBLAS.
 
     sliced_linear            y[T, S]  = x[T, K]  @ w[idx, :].T    out_sliced         w as stored
     sliced_linear_in_dgrad   gh[T, S] = gy[T, N] @ w[:, idx]      out_sliced         w transposed
@@ -217,7 +217,7 @@ def _constants(
         "GROUP_M": _GROUP_M,
         "EVEN_K": tuple(inductor.divides(tile.k, each.inner) for each in problems),
         "W_T": family.transposed,
-        "CAST_W": problem.weight_dtype != problem.dtype,
+        "CAST_W": any(each.weight_dtype != each.dtype for each in problems),
         "CHECK_BOUNDS": check_bounds(),
         "ACC_TYPE": inductor.inductor().acc_type(problem.dtype),
         "ALLOW_TF32": torch.backends.cuda.matmul.fp32_precision == "tf32",

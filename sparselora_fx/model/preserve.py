@@ -47,6 +47,7 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+            _numpy.forget()
 
 
 class _NumpyState:
@@ -70,6 +71,10 @@ class _NumpyState:
         if not memory or memory != self._memory or self._state["has_gauss"]:
             self._memory, self._state = memory, library.random.get_state(legacy=False)
         return self._state
+
+    def forget(self) -> None:
+        """The generator was put elsewhere: ask it again."""
+        self._memory = b""
 
     @staticmethod
     def _held(random: ModuleType) -> bytes:

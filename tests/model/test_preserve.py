@@ -86,6 +86,9 @@ def test_a_normal_number_that_is_kept_belongs_to_the_state() -> None:
     without.put()
     assert numpy.random.normal() == following
     with_one.put()
+    again = RandomState.of([])  # the memory is what it was when the number was not kept
+    assert numpy.random.normal() == kept
+    again.put()
     assert numpy.random.normal() == kept
 
 

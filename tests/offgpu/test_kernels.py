@@ -102,3 +102,21 @@ def test_other_architectures(arch: int) -> None:
     gpu_regions.assert_as_exact_as_eager(
         gpu_regions.ffn, torch.compile(gpu_regions.ffn, backend=gpu), inputs
     )
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_a_sum_over_weights_of_two_dtypes(wide: int) -> None:
+    """Each is cast to the activations' dtype, whichever comes first."""
+
+    def reads(x: Tensor, a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return OPS.sliced_linear(x, a, i).sin() + OPS.sliced_linear(x, b, j)
+
+    torch.manual_seed(0)
+    weights = [torch.randn(72, 40) / 4, torch.randn(72, 40) / 4]
+    weights[1 - wide] = weights[1 - wide].bfloat16()
+    x = (torch.randn(37, 40) / 4).bfloat16().requires_grad_()
+    inputs = [x, *weights, gpu_regions.kept(72, 32), gpu_regions.kept(72, 32)]
+    gpu = FakeGPU(choice="picked")
+    gpu_regions.assert_as_exact_as_eager(reads, torch.compile(reads, backend=gpu), inputs)
+    names = gpu.kernel_names(backward=True)
+    assert sum(name.startswith("triton_tem_") for name in names) == 1, names

@@ -1,5 +1,5 @@
-"""LoRA matmuls of a rewritten graph: down-projections joined, up-projections turned, nothing
-changed."""
+"""LoRA matmuls of a rewritten graph: down-projections joined, up-projections turned or batched,
+nothing changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparselora_fx as slx
+from sparselora_fx import environment
 from sparselora_fx.compiler import backend
 from tests.support import oracle
 from tests.support.adapted_nets import WIDTH, Adapted
@@ -33,6 +34,18 @@ def test_down_projections_on_one_input_are_one_matmul(
     assert factors == 5 and count(joint, torch.narrow) == factors + (0 if dropout else 3)
 
 
+def test_up_projections_of_keys_and_values_are_one_batch_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = oracle.llama(layers=1, targets=oracle.ATTENTION_TARGETS, dtype=torch.float64)
+    expected = oracle.run_compiled(model, ragged(), PLAN, backend="aot_eager")
+    monkeypatch.setattr(environment, "shares_launches", lambda device: True)
+    got = oracle.run_compiled(model, ragged(), PLAN, backend="aot_eager")
+    oracle.assert_close(got, expected, 2e-6)
+    joint, report = rewritten(monkeypatch, model, ragged(), PLAN)
+    assert report.counts["batch_adapters"] == 2 and count(joint, torch.bmm) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "branch"), [("all", "dense"), ("context", "sparse")]
@@ -42,7 +55,7 @@ def test_nothing_changes(monkeypatch: pytest.MonkeyPatch, tokens: str, branch: s
     plan = slx.SparsityPlan(0.5, tokens=tokens, start_step=0, channel_multiple=1)
     joint = oracle.run_compiled(model, ragged(), plan, lora_branch=branch)
     without = tuple(p for p in backend.PIPELINE if not p.__name__.endswith("_adapters"))
-    assert len(without) == len(backend.PIPELINE) - 2
+    assert len(without) == len(backend.PIPELINE) - 3
     monkeypatch.setattr(backend, "PIPELINE", without)
     # transformers normalises in fp32, so a last-place difference is worth 1e-7 of that.
     oracle.assert_close(joint, oracle.run_compiled(model, ragged(), plan, lora_branch=branch), 2e-6)

@@ -125,3 +125,15 @@ def test_cut_gradients_and_dense_graphs_keep_them() -> None:
     rewrite.cuts_gradients = False
     rewrite.regions.clear()
     changes_nothing(rewrite, batch_adapters)
+
+
+def test_what_is_written_to_stays() -> None:
+    """Autograd refuses to let one of several views be written to."""
+    rewrite = gated(2, 3, 8)
+    add = next(iter(rewrite.graph.find_nodes(op="call_function", target=torch.add)))
+    branch = add.args[1]
+    with rewrite.graph.inserting_before(add):
+        scaled = rewrite.graph.call_method("mul_", (branch, 2.0))
+    scaled.meta["example_value"] = branch.meta["example_value"]
+    add.replace_input_with(branch, scaled)
+    changes_nothing(rewrite, batch_adapters)

@@ -121,7 +121,7 @@ def test_no_step_of_the_dense_phase_reads_twice() -> None:
 def test_lists_hold_each_token_once(padded: bool, spare: int) -> None:
     """Whatever the room: tokens in order, -1 behind them, and the inverse beside them."""
     generator = torch.Generator().manual_seed(3)
-    for rows, columns in [(1, 1), (1, 16), (3, 17), (4, 32), (2, 200)]:
+    for rows, columns in [(1, 1), (1, 16), (3, 17), (4, 32), (2, 200), (0, 8)]:
         data = oracle.batch(rows, columns, padding=0)
         data["labels"][torch.rand(rows, columns, generator=generator) < 0.6] = -100
         if padded:
