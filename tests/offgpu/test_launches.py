@@ -43,9 +43,9 @@ def test_the_cases_are_those_of_the_committed_table() -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     assert [row["name"] for row in found["cases"]] == [case.name for case in launches.CASES]
     for row in found["cases"]:
-        assert row["sparse"] >= row["dense"] > 20
+        assert row["sparse"] > 20 and row["dense"] > 20
         assert row["ratio"] == pytest.approx(row["sparse"] / row["dense"], abs=1e-3)
-    assert found["worst_ratio"] == max(row["ratio"] for row in found["cases"])
+    assert found["worst_ratio"] == max(row["ratio"] for row in found["cases"]) <= 1.25
 
 
 @pytest.mark.slow
@@ -59,4 +59,6 @@ def test_a_small_block_is_counted() -> None:
     (row,) = found["cases"]
     # seven frozen matmuls and 4 x 2 of adapters forward; their gradients backward
     assert row["dense_parts"]["forward"] >= 15 and row["dense_parts"]["backward"] >= 20
-    assert row["sparse"] > row["dense"] and found["worst_ratio"] == row["ratio"]
+    # beside them seven frozen matmuls of the other token list, and the choices
+    assert row["sparse_parts"]["forward"] >= 20 and row["sparse_parts"]["backward"] >= 20
+    assert found["worst_ratio"] == row["ratio"]
