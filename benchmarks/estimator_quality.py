@@ -3,12 +3,15 @@
     python -m benchmarks.estimator_quality --json F [--details F] [--plot F.png] [--loss]
         [--cost large] [--no-measure]
 
-Rows, one per model, estimator, score, sparsity and rank, averaged over the feed-forward regions and
-the test batches; channels are chosen batch by batch, as in training. ``svd``: factors of the
+Rows, one per model, kind of region, estimator, score, sparsity and rank, averaged over the regions
+and the test batches; channels are chosen batch by batch, as in training. ``svd``: factors of the
 weights alone, the paper's; ``calibrated``: factors and prior from calibration; ``static``: the
-prior alone; ``random``: the mean of several draws; ``oracle``: the channels whose dense activations
-contribute most to the output, ``|h_n| |w_n|``. ``overlap`` is with the oracle's choice; for errors
-see `quality.judge`. ``loss`` is the mean over seeds of `benchmarks.quality_loss` with that
+prior alone; ``exact``: the weights themselves in the place of factors, so that only the score's
+sample of tokens is left to lose by; ``random``: the mean of several draws; ``oracle``: of
+feed-forwards the channels whose dense activations contribute most to the output, ``|h_n| |w_n|``,
+of attentions the choice by every token's exact values. ``overlap`` is with the oracle's choice; for
+errors see `quality.judge`; attentions (of a Llama) are judged by what they return when they are
+sliced. ``loss`` is the mean over seeds of `benchmarks.quality_loss` with that
 choice (plan's tokens "context"), from ``<F>_loss.json`` where that is; ``--loss`` does missing runs
 first.
 """
@@ -20,86 +23,28 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 import sparselora_fx as slx
 from benchmarks import quality_loss, score_cost
 from benchmarks.support import activations, measuring
-from benchmarks.support.activations import FeedForward, Seen
-from benchmarks.support.quality import ScoreGraph, judge, true_scores
+from benchmarks.support.attention_quality import exact, is_llama
+from benchmarks.support.quality import ScoreGraph
 from benchmarks.support.quality_plot import plot
+from benchmarks.support.quality_rows import (
+    DRAWS,
+    GAP_RANK,
+    GAP_SPARSITIES,
+    SAME,
+    Row,
+    Rows,
+    attention_rows,
+    gaps,
+)
 from benchmarks.track_adapter import batches_of
-from sparselora_fx.analysis.regions import kept_channels
-from sparselora_fx.plan.score import parse_score
 
-SPARSITIES = (0.5, 0.75, 0.9, 0.97, 0.99)
 RANKS = (2, 4, 8, 16, 32)
-SCORES = {
-    "svd": (
-        "pooled", "pooled+weighted", "tokens", "tokens+weighted", "tokens+weighted+normalised",
-        "strided", "strided+weighted",
-    ),
-    "calibrated": (
-        "pooled", "pooled+prior+weighted", "tokens", "tokens+prior", "tokens+weighted",
-        "tokens+prior+weighted", "tokens+prior+weighted+normalised", "strided", "strided+prior",
-        "strided+weighted", "strided+prior+weighted", "strided+prior+weighted+normalised",
-    ),
-    "static": ("prior", "prior+weighted", "prior+weighted+normalised"),
-}  # fmt: skip
-DRAWS = 4  # of random channels, per region and batch
-GAP_RANK, GAP_SPARSITIES = 8, (0.5, 0.75, 0.9, 0.97)
-KEYS = ("model", "estimator", "score", "s", "rank", "overlap", "error", "token_error", "loss")
-Row = dict[str, Any]
-Scorer = Callable[[FeedForward, Seen], Tensor]
-
-
-class Rows:
-    """The rows of one model, from the activations of its regions on test text."""
-
-    def __init__(self, model: str, regions: list[FeedForward], seen: dict[str, list[Seen]]) -> None:
-        self.model = model
-        self.cases = [(region, each) for region in regions for each in seen[region.name]]
-        self.truth = [true_scores(*case) for case in self.cases]
-        self.rows: list[Row] = []
-
-    def add(self, estimator: str, score: str | None, rank: int | None, scorer: Scorer) -> None:
-        """One row per sparsity: the means over regions and batches."""
-        found = []
-        for (region, seen), truth in zip(self.cases, self.truth, strict=True):
-            kept = [kept_channels(len(truth), s, 1) for s in SPARSITIES]
-            found.append(judge(scorer(region, seen), region, seen, kept, truth))
-        for s, judged in zip(SPARSITIES, zip(*found, strict=True), strict=True):
-            values = (round(statistics.mean(each), 4) for each in zip(*judged, strict=True))
-            row = (self.model, estimator, score, s, rank, *values, None)
-            self.rows.append(dict(zip(KEYS, row, strict=True)))
-
-    def add_references(self, seed: int) -> None:
-        """Random channels and the best ones."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = Rows(self.model, [], {})
-        drawn.cases, drawn.truth = self.cases * DRAWS, self.truth * DRAWS
-        drawn.add("random", None, None, lambda region, _: torch.rand(
-            region.consumer.shape[1], generator=generator))  # fmt: skip
-        self.rows += drawn.rows
-        self.add("oracle", None, None, true_scores)
-
-    def add_scores(
-        self, estimators: dict[str, slx.SVDEstimator], rank: int, graphs: dict[Any, ScoreGraph]
-    ) -> None:
-        """Every score of each given estimator; the prior alone counts for no rank."""
-        for name, estimator in estimators.items():
-            for score in SCORES[name]:
-                if (name, score) not in graphs:
-                    first = self.cases[0][0]
-                    graphs[name, score] = ScoreGraph(first, estimator, parse_score(score))
-                scorer = partial(graphs[name, score], estimator)
-                self.add(name, score, None if name == "static" else rank, scorer)
 
 
 def measure(name: str, args: argparse.Namespace) -> list[Row]:
@@ -115,9 +60,15 @@ def measure(name: str, args: argparse.Namespace) -> list[Row]:
         plain = slx.SVDEstimator.build(model, rank, progress=False)
         aware = slx.SVDEstimator.build(model, rank, calibration=calibration, progress=False)
         estimators = {"svd": plain, "calibrated": aware}
-        estimators |= {"static": aware} if rank == args.ranks[0] else {}
+        if rank == args.ranks[0]:
+            producers = {n: w for each in regions for n, (w, _) in each.producers.items()}
+            estimators |= {"static": aware, "exact": exact(plain, producers)}
         table.add_scores(estimators, rank, graphs)
         print(f"{name}, rank {rank}: {len(table.rows)} rows", flush=True)
+        if rank == GAP_RANK and not is_llama(model):
+            print(f"{name}: no rows of attentions, which are measured on a Llama", flush=True)
+        elif rank == GAP_RANK:
+            table.rows += attention_rows(name, model, tests, {"svd": plain, "calibrated": aware})
     return table.rows
 
 
@@ -141,29 +92,11 @@ def on_the_task(args: argparse.Namespace) -> list[Row]:
     return found
 
 
-def gaps(rows: list[Row]) -> list[Row]:
-    """Share of the way from random to oracle, in either error, for rank 8 and the prior alone."""
-    ends = {(r["model"], r["estimator"], r["s"]): r for r in rows if r["score"] is None}
-    found = []
-    for row in rows:
-        if row["rank"] not in (GAP_RANK, None) or row["s"] not in GAP_SPARSITIES:
-            continue
-        if row["score"] is None:
-            continue
-        low, high = (ends[row["model"], name, row["s"]] for name in ("oracle", "random"))
-        shares = {
-            key: round((high[key] - row[key]) / (high[key] - low[key]), 3)
-            for key in ("error", "token_error")
-        }
-        found.append({key: row[key] for key in ("model", "estimator", "score", "s")} | shares)
-    return found
-
-
 def add_losses(rows: list[Row], results: dict[str, Any]) -> None:
     """Enter mean losses over seeds where a row's choice was fine-tuned with."""
     losses = quality_loss.means(results)
     for row in rows:
-        if row["model"] != activations.DEMO or row["rank"] not in (
+        if (row["model"], row["region"]) != (activations.DEMO, "ffn") or row["rank"] not in (
             results["settings"]["rank"],
             None,
         ):
@@ -238,13 +171,13 @@ def write(path: Path, rows: list[Row], details: dict[str, Any], to: Path) -> Non
 
 def show(rows: list[Row], shares: list[Row]) -> None:
     """Rank 8: errors per sparsity, and the share of the way to the oracle where that is counted."""
-    same = ("model", "estimator", "score", "s")
-    closed = {tuple(row[key] for key in same): f"{row['error']:.1%}" for row in shares}
+    closed = {tuple(row[key] for key in SAME): f"{row['error']:.1%}" for row in shares}
     for row in rows:
         if row["rank"] not in (GAP_RANK, None) or row["s"] not in GAP_SPARSITIES:
             continue
-        gap = closed.get(tuple(row[key] for key in same), "")
-        who = f"{row['model']:<17} {row['s']:<5}{row['estimator']:<11}{row['score'] or '-':<34}"
+        gap = closed.get(tuple(row[key] for key in SAME), "")
+        who = f"{row['model']:<22}{row['region']:<10}{row['s']:<5}{row['estimator']:<11}"
+        who += f"{row['score'] or '-':<34}"
         print(f"{who}{row['overlap']:.3f}  {row['error']:.3f}  {row['token_error']:.3f}  {gap}")
 
 

@@ -67,7 +67,7 @@ def train(
         for n in tqdm(range(settings.steps), desc=arm.says, mininterval=5, leave=False):
             batch = _batch(base, items[n * settings.batch : (n + 1) * settings.batch])
             with share(n) as kept:
-                loss = model(**batch).loss
+                loss = model(**batch, **_answers_only(batch["labels"])).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -82,6 +82,14 @@ def train(
 def _batch(base: Base, items: list[Encoded]) -> Batch:
     batch = collate(items, base.tokenizer.pad_token_id or 0)
     return {name: value.to(base.device) for name, value in batch.items()}
+
+
+def _answers_only(labels: Tensor) -> Batch:
+    """Arguments that hold a model's logits to the columns in which some row has an answer's token:
+    with the same loss, a fifth less time where answers are short."""
+    following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    kept = (following != -100).any(0).nonzero().flatten()
+    return {"logits_to_keep": kept, "shift_labels": following[:, kept]}
 
 
 def _context_share(batch: Batch, plan: SparsityPlan) -> float:

@@ -19,12 +19,13 @@ LINES = {
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel per model and error; lines as in `LINES`."""
+    """A panel per model and error, of feed-forward regions; lines as in `LINES`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["region"] == "ffn"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = pyplot.subplots(
         2, len(models), figsize=(4.4 * len(models), 6), sharex=True, squeeze=False

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 import sparselora_fx as slx
 from benchmarks import estimator_quality, quality_loss, score_cost
-from benchmarks.support import quality_plot
+from benchmarks.support import quality_plot, quality_rows
 from benchmarks.support.activations import FeedForward, Seen
 from benchmarks.support.quality import Ffn, ScoreGraph, judge
 from sparselora_fx.plan.score import parse_score
@@ -106,40 +106,40 @@ FEW = {
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[estimator_quality.Row]:
+def rows() -> list[quality_rows.Row]:
     known = region()
     seen = {"ffn": [seen_by(known, inputs(seed)) for seed in range(6)]}
-    table = estimator_quality.Rows("demo_model", [known], seen)
+    table = quality_rows.Rows("demo_model", [known], seen)
     table.add_references(seed=0)
     aware = built(known, 8, calibrated=True)
     estimators = {"svd": built(known, 8, calibrated=False), "calibrated": aware, "static": aware}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimator_quality, "SCORES", FEW)  # each takes a trace
+        patch.setattr(quality_rows, "SCORES", FEW)  # each takes a trace
         table.add_scores(estimators, 8, {})
     return table.rows
 
 
 def test_all_scores_can_be_read() -> None:
-    for words in estimator_quality.SCORES.values():
+    for words in quality_rows.SCORES.values():
         assert len({parse_score(word) for word in words}) == len(words)
     for name, words in FEW.items():
-        assert set(words) <= set(estimator_quality.SCORES[name])
+        assert set(words) <= set(quality_rows.SCORES[name])
 
 
-def test_rows_hold_every_score_and_sparsity(rows: list[estimator_quality.Row]) -> None:
+def test_rows_hold_every_score_and_sparsity(rows: list[quality_rows.Row]) -> None:
     scores = sum(len(words) for words in FEW.values())
-    assert len(rows) == (scores + 2) * len(estimator_quality.SPARSITIES)
+    assert len(rows) == (scores + 2) * len(quality_rows.SPARSITIES)
     for row in rows:
-        assert tuple(row) == estimator_quality.KEYS
+        assert tuple(row) == quality_rows.KEYS
         ranked = row["estimator"] in ("svd", "calibrated")
         assert row["rank"] == (8 if ranked else None)
         assert (row["score"] is None) == (row["estimator"] in ("random", "oracle"))
         assert 0 <= row["overlap"] <= 1 and row["error"] > 0 and row["loss"] is None
 
 
-def test_the_oracle_is_best_and_chance_is_chance(rows: list[estimator_quality.Row]) -> None:
+def test_the_oracle_is_best_and_chance_is_chance(rows: list[quality_rows.Row]) -> None:
     """With orthogonal columns, errors add up channel by channel: no choice beats the oracle's."""
-    for s in estimator_quality.SPARSITIES:
+    for s in quality_rows.SPARSITIES:
         named = {row["estimator"]: row for row in rows if row["s"] == s and row["score"] is None}
         assert named["oracle"]["overlap"] == 1
         assert all(named["oracle"]["error"] <= row["error"] for row in rows if row["s"] == s)
@@ -147,9 +147,9 @@ def test_the_oracle_is_best_and_chance_is_chance(rows: list[estimator_quality.Ro
     assert half["overlap"] == pytest.approx(0.5, abs=0.08)  # 24 draws of 24 of 48: sd 0.015
 
 
-def test_gaps_are_shares_of_the_way(rows: list[estimator_quality.Row]) -> None:
-    found = estimator_quality.gaps(rows)
-    assert {row["s"] for row in found} == set(estimator_quality.GAP_SPARSITIES)
+def test_gaps_are_shares_of_the_way(rows: list[quality_rows.Row]) -> None:
+    found = quality_rows.gaps(rows)
+    assert {row["s"] for row in found} == set(quality_rows.GAP_SPARSITIES)
     ends = {row["estimator"]: row["error"] for row in rows if row["s"] == 0.9}
     (gap,) = [row for row in found if row["score"] == "prior+weighted" and row["s"] == 0.9]
     (row,) = [row for row in rows if row["score"] == "prior+weighted" and row["s"] == 0.9]
@@ -158,9 +158,9 @@ def test_gaps_are_shares_of_the_way(rows: list[estimator_quality.Row]) -> None:
 
 
 def test_the_plot_draws_what_was_measured(
-    rows: list[estimator_quality.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: list[quality_rows.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {(name, word) for name, words in estimator_quality.SCORES.items() for word in words}
+    known = {(name, word) for name, words in quality_rows.SCORES.items() for word in words}
     assert set(quality_plot.LINES) <= known | {("random", None), ("oracle", None)}
     few = {key: line for key, line in quality_plot.LINES.items() if key[1] != "strided"}
     monkeypatch.setattr(quality_plot, "LINES", few)  # the rows here lack that score
@@ -196,7 +196,7 @@ def test_runs_that_are_done_are_not_repeated(
         quality_loss.complete(path, settings(seeds=2, steps=7))
 
 
-def test_losses_go_to_their_rows(tmp_path: Path, rows: list[estimator_quality.Row]) -> None:
+def test_losses_go_to_their_rows(tmp_path: Path, rows: list[quality_rows.Row]) -> None:
     path = tmp_path / "f.json"
     finished(path, settings())
     table = [dict(row) for row in rows]
