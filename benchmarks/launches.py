@@ -40,12 +40,12 @@ import sparselora_fx as slx
 from benchmarks.support import measuring
 from benchmarks.support.peers import random_estimator
 from benchmarks.support.published import BATCHES, LORA_RANK, LORA_TARGETS, MODELS, plan_of
-from sparselora_fx import environment
 from sparselora_fx.environment import DISABLED_LAYERS, DISABLED_PASSES
 from sparselora_fx.lowering import inductor_backend, measured
 from sparselora_fx.model.frozen_weights import frozen_weights
 from sparselora_fx.model.weight_layout import gathered_across
 from tests.support.offgpu_backend import FakeGPU
+from tests.support.shared_launches import shared_launches
 
 CARD = "NVIDIA H200"
 LEVEL = (0.99, 0.75)  # feed-forward and attention sparsity of every layer
@@ -116,7 +116,7 @@ def generated_for(gpu: FakeGPU) -> Iterator[None]:
     on_card = partial(measured.ratio, CARD)
     with (
         patch.object(inductor_backend, "backend_compile", generate),
-        patch.object(environment, "shares_launches", lambda device: True),
+        shared_launches(),
         patch.object(measured, "ratio", lambda _, *sizes: on_card(*sizes)),
         patch.dict(os.environ, {DISABLED_PASSES: "orient_adapters", DISABLED_LAYERS: "pieces"}),
     ):

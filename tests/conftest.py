@@ -62,6 +62,15 @@ def fresh_accelerate() -> Iterator[None]:
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def as_on_gpu() -> Iterator[None]:
+    """Launches are to be few, as on a GPU."""
+    from tests.support.shared_launches import shared_launches
+
+    with shared_launches():
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Tests in offgpu/ run kernels in Triton's interpreter, which has to be chosen before any test
     module imports triton."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 
 import torch
 from torch import fx
 
 from sparselora_fx import environment
 from sparselora_fx.graph.emit import lowered_call
+from sparselora_fx.graph.nodes import operand
 from sparselora_fx.ir import joint_ops  # noqa: F401 - defines `topk_rows`
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.lowering.dependence import order_of, waits
-from sparselora_fx.lowering.inductor import sort_nodes
+from sparselora_fx.lowering.dependence import join_alike
 
 _TOPK = OPS.topk_channels.default
 
@@ -26,40 +27,20 @@ def batch_topk(graph: fx.Graph) -> int:
 
     A post-grad pass of Inductor: nodes are those of aten.
     """
-    joined = 0
-    while group := _alike(graph):
-        _join(graph, group)
-        sort_nodes(graph)
-        joined += len(group)
-    return joined
+    return join_alike(graph, _TOPK, _kind, partial(_rows, graph))
 
 
-def _alike(graph: fx.Graph) -> list[fx.Node]:
-    """The first selections that can be joined, or none. Joining some may make others wait."""
-    order = order_of(graph)
-    found: dict[Hashable, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=_TOPK):
-        value = node.args[0].meta["val"]
-        if not environment.shares_launches(value.device.type):
-            continue
-        key = (value.shape[0], value.dtype, *node.args[1:])
-        group = found.get(key, [])
-        if any(waits(node, earlier, order) for earlier in group):
-            if len(group) > 1:
-                return group
-            group = []
-        found[key] = [*group, node]
-    return next((group for group in found.values() if len(group) > 1), [])
+def _kind(node: fx.Node) -> Hashable | None:
+    value = operand(node).meta["val"]
+    if not environment.shares_launches(value.device.type):
+        return None
+    return value.shape[0], value.dtype, node.args[1:]
 
 
-def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
-    scores = [node.args[0] for node in group]
-    with graph.inserting_before(group[-1]):
-        rows = [lowered_call(graph, torch.ops.aten.unsqueeze.default, score, 0) for score in scores]
-        stacked = lowered_call(graph, torch.ops.aten.cat.default, rows, 0)
-        chosen = lowered_call(graph, OPS.topk_rows.default, stacked, group[0].args[1])
-        for i, node in enumerate(group):
-            row = lowered_call(graph, torch.ops.aten.select.int, chosen, 0, i)
-            node.replace_all_uses_with(row)
-    for node in group:
-        graph.erase_node(node)
+def _rows(graph: fx.Graph, group: list[fx.Node]) -> list[fx.Node]:
+    unsqueeze, cat = torch.ops.aten.unsqueeze.default, torch.ops.aten.cat.default
+    scores = [lowered_call(graph, unsqueeze, node.args[0], 0) for node in group]
+    stacked = lowered_call(graph, cat, scores, 0)
+    chosen = lowered_call(graph, OPS.topk_rows.default, stacked, group[0].args[1])
+    select = torch.ops.aten.select.int
+    return [lowered_call(graph, select, chosen, 0, i) for i in range(len(group))]

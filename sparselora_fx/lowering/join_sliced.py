@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import partial
 from operator import getitem
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, fx
 
 from sparselora_fx import environment
 from sparselora_fx.graph.emit import lowered_call
+from sparselora_fx.graph.nodes import operand
 from sparselora_fx.ir import joint_ops  # noqa: F401 - defines the ops
 from sparselora_fx.ir.ops import OPS
-from sparselora_fx.lowering.dependence import Order, order_of, waits
-from sparselora_fx.lowering.inductor import sort_nodes
+from sparselora_fx.lowering.dependence import join_alike
 
 _LINEAR, _DGRAD = OPS.sliced_linear.default, OPS.sliced_linear_dgrad.default
 _LINEARS, _DGRADS = OPS.sliced_linears.default, OPS.sliced_linear_dgrads.default
@@ -33,7 +34,8 @@ def join_sliced(graph: fx.Graph) -> int:
     Matmuls whose results meet in pointwise work (of gate and up) stay two: the second one takes
     that work in, and a joint one could not. A post-grad pass of Inductor: nodes are those of aten.
     """
-    return _join_sums(graph) + _join_products(graph)
+    sums = _join_sums(graph)
+    return sums + join_alike(graph, _LINEAR, _kind, partial(_at_once, graph), apart=_meet)
 
 
 def _join_sums(graph: fx.Graph) -> int:
@@ -66,34 +68,20 @@ def _is_term(term: object, total: fx.Node) -> bool:
     return alike and len(term.users) == 1 and environment.shares_launches(value.device.type)
 
 
-def _join_products(graph: fx.Graph) -> int:
-    joined = 0
-    while group := _alike(graph, order_of(graph)):
-        x, ws, indices = group[0].args[0], [n.args[1] for n in group], [n.args[2] for n in group]
-        with graph.inserting_before(group[-1]):
-            results = lowered_call(graph, _LINEARS, x, ws, indices)
-            for i, node in enumerate(group):
-                node.replace_all_uses_with(lowered_call(graph, getitem, results, i))
-        for node in group:
-            graph.erase_node(node)
-        sort_nodes(graph)
-        joined += len(group)
-    return joined
+def _kind(node: fx.Node) -> Hashable | None:
+    """Products of one input by weights that are laid out alike."""
+    if not environment.shares_launches(node.meta["val"].device.type):
+        return None
+    x, w, idx = (operand(node, i) for i in range(3))
+    weight = w.meta["val"]
+    layout = (_sizes(weight), str(tuple(weight.stride())), weight.dtype)
+    return x, layout, _sizes(idx.meta["val"])
 
 
-def _alike(graph: fx.Graph, order: Order) -> list[fx.Node]:
-    """The first products that can be joined, or none."""
-    found: dict[Hashable, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=_LINEAR):
-        x, w, idx = node.args
-        if not environment.shares_launches(node.meta["val"].device.type):
-            continue
-        weight = w.meta["val"]
-        layout = (_sizes(weight), str(tuple(weight.stride())), weight.dtype)
-        group = found.setdefault((x, layout, _sizes(idx.meta["val"])), [])
-        if not any(waits(node, other, order) or _meet(node, other) for other in group):
-            group.append(node)
-    return next((group for group in found.values() if len(group) > 1), [])
+def _at_once(graph: fx.Graph, group: list[fx.Node]) -> list[fx.Node]:
+    x, ws, indices = group[0].args[0], [n.args[1] for n in group], [n.args[2] for n in group]
+    results = lowered_call(graph, _LINEARS, x, ws, indices)
+    return [lowered_call(graph, getitem, results, i) for i in range(len(group))]
 
 
 def _meet(node: fx.Node, other: fx.Node) -> bool:

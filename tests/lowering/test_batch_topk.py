@@ -13,12 +13,9 @@ from sparselora_fx import environment
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering.batch_topk import batch_topk
 
+pytestmark = pytest.mark.usefixtures("as_on_gpu")
+
 Choosing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-
-
-@pytest.fixture(autouse=True)
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "shares_launches", lambda x: True)
 
 
 def scores() -> tuple[Tensor, Tensor, Tensor]:
@@ -102,5 +99,5 @@ def test_layers_after_one_another() -> None:
 
 
 def test_a_cpu_keeps_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(environment, "shares_launches", lambda device: device == "cuda")
     assert joined(lambda s, t, u: (chosen(s, 5), chosen(t, 5)))[0] == 0

@@ -13,14 +13,11 @@ from sparselora_fx import environment
 from sparselora_fx.ir.ops import OPS
 from sparselora_fx.lowering.join_sliced import join_sliced
 
+pytestmark = pytest.mark.usefixtures("as_on_gpu")
+
 F64 = torch.float64
 Function = Callable[..., tuple[Tensor, ...]]
 DGRAD, LINEAR = OPS.sliced_linear_dgrad, OPS.sliced_linear
-
-
-@pytest.fixture(autouse=True)
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "shares_launches", lambda device: True)
 
 
 def given() -> tuple[Tensor, ...]:

@@ -8,14 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from sparselora_fx import environment
 from sparselora_fx.ir import score_ops
 from sparselora_fx.lowering import score_forms
-
-
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "shares_launches", lambda x: True)
 
 
 def arguments(

@@ -16,10 +16,7 @@ from sparselora_fx.rewrite.joining import join_alike
 from sparselora_fx.rewrite.rewrite import Rewrite
 from tests.support.small_graphs import Small, after, changes_nothing, keeps_values, shown, text
 
-
-@pytest.fixture(autouse=True)
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "shares_launches", lambda device: True)
+pytestmark = pytest.mark.usefixtures("as_on_gpu")
 
 
 def gated(*size: int) -> Rewrite:

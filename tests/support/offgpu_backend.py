@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 from torch import fx
 
-from sparselora_fx import environment
 from sparselora_fx.lowering import inductor_backend, measured
 from tests.support.fake_cuda import fake_cuda
+from tests.support.shared_launches import shared_launches
 from tests.support.triton_interpreter import load_wrapper
 
 _KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
@@ -69,10 +69,10 @@ class FakeGPU:
         with (
             config.patch(patches),
             functorch_config.patch(enable_autograd_cache=False),
-            _shared_launches(),
+            shared_launches(),
         ):
             # A backward is compiled later, when nothing of this is set any more.
-            inner = _shared_launches()(config.patch(patches)(self._compile))
+            inner = shared_launches()(config.patch(patches)(self._compile))
             return compile_fx(gm, inputs, inner_compile=inner)
 
     @property
@@ -186,11 +186,6 @@ def compile_kernel(name: str, source: str, arch: int) -> Any:
         kernel.precompile(warm_cache_only=True)
         (result,) = kernel.compile_results
     return result.kernel
-
-
-def _shared_launches() -> Any:
-    """Inside, or in the function that this decorates, launches are few, as on a GPU."""
-    return patch.object(environment, "shares_launches", lambda device: True)
 
 
 def _boxed(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:
