@@ -11,6 +11,7 @@ from sparselora_fx.analysis.channel_values import Channels, Port, Values, attent
 from sparselora_fx.analysis.readers import lost_in, outside_reader, roots_of
 from sparselora_fx.analysis.reasons import CACHED, NO_FACTORS, NO_TOKENS, OTHER_GRID, UNORDERED
 from sparselora_fx.analysis.regions import (
+    FOREIGN,
     IN_ORDER,
     Attention,
     ChannelChoice,
@@ -260,7 +261,8 @@ def _check_tokens(region: Region, rewrite: Rewrite) -> None:
         counted = site.tokens.counted
         if counted is None or sees_grid(site, counted):
             continue
-        if site.split is not None and sees_grid(replace(site, order=IN_ORDER), counted):
+        ordered = replace(site, order=IN_ORDER)
+        if site.split is not None and site.order != FOREIGN and sees_grid(ordered, counted):
             raise NoRegion(UNORDERED)
         if site.split is not None:
             raise NoRegion(OTHER_GRID)

@@ -6,20 +6,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.arms import UNTRAINED
 from benchmarks.evidence.equivalence import t_quantile
 from benchmarks.evidence.results import Results
 
-WINDOW = 8  # steps that one point of a loss curve is the mean of
+POINTS = 20  # of a loss curve; each is the mean of the steps up to the next
 
 
 def plot(results: Results, path: Path) -> None:
-    """A row of three panels for each task of the file; arms keep their colour."""
+    """A row of three panels for each task that something was trained on; arms keep their colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(run["task"] for run in results.runs))
+    tasks = list(dict.fromkeys(run["task"] for run in results.runs if run["arm"] != UNTRAINED))
     arms = list(dict.fromkeys(run["arm"] for run in results.runs))
     colours = {arm: f"C{n % 10}" for n, arm in enumerate(arms)}
     figure, axes = pyplot.subplots(len(tasks), 3, figsize=(13, 3.4 * len(tasks)), squeeze=False)
@@ -29,10 +30,10 @@ def plot(results: Results, path: Path) -> None:
         _curves(curves, results.curves, task, colours)
         _frontier(frontier, runs, colours)
         scores.set_title(f"{task}: score, 90 % interval over seeds", fontsize=9)
-        curves.set_title("training loss", fontsize=9)
+        curves.set_title("training loss, mean over seeds", fontsize=9)
         frontier.set_title("score over main-branch FLOPs", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=72)
+    figure.savefig(path, dpi=64)
     pyplot.close(figure)
 
 
@@ -45,27 +46,27 @@ def interval(scores: list[float]) -> tuple[float, float]:
 
 
 def _scores(axis: Any, runs: list[dict[str, Any]], arms: list[str], colours: Any) -> None:
+    arms = [arm for arm in arms if any(run["arm"] == arm for run in runs)]
     for place, arm in enumerate(arms):
         found = [run["score"] for run in runs if run["arm"] == arm]
-        if found:
-            mean, half = interval(found)
-            axis.errorbar(mean, place, xerr=half, fmt="o", color=colours[arm], capsize=3)
-            axis.plot(found, [place] * len(found), "|", color=colours[arm], alpha=0.5)
+        mean, half = interval(found)
+        axis.errorbar(mean, place, xerr=half, fmt="o", color=colours[arm], capsize=3)
+        axis.plot(found, [place] * len(found), "|", color=colours[arm], alpha=0.5)
     axis.set_yticks(range(len(arms)), arms, fontsize=8)
     axis.invert_yaxis()
     axis.grid(alpha=0.3)
 
 
 def _curves(axis: Any, curves: dict[str, list[float]], task: str, colours: Any) -> None:
-    for name, losses in curves.items():
-        mine, arm, seed = name.split("/")
-        if mine == task:
-            means = [
-                statistics.fmean(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)
-            ]
-            steps = [i * WINDOW for i in range(len(means))]
-            label = arm if seed == "0" else None
-            axis.plot(steps, means, color=colours[arm], label=label, linewidth=1)
+    for arm, colour in colours.items():
+        mine = [c for name, c in curves.items() if name.rpartition("/")[0] == f"{task}/{arm}"]
+        if mine:
+            mean = [statistics.fmean(losses) for losses in zip(*mine, strict=True)]
+            width = max(1, len(mean) // POINTS)
+            steps = range(0, len(mean), width)
+            points = [statistics.fmean(mean[i : i + width]) for i in steps]
+            axis.plot(steps, points, color=colour, label=arm, linewidth=1)
+    axis.set_yscale("log")
     axis.legend(fontsize=6)
     axis.grid(alpha=0.3)
 

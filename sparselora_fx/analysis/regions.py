@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from sparselora_fx.analysis.row_kinds import TokenRows
 from sparselora_fx.ir.markers import MarkedTokens, SiteSpec, TokenList
 
-# How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, or
-# as no way back to the batch says (`token_order`).
+# How rows stand to the batch's tokens: as those do, tokens before samples, reversed or picked, of
+# something else than the batch's tokens, or as no way back to the batch says (`token_order`).
 IN_ORDER, SWAPPED, MOVED, UNKNOWN = "in order", "swapped", "moved", "unknown"
+FOREIGN = "foreign"
 
 
 @dataclass(eq=False)

@@ -6,18 +6,22 @@ Shapes do not say it where a batch has as many samples as tokens, or where token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor, fx
 
 from sparselora_fx.analysis.mask_values import is_weight
-from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, UNKNOWN
+from sparselora_fx.analysis.regions import FOREIGN, IN_ORDER, MOVED, SWAPPED, UNKNOWN
 from sparselora_fx.analysis.token_liveness import DEAD, LiveRows, needed
 from sparselora_fx.graph.bodies import bodies
-from sparselora_fx.graph.nodes import argument, op_name, tensor
+from sparselora_fx.graph.nodes import argument, op_name, tensor, value
 from sparselora_fx.ir.ops import OPS
 
 _BATCH = ("input_ids", "inputs_embeds")
 _MOVERS = ("flip", "fliplr", "flipud", "roll", "sort", "gather", "take_along_dim", "index_select")
+_MARKERS = (OPS.site, OPS.site.default)
+_SIZES = int | torch.SymInt | torch.Size
 _Place = tuple[fx.Node, LiveRows]
 
 
@@ -36,16 +40,25 @@ def token_inputs(
     return among(tokens), among(list(arguments.values()))
 
 
-def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node, str]:
+def token_orders(
+    gm: fx.GraphModule,
+    roots: frozenset[fx.Node],
+    given: frozenset[fx.Node] = frozenset(),
+    beside: frozenset[fx.Node] = frozenset(),
+) -> dict[fx.Node, str]:
     """How the rows of each site marker of a graph and its bodies, ``[B, L, N]`` or ``[B * L, N]``,
-    stand to the tokens of ``roots``.
+    stand to the tokens of ``roots``. ``given``: inputs that hold what the model's caller gave, and
+    its buffers; all others but weights come from another part of the model. ``beside``: weights
+    outside the model's text part, which count where nothing else shows whose rows they get.
 
     ``IN_ORDER`` where some way back keeps samples and tokens in place, else ``UNKNOWN`` where some
     way ends in what another part of the model has computed, else ``SWAPPED`` (tokens first), else
-    ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``.
+    ``MOVED`` (reversed, rolled, picked), else ``UNKNOWN``. ``FOREIGN`` where the graph has the
+    batch, and the rows are made of other things that the caller gave alone: images, a second text;
+    and in the place of ``UNKNOWN`` where the weight is ``beside``.
 
-    Lattice:    the four words, in the order above, for each place ``(node, axes of samples and
-                tokens)``.
+    Lattice:    the first four words, in the order above, for each place ``(node, axes of samples
+                and tokens)``.
     Direction:  backward from the markers, through bodies, until nothing new is reached; then the
                 answers come forward again.
     Rule:       `token_liveness.needed` says where the named axes were before a call; an embedding
@@ -57,10 +70,28 @@ def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node,
     """
     walk = _Walk(gm)
     starts = {mark: start for mark in walk.marks if (start := _start(mark)) is not None}
+    reached = _reached(walk, list(starts.values()), roots)
+    fed = walk.fed_by([*roots, *_from_elsewhere(gm, given)])
+    orders = {
+        mark: next((word for word, found in reached.items() if start in found), UNKNOWN)
+        for mark, start in starts.items()
+    }
+    for mark, word in orders.items():
+        elsewhere = word == UNKNOWN and walk.outermost(mark.args[1]) in beside
+        if elsewhere or (roots and mark.args[0] not in fed):
+            orders[mark] = FOREIGN
+    return orders
+
+
+def _reached(
+    walk: _Walk, starts: list[_Place], roots: frozenset[fx.Node]
+) -> dict[str, set[_Place]]:
+    """The places on a way back from the starts from which an end of each word is reached, the word
+    that wins first."""
     ways: dict[_Place, list[_Place]] = {}  # a place -> the places that lead back to it
     words = (IN_ORDER, UNKNOWN, SWAPPED, MOVED)
     ends: dict[str, set[_Place]] = {word: set() for word in words}
-    todo = list(starts.values())
+    todo = starts
     seen = set(todo)
     while todo:
         place = todo.pop()
@@ -77,11 +108,14 @@ def token_orders(gm: fx.GraphModule, roots: frozenset[fx.Node]) -> dict[fx.Node,
             ways.setdefault(before, []).append(place)
         todo += [before for before in found if before not in seen]
         seen.update(found)
-    reached = {word: _led_back(found, ways) for word, found in ends.items()}
-    return {
-        mark: next((word for word, found in reached.items() if start in found), UNKNOWN)
-        for mark, start in starts.items()
-    }
+    return {word: _led_back(found, ways) for word, found in ends.items()}
+
+
+def _from_elsewhere(gm: fx.GraphModule, given: frozenset[fx.Node]) -> Iterator[fx.Node]:
+    """Inputs of a graph that another part of the model may have computed."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node not in given and tensor(node) is not None and not is_weight(node):
+            yield node
 
 
 def _led_back(ends: Iterable[_Place], ways: Mapping[_Place, list[_Place]]) -> set[_Place]:
@@ -109,10 +143,11 @@ class _Walk:
         self.marks: list[fx.Node] = []
         self.outer: dict[fx.Node, list[fx.Node]] = {}  # inputs of bodies -> what they are given
         self.inner: dict[fx.Node, object] = {}  # calls of bodies -> what those return
+        self.bodies: list[tuple[fx.Node, fx.Graph]] = []  # and their graphs
         self._enter(gm)
 
     def _enter(self, gm: fx.GraphModule) -> None:
-        self.marks += [n for n in gm.graph.nodes if n.target in (OPS.site, OPS.site.default)]
+        self.marks += [n for n in gm.graph.nodes if n.target in _MARKERS]
         for call, body, operands in bodies(gm):
             for node, operand in zip(
                 body.graph.find_nodes(op="placeholder"), operands, strict=True
@@ -120,7 +155,34 @@ class _Walk:
                 if isinstance(operand, fx.Node):
                     self.outer.setdefault(node, []).append(operand)
             self.inner[call] = body.graph.output_node().args[0]
+            self.bodies.append((call, body.graph))
             self._enter(body)
+
+    def outermost(self, node: object) -> object:
+        """What the graph itself hands to bodies as this input of theirs."""
+        while isinstance(node, fx.Node) and node in self.outer:
+            node = self.outer[node][0]
+        return node
+
+    def fed_by(self, roots: Iterable[fx.Node]) -> set[fx.Node]:
+        """Every node into which a value of the roots goes, also through bodies. Sizes are no
+        values, and a marker hands on its first operand alone."""
+        given: dict[fx.Node, list[fx.Node]] = {}
+        for inside, operands in self.outer.items():
+            for operand in operands:
+                given.setdefault(operand, []).append(inside)
+        calls: dict[fx.Graph, list[fx.Node]] = {}
+        for call, body in self.bodies:
+            calls.setdefault(body, []).append(call)
+        found, todo = set(roots), list(roots)
+        while todo:
+            node = todo.pop()
+            fed = [*given.get(node, []), *filter(partial(_hands_on, node), node.users)]
+            if node.op == "output":
+                fed += calls.get(node.graph, [])
+            todo += [each for each in fed if each not in found]
+            found.update(fed)
+        return found
 
     def before(self, node: fx.Node, need: LiveRows) -> Iterator[_Place]:
         """Where the rows of a node that are named come from."""
@@ -146,6 +208,11 @@ class _Walk:
             before = needed(node, user_input, {node: need})
             if before is not None and before != DEAD:
                 yield user_input, before
+
+
+def _hands_on(given: fx.Node, node: fx.Node) -> bool:
+    marker = node.target in _MARKERS and node.args[0] is not given
+    return not marker and not isinstance(value(node), _SIZES)
 
 
 def _moves(node: fx.Node, need: LiveRows) -> bool:

@@ -44,13 +44,15 @@ def run(
     call = call or TracedCall()
     program = Program(gm, inputs, options, call)
     program.batch, program.passed = token_inputs(gm, inputs, call.arguments)
-    program.orders = token_orders(gm, program.batch)
+    own = gm.graph.find_nodes(op="placeholder")
+    given = program.passed | {own[i] for i in call.buffers}
+    beside = frozenset(own[i] for i in call.beside_text)
+    program.orders = token_orders(gm, program.batch, given, beside)
     log = log or PassLog()
     log.begin(gm, "", of=len(whole) + len(passes))
     for first in whole:
         log.after(gm, "", first.__name__, *_timed(first, program))
     rewrites: dict[fx.GraphModule, Rewrite] = {}
-    own = gm.graph.find_nodes(op="placeholder")
     frozen = frozenset(own[i] for i in call.frozen)
     _rewrite_all(_Part(gm, "", frozen), program, passes, rewrites, log)
     if not rewrites:

@@ -17,11 +17,18 @@ def call_arguments(
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def argument_names(forward: Callable[..., object]) -> list[str]:
-    """The names that a function's signature has for positional arguments, in their order."""
+def argument_names(forward: Callable[..., object], inner: Callable[..., object]) -> list[str]:
+    """The names of positional arguments, in their order: those of a wrapper that names its own
+    (PEFT's for a task does, in another order than the model inside), else of what it passes them
+    to."""
+    own = _positional(forward)
+    return own or _positional(inner)
+
+
+def _positional(function: Callable[..., object]) -> list[str]:
     return [
         p.name
-        for p in inspect.signature(forward).parameters.values()
+        for p in inspect.signature(function).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
 

@@ -30,10 +30,13 @@ class Options:
 @dataclass(frozen=True)
 class TracedCall:
     """What is known of the model's call in which a graph is traced: its tensor arguments by name,
-    and which of the graph's inputs, by number, hold frozen weights."""
+    and which of the graph's inputs, by number, hold frozen weights, buffers, and frozen weights
+    outside the model's text part."""
 
     arguments: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: frozenset[int] = frozenset()
+    buffers: frozenset[int] = frozenset()
+    beside_text: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)

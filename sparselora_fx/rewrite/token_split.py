@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import SymInt, fx
 
-from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, Site
+from sparselora_fx.analysis.regions import FOREIGN, IN_ORDER, MOVED, SWAPPED, Site
 from sparselora_fx.graph.layout import same_count
 from sparselora_fx.graph.nodes import before_flattening, tensor
 from sparselora_fx.ir.markers import TokenList
@@ -102,7 +102,9 @@ def sees_grid(site: Site, pos: fx.Node) -> bool:
         if site.order == SWAPPED or square:
             return False
     ordered = len(lead) == len(tokens) and all(map(_as_many, zip(lead), zip(tokens)))
-    return site.order != MOVED and (ordered or (len(lead) == 1 and _as_many(lead, tokens)))
+    return site.order not in (MOVED, FOREIGN) and (
+        ordered or (len(lead) == 1 and _as_many(lead, tokens))
+    )
 
 
 def _as_many(rows: Sequence[int | SymInt], tokens: Sequence[int | SymInt]) -> bool:

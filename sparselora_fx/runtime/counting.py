@@ -34,7 +34,8 @@ from sparselora_fx.runtime.token_policy import split_tokens, token_grid
 KEY = "sparselora_counts"  # where a batch carries its counts
 # The arguments that a token policy reads, see `token_policy.split_tokens`.
 _STARTS = ("position_ids", "cu_seq_lens", "cu_seq_lens_q")
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "labels", OUTPUT_TOKENS, *_STARTS)
+_LABELS = ("labels", "shift_labels")
+_READ = ("input_ids", "inputs_embeds", "attention_mask", *_LABELS, OUTPUT_TOKENS, *_STARTS)
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,13 @@ def add_counts(
 def _facts(arguments: Mapping[str, object], grid: Tensor, plan: SparsityPlan) -> list[Tensor]:
     """What `split_tokens` makes of a batch's values: which labels count, which tokens are shown or
     named; where samples begin, for a plan that asks."""
-    values = {name: arguments.get(name) for name in ("labels", "attention_mask", OUTPUT_TOKENS)}
+    values = {name: arguments.get(name) for name in (*_LABELS, "attention_mask", OUTPUT_TOKENS)}
     given = {
         name: value.to(grid.device)
         for name, value in values.items()
         if isinstance(value, Tensor) and value.shape == grid.shape
     }
-    asked = [v != IGNORED if name == "labels" else v != 0 for name, v in given.items()]
+    asked = [v != IGNORED if name in _LABELS else v != 0 for name, v in given.items()]
     facts = [torch.stack(asked)] if asked else []
     starts = [arguments.get(name) for name in _STARTS] if plan.sink_tokens else []
     return facts + [value.to(grid.device) for value in starts if isinstance(value, Tensor)]

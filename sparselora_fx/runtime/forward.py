@@ -66,7 +66,7 @@ class CompiledForward(StandIn):
         self.original: Callable[..., Any] = model.forward
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.base_forward = base.forward if base is not model else self.original
-        self.names = argument_names(self.base_forward)
+        self.names = argument_names(self.original, self.base_forward)
         config = getattr(base, "config", None)
         self.cacheable = takes_use_cache(self.base_forward, config)
         # One token grid would have to serve two stacks of other lengths: every token is sparse

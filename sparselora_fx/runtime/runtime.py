@@ -34,6 +34,7 @@ from sparselora_fx.runtime.named_tokens import KeptLabels
 from sparselora_fx.runtime.outcomes import SiteOutcome, note_outcomes
 from sparselora_fx.runtime.speed_check import SpeedCheck
 from sparselora_fx.runtime.tally import TokenTally
+from sparselora_fx.runtime.traced_call import traced_call
 from sparselora_fx.watch.state import WatchState
 
 
@@ -226,9 +227,8 @@ class Runtime:
         convention, traced = self.convention, self.trace_inputs
         if convention.learn(shown_conventions(gm.graph)) and traced.by_labels:
             self.begin_anew("it has the wrong tokens dense")
-        own = {id(weight.traced) for weight in self.frozen}
-        frozen = frozenset(i for i, value in enumerate(inputs) if id(value) in own)
-        return bool(convention.shift), TracedCall(traced.arguments, frozen)
+        call = traced_call(self.model, self.frozen, traced.arguments, inputs)
+        return bool(convention.shift), call
 
     def pass_log(self) -> PassLog:
         """What follows a graph through the passes; see `backend.Listener`."""
@@ -290,7 +290,7 @@ def marked_by(frozen: Iterable[FrozenWeight]) -> list[Runtime]:
 
 def get_runtime(model: nn.Module) -> Runtime:
     """The state of a compiled model, or a `CompileError` that says how to get one."""
-    runtime = model.__dict__.get(RUNTIME)
+    runtime = getattr(model, "__dict__", {}).get(RUNTIME)
     if not isinstance(runtime, Runtime):
         raise CompileError(
             f"this {type(model).__name__} is not compiled with sparselora_fx; "

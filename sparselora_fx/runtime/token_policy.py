@@ -27,7 +27,8 @@ def split_tokens(
     Args:
         plan: its ``tokens``, ``sink_tokens`` and ``sparse_outputs``.
         arguments: the call's, by name: ``input_ids`` or ``inputs_embeds`` give the grid,
-            ``attention_mask[B, L]`` the padding (either side), ``labels[B, L]`` the output tokens,
+            ``attention_mask[B, L]`` the padding (either side), ``labels[B, L]`` (or
+            ``shift_labels[B, L]``, at the token that predicts each) the output tokens,
             ``position_ids[B, L]`` or ``cu_seq_lens[S + 1]`` the starts of packed samples;
             ``output_tokens``: bool[B, L], the output tokens by name, whatever the labels say.
         shift: labels are predicted one token earlier (causal models); None: not known, a token is
@@ -64,7 +65,11 @@ def split_tokens(
 
 
 def _labelled(arguments: Mapping[str, object], grid: Tensor, shift: bool | None) -> Tensor | None:
-    """The tokens ``bool[B, L]`` whose prediction carries loss; None for a call without labels."""
+    """The tokens ``bool[B, L]`` whose prediction carries loss; None for a call without labels.
+    transformers' losses take ``shift_labels`` before ``labels``, where they are given."""
+    shifted = arguments.get("shift_labels")
+    if isinstance(shifted, Tensor) and shifted.shape == grid.shape:
+        return carry_loss(shifted.to(grid.device), shift=False)
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != grid.shape:
         return None

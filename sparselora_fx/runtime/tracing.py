@@ -101,6 +101,10 @@ def trace(
         texts: keep the text of each graph before and after each pass.
         hook: called after each pass.
     """
+    if not isinstance(batch, Mapping):
+        raise CompileError(
+            f"a batch is a mapping of the model's keyword arguments, got a {type(batch).__name__}"
+        )
     traced = Traced(runtime, batch, texts, hook)
     # Behind what accelerate wraps around it: an autocast, outputs in fp32.
     forward = stand_in_behind(runtime.model.__dict__.get("forward"))

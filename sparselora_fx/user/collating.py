@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sparselora_fx.errors import CompileError
 from sparselora_fx.plan.plan import SparsityPlan
 from sparselora_fx.runtime.counting import add_counts, shifts_of
 from sparselora_fx.runtime.runtime import get_runtime
@@ -54,9 +55,14 @@ def count_tokens(
         whose ``tokens`` is a function, tensors on a GPU already.
 
     Raises:
-        CompileError: the model is not compiled.
+        CompileError: the model is not compiled, or the batch is no dict.
     """
     runtime = get_runtime(model)
+    if not isinstance(batch, MutableMapping):
+        raise CompileError(
+            f"count_tokens got a {type(batch).__name__}; it takes the model's keyword arguments by "
+            "name, a dict that it adds an entry to"
+        )
     if not runtime.every_token:
         add_counts(batch, runtime.plan, (runtime.convention.shift,))
     return batch

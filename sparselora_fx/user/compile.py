@@ -34,7 +34,7 @@ from sparselora_fx.runtime.runtime import Runtime, get_runtime, marked_by
 from sparselora_fx.runtime.tracing_dora import restore_dora, trace_dora
 from sparselora_fx.runtime.uncompiled import leave_uncompiled, restore_uncompiled
 from sparselora_fx.runtime.watching import settle, watch_model
-from sparselora_fx.user.compile_checks import checked_plan, verified
+from sparselora_fx.user.compile_checks import check_switch, checked_plan, is_step, verified
 from sparselora_fx.user.keywords import refuse_unknown
 from sparselora_fx.watch.settings import Watch
 from sparselora_fx.watch.state import watch_state
@@ -110,9 +110,13 @@ class _Asked:
 
 
 def _compiled(model: nn.Module, estimator: SVDEstimator | None, asked: _Asked) -> nn.Module:
+    for name in ("compile_eval", "regional", "precompile", "trim_logits", "strict"):
+        check_switch(name, getattr(asked, name))
+    if asked.dynamic is not None:
+        check_switch("dynamic", asked.dynamic)
     backend, regional, trim = asked.backend, asked.regional, asked.trim_logits
     checked, frozen, sparsity = checked_plan(
-        model, estimator, asked.plan, backend, asked.lora_branch
+        model, estimator, asked.plan, backend, asked.lora_branch, regional=regional
     )
     watching = watch_state(asked.watch, checked, frozen, sparsity)
     found, collector = first_estimator(model, estimator, checked, frozen, sparsity)
@@ -214,11 +218,13 @@ def step(model: nn.Module, n: int, total: int | None = None) -> None:
 
     Raises:
         CompileError: the model is not compiled. PlanError: a fraction and no total, or a negative
-        step. DriftError: a watch that is to stop training finds drift.
+        step, or one that is no int. DriftError: a watch that is to stop training finds drift.
     """
     runtime = get_runtime(model)
-    if n < 0 or (total is not None and total < 1):
-        raise PlanError(f"step is {n!r} of {total!r}; allowed: n >= 0 and total >= 1")
+    if not is_step(n, 0) or not (total is None or is_step(total, 1)):
+        raise PlanError(
+            f"step is {n!r} of {total!r}; allowed: two ints, n >= 0 and total >= 1, or no total"
+        )
     plan = runtime.plan
     sparsity_scale_at(
         n, total, plan.start_step, plan.end_step, plan.ramp

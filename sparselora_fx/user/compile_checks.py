@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,20 @@ from sparselora_fx.estimator.svd_estimator import SVDEstimator
 from sparselora_fx.lowering import cache_key, inductor_backend
 from sparselora_fx.model.frozen_weights import FrozenWeight, frozen_weights
 from sparselora_fx.model.opaque import refuse_opaque, warn_opaque
+from sparselora_fx.model.signature import base_model
+from sparselora_fx.model.text_part import beside_text
 from sparselora_fx.plan.plan import Sparsity, SparsityPlan
+
+
+def check_switch(name: str, value: Any) -> None:
+    """`CompileError` for what is no bool: a word such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise CompileError(f"{name} must be True or False, got {value!r}")
+
+
+def is_step(n: object, least: int) -> bool:
+    """Whether it is a whole number of steps, and at least so many."""
+    return isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least
 
 
 def verified(wanted: Any, backend: str) -> bool | None:
@@ -57,7 +71,13 @@ def _check_words(
 
 
 def checked_plan(
-    model: nn.Module, estimator: SVDEstimator | None, plan: Any, backend: str, lora_branch: str
+    model: nn.Module,
+    estimator: SVDEstimator | None,
+    plan: Any,
+    backend: str,
+    lora_branch: str,
+    *,
+    regional: bool,
 ) -> tuple[SparsityPlan, list[FrozenWeight], dict[str, Sparsity]]:
     """The plan, the model's frozen weights and the sparsity of each, if all fit together."""
     plan = _check_words(model, estimator, plan, backend, lora_branch)
@@ -66,8 +86,20 @@ def checked_plan(
         estimator.check(model)
     sparsity = plan.resolve(frozen, [name for name, _ in model.named_modules()])
     _check_multiple(plan, frozen, sparsity)
+    if regional:
+        sparsity |= dict.fromkeys(_other_stacks(model, plan, frozen), Sparsity(0.0, 0.0))
     warn_opaque(model, len(frozen))
     return plan, frozen, sparsity
+
+
+def _other_stacks(
+    model: nn.Module, plan: SparsityPlan, frozen: list[FrozenWeight]
+) -> Iterable[str]:
+    """Weights that stay dense in blocks compiled one by one, where no graph shows whose rows they
+    get, and one graph serves alike blocks of all stacks. Where all tokens are sparse, none."""
+    config = getattr(base_model(model), "config", None)
+    apart = plan.tokens != "all" and not getattr(config, "is_encoder_decoder", False)
+    return beside_text(model, frozen) if apart else ()
 
 
 def _frozen_on_device(model: nn.Module) -> list[FrozenWeight]:

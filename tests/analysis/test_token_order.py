@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparselora_fx.analysis.regions import IN_ORDER, MOVED, SWAPPED, UNKNOWN
+from sparselora_fx.analysis.regions import FOREIGN, IN_ORDER, MOVED, SWAPPED, UNKNOWN
 from sparselora_fx.analysis.token_order import token_inputs, token_orders
 from tests.support.small_graphs import Small
 
@@ -45,6 +45,38 @@ def test_orders(name: str) -> None:
     x = small.call(F.embedding, ids, small.weight("table", 11, 8))
     mark = small.marked(build(small, x), small.input("w", 4, 8))
     assert token_orders(small.gm, frozenset({ids})) == {mark: order}
+
+
+def second_text(small: Small, given: fx.Node) -> fx.Node:
+    return small.call(F.embedding, given, small.weight("table", 11, 8))
+
+
+def convolved(small: Small, given: fx.Node) -> fx.Node:
+    pixels = small.call("to", given, torch.float64)
+    found = small.call(
+        F.conv1d, small.call("unsqueeze", pixels, 1), small.weight("kernel", 8, 1, 1)
+    )
+    return small.call("transpose", found, 1, 2)
+
+
+@pytest.mark.parametrize("build", [second_text, convolved])
+def test_rows_of_what_else_the_caller_gave_are_foreign(build: Build) -> None:
+    """As many rows as tokens, and none of the batch; what another part of the model may have
+    computed is not known; what the batch goes into is told by its own way."""
+    for given, added, order in (
+        (True, False, FOREIGN), (False, False, UNKNOWN), (True, True, IN_ORDER),
+    ):  # fmt: skip
+        small = Small()
+        ids, other = (small.input(n, 3, 3, dtype=torch.int64) for n in ("ids", "other"))
+        rows = build(small, other)
+        if added:
+            x = small.call(F.embedding, ids, small.weight("words", 11, 8))
+            rows = small.call(torch.add, x, rows)
+        first = small.marked(rows, small.input("w", 8, 8), tokens=(small.input("list", 3, 3),))
+        second = small.marked(small.call("relu", first), small.input("v", 4, 8))
+        found = token_orders(small.gm, frozenset({ids}), frozenset({other} if given else ()))
+        assert found == {first: order, second: order}
+        assert set(token_orders(small.gm, frozenset()).values()) == {UNKNOWN}
 
 
 def test_through_a_body() -> None:

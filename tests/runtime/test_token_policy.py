@@ -3,6 +3,9 @@ changes nothing."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from sparselora_fx.runtime.token_policy import split_tokens
 from tests.support import oracle
 from tests.support.slow import slow
 from tests.support.token_batches import IGNORED, by_token, predicting, ragged
+
+CONTEXT = slx.SparsityPlan(0.5, start_step=0, channel_multiple=1)
 
 
 def check(
@@ -234,3 +239,42 @@ def test_what_a_graph_is_given_is_not_the_batchs_own_mask() -> None:
     tokens = split_tokens(slx.SparsityPlan(0.5, tokens="all"), {**data, "labels": None}, shift=True)
     assert tokens is not None and torch.equal(tokens.sparse, data["attention_mask"])
     assert tokens.sparse is not data["attention_mask"] and not tokens.split
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_shift_labels_say_where_the_loss_is(counted: bool) -> None:
+    """transformers' losses take them before ``labels``, which say something else here."""
+    model = oracle.llama(layers=1, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    data = ragged()
+    shifted = torch.full_like(data["labels"], -100)
+    shifted[:, -5:-1] = data["input_ids"][:, -4:]
+    data["shift_labels"] = shifted
+    slx.compile(model, oracle.estimator_of(model), plan=CONTEXT, backend="eager")
+    own = slx.count_tokens(model, dict(data)) if counted else data
+    assert not counted or len(own) == len(data) + 1
+    with slx.record(model) as record:
+        got = oracle.step(model, own)
+    slx.restore(model)
+    by_token(reference, record, shifted != -100, "dense")
+    oracle.assert_close(got, oracle.step(reference, data), 1e-12)
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+def test_arguments_by_place_are_those_of_the_wrapper(embedded: bool) -> None:
+    """A PEFT model for a task has its arguments in another order than the model inside."""
+    model = oracle.llama(layers=1, dtype=torch.float64)
+    reference, data = copy.deepcopy(model), ragged()
+    assert list(inspect.signature(type(model).forward).parameters)[3:5] == [
+        "inputs_embeds", "labels",
+    ]  # fmt: skip
+    words = model.get_input_embeddings()(data["input_ids"]).detach() if embedded else None
+    ids = None if embedded else data["input_ids"]
+    call = (ids, data["attention_mask"], words, data["labels"])
+    slx.compile(model, oracle.estimator_of(model), plan=CONTEXT, backend="eager")
+    with slx.record(model) as record, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = model(*call).loss
+    slx.restore(model)
+    by_token(reference, record, predicting(data), "dense")
+    assert record.sites and float(loss) == pytest.approx(float(reference(*call).loss), rel=1e-6)
