@@ -43,6 +43,7 @@ demo: $(STAMP)
 evidence: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.evidence --json benchmarks/results/evidence.json --status $(ARGS)
 	$(VENV)/bin/python -m benchmarks.evidence --json benchmarks/results/evidence_160_steps.json --status $(ARGS)
+	$(VENV)/bin/python -m benchmarks.evidence --json benchmarks/results/evidence_500_steps.json --status $(ARGS)
 
 # Two processes of one thread each: tracing, where most of the time goes, runs on one core.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2

@@ -112,10 +112,10 @@ def line_of(row: dict[str, Any]) -> str:
 
 def code_key() -> str:
     """A hash of the library's sources and of the sweep's own."""
-    files = sorted((ROOT / "sparselora_fx").glob("*.py")) + sorted((ROOT / "passes").glob("*.py"))
+    folders = ("sparselora_fx", "passes", "benchmarks/sweep")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -36,8 +36,9 @@ from sparselora_fx.plan.score import check_flag, check_score
 from sparselora_fx.plan.sensitivity_table import SensitivityTable
 from sparselora_fx.plan.suggestions import nearest, unknown_layer
 
-# Steps from which on an automatic plan is sparse. Trainings of 40 steps lost by it, and on one of
-# two tasks those of 160 (docs/evidence.md); the paper's, which do not, have thousands.
+# Steps from which on an automatic plan is sparse. Trainings of 40 steps lost by it on one
+# task of four, and shorter ones than this end with a higher loss (docs/evidence.md); the paper's,
+# which do not, have thousands of steps.
 LONG_ENOUGH = 1000
 
 

@@ -282,7 +282,9 @@ def test_rates_are_tuned_on_the_validation_split(
     assert [run["loss"] for run in again.runs] == [0.9, 0.9]
 
 
-@pytest.mark.parametrize("name", ["evidence.json", "evidence_160_steps.json"])
+@pytest.mark.parametrize(
+    "name", ["evidence.json", "evidence_160_steps.json", "evidence_500_steps.json"]
+)
 def test_committed_results_are_of_the_form(name: str) -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "results" / name
     body = json.loads(path.read_text(encoding="utf-8"))
