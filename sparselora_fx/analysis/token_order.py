@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, fx
 
 from sparselora_fx.analysis.mask_values import is_weight
 from sparselora_fx.analysis.regions import FOREIGN, IN_ORDER, MOVED, SWAPPED, UNKNOWN
 from sparselora_fx.analysis.token_liveness import DEAD, LiveRows, needed
 from sparselora_fx.graph.bodies import bodies
-from sparselora_fx.graph.nodes import argument, op_name, tensor, value
+from sparselora_fx.graph.nodes import argument, op_name, reads_shape_only, tensor
 from sparselora_fx.ir.ops import OPS
 
 _BATCH = ("input_ids", "inputs_embeds")
 _MOVERS = ("flip", "fliplr", "flipud", "roll", "sort", "gather", "take_along_dim", "index_select")
 _MARKERS = (OPS.site, OPS.site.default)
-_SIZES = int | torch.SymInt | torch.Size
 _Place = tuple[fx.Node, LiveRows]
 
 
@@ -212,7 +210,7 @@ class _Walk:
 
 def _hands_on(given: fx.Node, node: fx.Node) -> bool:
     marker = node.target in _MARKERS and node.args[0] is not given
-    return not marker and not isinstance(value(node), _SIZES)
+    return not marker and not reads_shape_only(node, given)
 
 
 def _moves(node: fx.Node, need: LiveRows) -> bool:

@@ -21,8 +21,7 @@ def argument_names(forward: Callable[..., object], inner: Callable[..., object])
     """The names of positional arguments, in their order: those of a wrapper that names its own
     (PEFT's for a task does, in another order than the model inside), else of what it passes them
     to."""
-    own = _positional(forward)
-    return own or _positional(inner)
+    return _positional(forward) or _positional(inner)
 
 
 def _positional(function: Callable[..., object]) -> list[str]:
