@@ -79,7 +79,6 @@ class Cases:
 
     def find_best(self, exact: slx.SVDEstimator, s: float) -> list[Judged]:
         """Judge the choice by every token's exact values, with which others are compared later."""
-        self.best[s] = []
         chosen, errors = self._run(exact, ORACLE, s)
         self.best[s] = chosen
         return self._judged(chosen, errors, s)

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 import sparselora_fx as slx
+from sparselora_fx.model.frozen_weights import frozen_weights
+from sparselora_fx.model.text_part import beside_text
 from tests.support import oracle
 from tests.support.tiny_models import Block, Output
 from tests.support.token_batches import by_token, predicting, ragged
@@ -127,9 +129,6 @@ def test_as_many_patches_as_tokens(regional: bool) -> None:
 
 
 def test_the_text_part_holds_the_words_and_their_blocks() -> None:
-    from sparselora_fx.model.frozen_weights import frozen_weights
-    from sparselora_fx.model.text_part import beside_text
-
     model = TwoStreams("text")
     outside = beside_text(model, frozen_weights(model))
     assert outside and all(name.startswith("other.") for name in outside)
